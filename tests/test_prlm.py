@@ -1,0 +1,271 @@
+"""The language model equals transformers, sampling equals scoring, and files survive what is in them."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prlm
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+ARCHITECTURES = {
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2-untied": ("Qwen2", dict(tie_word_embeddings=False)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3-bias": ("Qwen3", dict(head_dim=8, attention_bias=True, tie_word_embeddings=False)),
+    "llama": ("Llama", dict(rms_norm_eps=1e-5)),
+    "llama-scaled": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "llama-biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+}
+
+
+def reference(name, seed=0, **more):
+    """A random transformers model with every weight, biases and norms too, away from its default."""
+    kind, changes = ARCHITECTURES[name]
+    config = getattr(transformers, kind + "Config")(**SIZES, **changes, **more)
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def pair(request, tmp_path):
+    model = reference(request.param)
+    model.save_pretrained(tmp_path)
+    return model, prlm.load_decoder(tmp_path), tmp_path
+
+
+def small(seed=0, **changes):
+    """A decoder of our own with weights large enough for peaked distributions."""
+    torch.manual_seed(seed)
+    raw = dict(model_type="qwen2", rope_theta=10000, tie_word_embeddings=True, **SIZES) | changes
+    decoder = prlm.Decoder(raw).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return decoder
+
+
+def random_ids(generator, length, vocabulary=97):
+    return torch.randint(vocabulary, (length,), generator=generator).tolist()
+
+
+def ragged_prompts(lengths=(7, 1, 12, 4), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [random_ids(generator, n) for n in lengths]
+
+
+def naive_logprobs(decoder, prompt, completion, temperature=1.0):
+    """Every row in full, one at a time: the definition."""
+    logits = decoder(torch.tensor([prompt + completion]))[0, :, : decoder.vocab_limit] / temperature
+    start = len(prompt) - 1
+    logprobs = logits.log_softmax(-1)[start : start + len(completion)]
+    return logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def close(a, b, relative=1e-4):
+    scale = b.abs().max().clamp(min=1e-12)
+    assert (a - b).abs().max() / scale < relative, float((a - b).abs().max() / scale)
+
+
+class TestDecoder:
+    def test_logits_equal_transformers(self, pair):
+        model, decoder, _ = pair
+        tokens = torch.randint(97, (3, 60), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            close(decoder(tokens), model(tokens).logits)
+
+    def test_padding_on_either_side_changes_nothing(self, pair):
+        _, decoder, _ = pair
+        for left in (True, False):
+            prompts = ragged_prompts()
+            tokens = torch.full((4, 12), 3)
+            mask = torch.zeros(4, 12)
+            for row, prompt in enumerate(prompts):
+                place = slice(12 - len(prompt), 12) if left else slice(0, len(prompt))
+                tokens[row, place], mask[row, place] = torch.tensor(prompt), 1
+            with torch.no_grad():
+                batch = decoder(tokens, mask)
+                assert batch.isfinite().all()
+                for row, prompt in enumerate(prompts):
+                    close(batch[row][mask[row] == 1], decoder(torch.tensor([prompt]))[0], 1e-5)
+                tokens[mask == 0] = 90
+                assert torch.equal(decoder(tokens, mask)[mask == 1], batch[mask == 1])
+
+    def test_old_and_new_rope_layout_and_sharding(self, tmp_path):
+        model = reference("llama-scaled")
+        tokens = torch.arange(40)[None]
+        model.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+        with torch.no_grad():
+            close(prlm.load_decoder(tmp_path)(tokens), model(tokens).logits)
+            raw = json.loads((tmp_path / "config.json").read_text())
+            scaling = raw.pop("rope_parameters")
+            raw["rope_theta"] = scaling.pop("rope_theta")
+            raw["rope_scaling"] = scaling
+            (tmp_path / "config.json").write_text(json.dumps(raw))
+            close(prlm.load_decoder(tmp_path)(tokens), model(tokens).logits)
+
+    def test_greedy_generate_equals_transformers(self, pair):
+        model, decoder, _ = pair
+        for prompt, (completion,) in zip(
+            ragged_prompts(), prlm.generate(decoder, ragged_prompts(), 1, 20, 0), strict=True
+        ):
+            with torch.no_grad():
+                expected = model.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt)),
+                    max_new_tokens=20,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            assert completion.tokens == expected[0, len(prompt) :].tolist()
+
+    def test_saved_checkpoint_opens_in_transformers(self, pair, toy_tokenizer, tmp_path):
+        model, decoder, _ = pair
+        prlm.save_decoder(decoder, toy_tokenizer, tmp_path / "saved")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        tokens = torch.arange(30)[None]
+        with torch.no_grad():
+            assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+class TestTwins:
+    """generate and token_logprobs: the prompt once, the completions many."""
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+    def test_sampler_and_trainer_agree(self, temperature):
+        decoder = small()
+        decoder.vocab_limit = 90
+        prompts = ragged_prompts()
+        groups = prlm.generate(decoder, prompts, 5, 16, temperature, eos_ids={3, 11, 40}, seed=0)
+        ids = [[c.tokens for c in group] for group in groups]
+        assert len({len(i) for group in ids for i in group}) > 3  # rows end at different times
+        with torch.no_grad():
+            logprobs, mask = prlm.token_logprobs(decoder, prompts, ids, temperature)
+        assert mask.sum(-1).tolist() == [[len(i) for i in group] for group in ids]
+        for p, group in enumerate(groups):
+            for g, completion in enumerate(group):
+                n = len(completion.tokens)
+                naive = naive_logprobs(decoder, prompts[p], completion.tokens, temperature)
+                close(torch.tensor(completion.logprobs), naive)
+                close(logprobs[p, g, :n], naive)
+                assert (logprobs[p, g, n:] == 0).all()
+                assert completion.finished == (completion.tokens[-1] in {3, 11, 40})
+                assert not {3, 11, 40} & set(completion.tokens[:-1])
+                assert completion.finished or n == 16
+
+    @pytest.mark.parametrize("changes", [{}, dict(model_type="qwen3", head_dim=16), dict(num_key_value_heads=6)])
+    def test_gradients_equal_the_naive_ones(self, changes):
+        decoder = small(**changes)
+        decoder.vocab_limit = 91
+        prompts = ragged_prompts()
+        generator = torch.Generator().manual_seed(5)
+        lengths = [(3, 9, 1), (5, 2, 8), (1, 1, 1), (4, 0, 6)]
+        completions = [[random_ids(generator, n, 91) for n in group] for group in lengths]
+        weights = torch.randn(4, 3, 9, generator=generator)
+
+        logprobs, mask = prlm.token_logprobs(decoder, prompts, completions, 0.7)
+        (logprobs * weights * mask).sum().backward()
+        shared = {name: p.grad.clone() for name, p in decoder.named_parameters()}
+        decoder.zero_grad()
+        total = sum(
+            (naive_logprobs(decoder, prompts[p], completion, 0.7) * weights[p, g, : len(completion)]).sum()
+            for p, group in enumerate(completions)
+            for g, completion in enumerate(group)
+            if completion
+        )
+        total.backward()
+        for name, parameter in decoder.named_parameters():
+            close(shared[name], parameter.grad, 1e-4)
+
+    def test_all_completions_of_one_token(self):
+        decoder = small()
+        logprobs, _ = prlm.token_logprobs(decoder, [[1, 2]], [[[5], [6]]])
+        expected = decoder(torch.tensor([[1, 2]]))[0, -1].log_softmax(-1)[[5, 6]]
+        close(logprobs.flatten(), expected)
+
+    def test_greedy_reports_log_probabilities_at_temperature_one(self):
+        decoder = small()
+        ((completion,),) = prlm.generate(decoder, [[5, 6, 7]], 1, 10, 0)
+        close(torch.tensor(completion.logprobs), naive_logprobs(decoder, [5, 6, 7], completion.tokens))
+
+    def test_ids_beyond_the_tokenizer_are_never_sampled(self):
+        decoder = small()
+        decoder.vocab_limit = 10
+        groups = prlm.generate(decoder, [[1]], 64, 8, 5.0, seed=1)
+        assert {i for c in groups[0] for i in c.tokens} == set(range(10))
+        logprobs, _ = prlm.token_logprobs(decoder, [[1]], [[[4], [10]]])
+        assert logprobs[0, 0, 0].isfinite() and logprobs[0, 1, 0] == -math.inf
+
+    def test_samples_follow_the_distribution(self):
+        decoder = small()
+        decoder.vocab_limit = 12
+        groups = prlm.generate(decoder, [[1, 2, 3]] * 2, 4000, 1, 2.0, seed=3)
+        for group in groups:
+            counts = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=12)
+            with torch.no_grad():
+                expected = (decoder(torch.tensor([[1, 2, 3]]))[0, -1, :12] / 2).softmax(-1) * 4000
+            chi2 = ((counts - expected) ** 2 / expected).sum()
+            assert chi2 < 40  # 11 degrees of freedom: 1 in 30,000
+
+    def test_rows_are_independent_and_seeds_repeat(self):
+        decoder = small()
+        (a,), (b,), (c,) = (prlm.generate(decoder, [[1]], 16, 1, 3.0, seed=s) for s in (0, 0, 1))
+        assert [x.tokens for x in a] == [x.tokens for x in b] != [x.tokens for x in c]
+        assert len({x.tokens[0] for x in a}) > 3
+
+    def test_bad_calls_are_refused(self):
+        decoder = small()
+        for call in (
+            lambda: prlm.generate(decoder, [[]]),
+            lambda: prlm.generate(decoder, [[97]]),
+            lambda: prlm.generate(decoder, [[1]], temperature=-1),
+            lambda: prlm.generate(decoder, [[1]], group_size=0),
+            lambda: prlm.token_logprobs(decoder, [[1]], [[[1]]], 0),
+            lambda: prlm.token_logprobs(decoder, [[1], [2]], [[[1]], [[1], [2]]]),
+        ):
+            with pytest.raises(ValueError):
+                call()
+
+    def test_chunked_head_equals_the_full_one(self, monkeypatch):
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (300, 50))
+        hidden.requires_grad_(), weight.requires_grad_()
+        targets = torch.randint(50, (300,), generator=generator)
+        monkeypatch.setattr(
+            prlm.HeadLogprobs, "chunks", lambda rows, v: (slice(i, i + 37) for i in range(0, rows, 37))
+        )
+        logprobs, entropy = prlm.HeadLogprobs.apply(hidden, weight, targets, 0.5)
+        full = (F.linear(hidden, weight) / 0.5).log_softmax(-1)
+        close(logprobs, full.gather(1, targets[:, None])[:, 0])
+        close(entropy, -(full.exp() * full).sum(-1))
+        up = torch.randn(300, generator=generator)
+        ours = torch.autograd.grad((logprobs * up).sum(), (hidden, weight))
+        theirs = torch.autograd.grad((full.gather(1, targets[:, None])[:, 0] * up).sum(), (hidden, weight))
+        for mine, other in zip(ours, theirs, strict=True):
+            close(mine, other, 1e-4)
