@@ -179,7 +179,9 @@ class TestTwins:
                 assert not {3, 11, 40} & set(completion.tokens[:-1])
                 assert completion.finished or n == 16
 
-    @pytest.mark.parametrize("changes", [{}, dict(model_type="qwen3", head_dim=16), dict(num_key_value_heads=6)])
+    @pytest.mark.parametrize(
+        "changes", [{}, dict(model_type="qwen3", head_dim=16), dict(num_key_value_heads=6)]
+    )
     def test_gradients_equal_the_naive_ones(self, changes):
         decoder = small(**changes)
         decoder.vocab_limit = 91
@@ -194,7 +196,10 @@ class TestTwins:
         shared = {name: p.grad.clone() for name, p in decoder.named_parameters()}
         decoder.zero_grad()
         total = sum(
-            (naive_logprobs(decoder, prompts[p], completion, 0.7) * weights[p, g, : len(completion)]).sum()
+            (
+                naive_logprobs(decoder, prompts[p], completion, 0.7)
+                * weights[p, g, : len(completion)]
+            ).sum()
             for p, group in enumerate(completions)
             for g, completion in enumerate(group)
             if completion
@@ -212,7 +217,9 @@ class TestTwins:
     def test_greedy_reports_log_probabilities_at_temperature_one(self):
         decoder = small()
         ((completion,),) = prlm.generate(decoder, [[5, 6, 7]], 1, 10, 0)
-        close(torch.tensor(completion.logprobs), naive_logprobs(decoder, [5, 6, 7], completion.tokens))
+        close(
+            torch.tensor(completion.logprobs), naive_logprobs(decoder, [5, 6, 7], completion.tokens)
+        )
 
     def test_ids_beyond_the_tokenizer_are_never_sampled(self):
         decoder = small()
@@ -254,11 +261,15 @@ class TestTwins:
 
     def test_chunked_head_equals_the_full_one(self, monkeypatch):
         generator = torch.Generator().manual_seed(0)
-        hidden, weight = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (300, 50))
+        hidden, weight = (
+            torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (300, 50)
+        )
         hidden.requires_grad_(), weight.requires_grad_()
         targets = torch.randint(50, (300,), generator=generator)
         monkeypatch.setattr(
-            prlm.HeadLogprobs, "chunks", lambda rows, v: (slice(i, i + 37) for i in range(0, rows, 37))
+            prlm.HeadLogprobs,
+            "chunks",
+            lambda rows, v: (slice(i, i + 37) for i in range(0, rows, 37)),
         )
         logprobs, entropy = prlm.HeadLogprobs.apply(hidden, weight, targets, 0.5)
         full = (F.linear(hidden, weight) / 0.5).log_softmax(-1)
@@ -266,6 +277,8 @@ class TestTwins:
         close(entropy, -(full.exp() * full).sum(-1))
         up = torch.randn(300, generator=generator)
         ours = torch.autograd.grad((logprobs * up).sum(), (hidden, weight))
-        theirs = torch.autograd.grad((full.gather(1, targets[:, None])[:, 0] * up).sum(), (hidden, weight))
+        theirs = torch.autograd.grad(
+            (full.gather(1, targets[:, None])[:, 0] * up).sum(), (hidden, weight)
+        )
         for mine, other in zip(ours, theirs, strict=True):
             close(mine, other, 1e-4)

@@ -1,0 +1,497 @@
+"""LaMP records, retrieval from a user's own profile, and the personalized prompt.
+
+A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what the
+same user wrote before. Personalized RAG ranks the profile against the query, keeps the best k items
+and puts them in front of the question. This file is that path, from the JSON to the chat messages:
+
+  load_lamp        {split}_questions.json and {split}_outputs.json  ->  Example
+  retrieve         none | random | recency | bm25 | dense           ->  the best k profile items
+  build_messages   instruction + items + query, within a token budget
+
+BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace tokens, case kept,
+
+  score(d) = sum over query words w of  idf(w) · f(w,d) (k1+1) / (f(w,d) + k1 (1 - b + b |d| / avg|d|))
+  idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 · mean idf
+
+    python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prlm import (
+    Encoder,
+    Tokenizer,
+    command,
+    load_encoder,
+    load_tokenizer,
+    pick_device,
+    read_json,
+    write_json,
+)
+
+# ----------------------------------------------------------------------------------------------
+# Tasks and records
+# ----------------------------------------------------------------------------------------------
+
+
+TaskName = Literal["LaMP-4", "LaMP-5", "LaMP-7"]
+Split = Literal["train", "dev", "test"]
+Retriever = Literal["none", "random", "recency", "bm25", "dense"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between the three LaMP tasks: words, and the keys of a profile item."""
+
+    prefix: str  # LaMP's instruction in front of every input
+    keys: tuple[str, ...]  # an item's fields, in the order they are shown
+    shown: tuple[str, ...]  # the names they are shown under
+    request: str  # with a profile it follows "Based on the historical profiles provided, "
+    answer: str  # the key of the answer
+
+    @property
+    def placeholder(self) -> str:
+        return f"generated {self.answer}"
+
+
+TASKS = {
+    "LaMP-4": Task(
+        "Generate a headline for the following article: ",
+        ("text", "title"),
+        ("text", "title"),
+        "generate a title for the given text from the user.",
+        "title",
+    ),
+    "LaMP-5": Task(
+        "Generate a title for the following abstract of a paper: ",
+        ("abstract", "title"),
+        ("abstract", "title"),
+        "generate a title for the given abstract from the user.",
+        "title",
+    ),
+    "LaMP-7": Task(
+        "Paraphrase the following tweet without any explanation before or after it: ",
+        ("text",),
+        ("tweet",),
+        "paraphrase the user's input tweet in the style of the user's historical tweets.",
+        "tweet",
+    ),
+}
+
+
+def task_of(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is none of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One LaMP record. `profile` holds the file's own dictionaries; `target` is None if withheld."""
+
+    id: str
+    user_id: str
+    task: str
+    query: str
+    profile: list[dict]
+    target: str | None
+
+
+def load_lamp(directory, task: str, split: str) -> list[Example]:
+    """The records of a split ("train" | "dev" | "test"), in file order.
+
+    `directory` is the task's folder or its parent (LaMP_4, or LaMP_4_time as the authors name it);
+    the files lie in it or in a folder named after the split. Outputs are joined by id; only the test
+    split may lack them. Raises ValueError with the file and the record, FileNotFoundError.
+    """
+    task_of(task)
+    path = _find(Path(directory), task, split, "questions")
+    targets = _load_outputs(directory, task, split)
+    examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
+    ids = Counter(e.id for e in examples)
+    repeated = [i for i, count in ids.items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: record id {repeated[0]!r} stands {ids[repeated[0]]} times")
+    if targets is None:
+        return examples
+    odd = sorted(ids.keys() ^ targets.keys())
+    if odd:
+        where = "has no output" if odd[0] in ids else "has an output but no question"
+        raise ValueError(f"{path}: record {odd[0]!r} {where} ({len(odd)} such records)")
+    return [Example(*(*vars(e).values(),)[:-1], targets[e.id]) for e in examples]
+
+
+def _find(directory: Path, task: str, split: str, kind: str) -> Path:
+    if split not in get_args(Split):
+        raise ValueError(f"split {split!r} is none of train, dev, test")
+    name, folder = f"{split}_{kind}.json", task.replace("-", "_")
+    parents = [directory, directory / folder, directory / f"{folder}_time"]
+    for path in (p / sub / name for p in parents for sub in (split, "")):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{directory}: no {name} in it, in {split}/ or in {folder}/")
+
+
+def _load_outputs(directory, task: str, split: str) -> dict[str, str] | None:
+    try:
+        path = _find(Path(directory), task, split, "outputs")
+    except FileNotFoundError:
+        if split == "test":  # LaMP withholds them
+            return None
+        raise
+    content = read_json(path)
+    if content.get("task", task).replace("_", "-") != task:
+        raise ValueError(f"{path}: it holds {content['task']}, not {task}")
+    golds = content.get("golds")
+    if not isinstance(golds, list):
+        raise ValueError(f"{path}: no list of golds")
+    targets = {}
+    for number, gold in enumerate(golds):
+        if (
+            not isinstance(gold, dict)
+            or not isinstance(gold.get("output"), str)
+            or "id" not in gold
+        ):
+            raise ValueError(f"{path}: gold {number} has no id, or no output that is a string")
+        if str(gold["id"]) in targets:
+            raise ValueError(f"{path}: id {gold['id']!r} has two outputs")
+        targets[str(gold["id"])] = gold["output"]
+    return targets
+
+
+def _example(record, number: int, task: str, path: Path) -> Example:
+    kind = TASKS[task]
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
+        raise ValueError(f"{path}: record {number} has no id")
+    where = f"{path}: record {record['id']!r}"
+    text, profile = record.get("input"), record.get("profile")
+    if not isinstance(text, str) or not isinstance(profile, list):
+        raise ValueError(f"{where} needs an input (a string) and a profile (a list)")
+    for other, content in TASKS.items():
+        if other != task and text.startswith(content.prefix):
+            raise ValueError(f"{where} belongs to {other}, not to {task}")
+    for place, item in enumerate(profile):
+        if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in kind.keys):
+            raise ValueError(
+                f"{where}: profile item {place} needs the strings {', '.join(kind.keys)}"
+            )
+    id, user = str(record["id"]), record.get("user_id")
+    query = text.removeprefix(kind.prefix)
+    return Example(id, id if user is None else str(user), task, query, profile, None)
+
+
+# ----------------------------------------------------------------------------------------------
+# Retrieval
+# ----------------------------------------------------------------------------------------------
+
+
+class BM25:
+    """Okapi BM25 over tokenised documents; the index lives as long as one user's query does.
+
+    `idf` "okapi" is rank_bm25's (see above): exactly 0 for a word in half of the documents, which on a
+    small profile can silence whole queries. "lucene" is ln(1 + (N - n + 0.5) / (n + 0.5)), always > 0.
+    """
+
+    def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
+        if idf not in ("okapi", "lucene"):
+            raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
+        self.size, self.k1, self.words = len(corpus), k1, {}  # word -> row number
+        rows = [self.words.setdefault(word, len(self.words)) for text in corpus for word in text]
+        lengths = np.array([len(text) for text in corpus], dtype=np.float64)
+        documents = np.repeat(np.arange(self.size), lengths.astype(np.int64))
+        # One entry for each (word, document) that occurs, ordered by word, then by document.
+        pairs = np.array(rows, dtype=np.int64) * max(self.size, 1) + documents
+        pairs, self.counts = np.unique(pairs, return_counts=True)
+        self.documents = pairs % max(self.size, 1)
+        containing = np.bincount(pairs // max(self.size, 1), minlength=len(self.words))  # n(w)
+        self.starts = np.concatenate([[0], containing.cumsum()])
+        if idf == "okapi":
+            self.idf = np.log(self.size - containing + 0.5) - np.log(containing + 0.5)
+            if len(self.words):
+                self.idf = np.where(self.idf < 0, 0.25 * self.idf.mean(), self.idf)
+        else:
+            self.idf = np.log1p((self.size - containing + 0.5) / (containing + 0.5))
+        average = lengths.mean() if lengths.any() else 1.0
+        self.norm = k1 * (1 - b + b * lengths / average)
+
+    def scores(self, query: list[str]) -> np.ndarray:
+        """The score of every document [N]; a query word counts as often as it stands in the query."""
+        scores = np.zeros(self.size)
+        for word in query:
+            row = self.words.get(word)
+            if row is not None:
+                entries = slice(self.starts[row], self.starts[row + 1])
+                where, count = self.documents[entries], self.counts[entries]
+                scores[where] += self.idf[row] * count * (self.k1 + 1) / (count + self.norm[where])
+        return scores
+
+
+class Dense:
+    """Ranks by the inner product of L2-normalised BERT embeddings, a profile embedded only once.
+
+    `pooling` "mean" averages the real tokens (the authors' choice), "cls" takes the first (what bge
+    models were trained for). `query_prefix` is the instruction some models want before a query.
+    """
+
+    def __init__(self, encoder: Encoder, pooling="mean", query_prefix="", batch_size=32):
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling {pooling!r} is neither mean nor cls")
+        if encoder.tokenizer is None:
+            raise ValueError("the encoder's directory has no tokenizer.json")
+        self.encoder, self.pooling, self.prefix = encoder, pooling, query_prefix
+        self.batch_size, self.profiles = batch_size, {}
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors [N, H], batched by length."""
+        limit = min(512, self.encoder.places.num_embeddings)
+        device = self.encoder.norm.weight.device
+        rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+        vectors = np.zeros((len(rows), self.encoder.norm.weight.numel()), dtype=np.float32)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n]) for n in batch], True)
+            mask = (
+                torch.arange(tokens.shape[1]) < torch.tensor([len(rows[n]) for n in batch])[:, None]
+            )
+            mask = mask.to(device)
+            hidden = self.encoder(tokens.to(device), mask)  # [B, T, H]
+            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            pooled = mean if self.pooling == "mean" else hidden[:, 0]
+            vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
+        return vectors
+
+    def scores(self, query: str, texts: list[str]) -> np.ndarray:
+        """Cosine similarity of the query to each text [N]."""
+        key = tuple(texts)  # by text: LaMP's item ids are not unique across records
+        if key not in self.profiles:
+            self.profiles[key] = self.embed(texts)
+        return self.profiles[key] @ self.embed([self.prefix + query])[0]
+
+
+def show(item: dict, task: str) -> str:
+    """A profile item as the corpus and the prompt show it.
+
+    >>> show({"title": "Open", "text": "We are.", "id": "1"}, "LaMP-4")
+    "'text': 'We are.' 'title': 'Open'"
+    """
+    kind = TASKS[task]
+    pairs = zip(kind.shown, kind.keys, strict=True)
+    return " ".join(f"'{name}': '{item[key].strip()}'" for name, key in pairs)
+
+
+def parse_date(item: dict, example: Example) -> tuple[int, ...]:
+    """(2016, 3, 14) of "2016-03-14", with or without a time; (2014,) of a year."""
+    date = item.get("date")
+    found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(date))
+    if not found:
+        said = "no date" if date is None else f"the date {date!r}"
+        raise ValueError(
+            f"record {example.id!r}: profile item {item.get('id')!r} has {said}; recency needs dates "
+            "like 2016-03-14 (LaMP's user split has none, its time split does)"
+        )
+    return tuple(map(int, found[0].split("-")))
+
+
+def retrieve(
+    example: Example,
+    k: int,
+    retriever: str = "bm25",
+    seed: int = 0,
+    dense: Dense | None = None,
+    idf: str = "okapi",
+) -> list[dict]:
+    """The best k items of the user's own profile, best first; fewer if the profile is shorter.
+
+    Scores that tie, zeros too, keep the profile's order. Recency puts the newest first; random is the
+    same draw for the same seed and record.
+    """
+    if k < 0:
+        raise ValueError(f"k must be at least 0, not {k}")
+    if retriever not in get_args(Retriever):
+        raise ValueError(f"retriever {retriever!r} is none of {', '.join(get_args(Retriever))}")
+    profile = example.profile
+    if k == 0 or not profile or retriever == "none":
+        return []
+    if retriever == "random":
+        return random.Random(f"{seed} {example.id}").sample(profile, min(k, len(profile)))
+    if retriever == "recency":
+        dates = [parse_date(item, example) for item in profile]
+        order = sorted(range(len(profile)), key=dates.__getitem__, reverse=True)  # stable
+    else:
+        texts = [show(item, example.task) for item in profile]
+        if retriever == "bm25":
+            scores = BM25([t.split() for t in texts], idf=idf).scores(example.query.split())
+        elif dense is None:
+            raise ValueError("the dense retriever needs an encoder: --encoder DIRECTORY")
+        else:
+            scores = dense.scores(example.query.strip(), texts)
+        order = np.argsort(-scores, kind="stable")
+    return [profile[n] for n in order[:k]]
+
+
+# ----------------------------------------------------------------------------------------------
+# The personalized prompt
+# ----------------------------------------------------------------------------------------------
+
+SYSTEM = (
+    "You infer the user's preferences from the historical records and the query. First reason step by "
+    "step as an inner monologue, then answer. Reply in exactly this form:\n"
+    "<think>\nyour reasoning\n</think>\n<answer>\nyour answer\n</answer>"
+)
+WITH_PROFILE = "Based on the historical profiles provided, "
+ANSWER_FORMAT = " Answer in English as {{'{answer}': '{placeholder}'}}, without any explanation."
+
+
+def instruction(task: str, personal: bool) -> str:
+    """The request of a task; `personal` is whether profile items stand above it."""
+    kind = TASKS[task]
+    request = (
+        WITH_PROFILE + kind.request if personal else kind.request[0].upper() + kind.request[1:]
+    )
+    return request + ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
+
+
+def question(task: str, query: str) -> str:
+    """The query in the items' key style, open where the answer goes: 'text': '…' 'title':"""
+    kind = TASKS[task]
+    asked = f" '{kind.answer}':" if kind.answer not in kind.shown[:1] else ""
+    return f"'{kind.shown[0]}': '{query.strip()}'{asked}"
+
+
+def build_messages(
+    example: Example,
+    items: list[dict],
+    tokenizer: Tokenizer | None = None,
+    max_prompt_tokens: int | None = None,
+) -> list[dict]:
+    """Chat messages: the system message; then items, instruction and query in one user message.
+
+    With a tokenizer and a budget, the rendered chat is at most `max_prompt_tokens` long. The query
+    comes first: it is cut only if it does not fit by itself. The items share the rest evenly, what a
+    short one leaves goes to those after it, and a long one loses the end of its text, not its title.
+    Without items the prompt does not speak of profiles. Raises ValueError if the bare instruction is
+    over the budget.
+    """
+
+    def messages(shown: list[str], query: str) -> list[dict]:
+        parts = [*shown, instruction(example.task, bool(items)), question(example.task, query)]
+        return [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": "\n".join(parts)},
+        ]
+
+    shown = [show(item, example.task) for item in items]
+    full = messages(shown, example.query)
+    if tokenizer is None or max_prompt_tokens is None:
+        return full
+
+    def over(chat: list[dict]) -> int:
+        return len(tokenizer.chat(chat)) - max_prompt_tokens
+
+    if over(full) <= 0:
+        return full
+    bare = over(messages([], ""))
+    if bare > 0:
+        raise ValueError(
+            f"a prompt of {max_prompt_tokens} tokens cannot hold the instruction, which takes "
+            f"{max_prompt_tokens + bare}: raise --max-prompt-tokens"
+        )
+    # Where two pieces meet, tokens can merge or split, so a cut is checked on the whole prompt.
+    query, room = example.query, -bare
+    while over(messages([], query)) > 0:
+        query, room = tokenizer.cut(example.query.strip(), room), room - 1
+    room = spare = -over(messages([], query))
+    while True:
+        cut, left = [], room
+        for n, item in enumerate(items):
+            text = _cut_item(item, example.task, tokenizer, left // (len(items) - n) - 1)
+            left -= (len(tokenizer.encode(text)) + 1) * bool(text)  # 1 for the line break
+            cut.append(text)
+        chat = messages([text for text in cut if text], query)
+        if over(chat) <= 0:
+            return chat
+        room -= max(1, min(over(chat), spare))
+
+
+def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
+    """The item in at most `room` tokens: its first field is cut, then its title, then it is left out."""
+    kind = TASKS[task]
+    item = {key: item[key].strip() for key in kind.keys}
+    for key in kind.keys:
+        for _ in range(3):  # cutting can change how the neighbours are tokenised
+            excess = len(tokenizer.encode(show(item, task))) - room
+            if excess <= 0:
+                return show(item, task) if item[kind.keys[-1]] else ""
+            item[key] = tokenizer.cut(item[key], len(tokenizer.encode(item[key])) - excess)
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    data: str = "toy/lamp"  # directory with LaMP's files
+    task: TaskName = "LaMP-4"  # which of LaMP's generation tasks
+    split: Split = "dev"  # which of its files
+    retriever: Retriever = "bm25"  # how items are ranked
+    k: int = 4  # items to retrieve; with --out every profile is ranked in full
+    idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
+    encoder: str = "toy/encoder"  # BERT checkpoint of the dense retriever
+    pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
+    model: str = "toy/policy"  # whose tokenizer counts the prompt's tokens
+    max_prompt_tokens: int = 512  # budget of the shown prompt
+    show: int = 1  # records to print
+    seed: int = 0  # of the random retriever
+    device: str = "auto"  # where the dense encoder runs: auto, cuda, mps or cpu
+    out: str | None = None  # write the ranking of every record to this JSON file
+
+
+def make_dense(options) -> Dense | None:
+    """The dense retriever an options object asks for, None if it asks for another."""
+    if options.retriever != "dense":
+        return None
+    encoder = load_encoder(options.encoder, pick_device(options.device))
+    return Dense(encoder, options.pooling)
+
+
+def main(options: Options) -> None:
+    examples = load_lamp(options.data, options.task, options.split)
+    dense = make_dense(options)
+
+    def ranked(example: Example, k: int) -> list[dict]:
+        return retrieve(example, k, options.retriever, options.seed, dense, options.idf)
+
+    tokenizer = load_tokenizer(options.model) if options.show else None
+    for example in examples[: options.show]:
+        chat = build_messages(
+            example, ranked(example, options.k), tokenizer, options.max_prompt_tokens
+        )
+        print(
+            f"--- record {example.id}: {len(tokenizer.chat(chat))} tokens, target {example.target!r}"
+        )
+        print("\n".join(message["content"] for message in chat))
+    if options.out:
+        ranking = {}
+        for example in tqdm(examples, desc=f"rank by {options.retriever}", disable=None):
+            items = ranked(example, len(example.profile))
+            ranking[example.id] = [str(item.get("id", "")) for item in items]
+        write_json(options.out, ranking)
+        print(f"ranked {len(ranking)} profiles: {options.out}")
+
+
+if __name__ == "__main__":
+    command(main, Options, __doc__)
