@@ -1,0 +1,323 @@
+"""Scores: the answer in a completion, ROUGE and BLEU, and a policy's score on held-out users.
+
+ROUGE here is the one of LaMP's official evaluation, Google's rouge_score without stemming: lowercased
+[a-z0-9]+ words, n-gram counts (a repeated word counts as often as both sides have it), F1:
+
+  ROUGE-n = 2 p r / (p + r),  p = matches / n-grams of the prediction,  r = matches / of the reference
+  ROUGE-L = the same with the longest common subsequence as the matches
+
+The authors' release scores with rouge_chinese after jieba, sets of n-grams with punctuation as words:
+its numbers are not comparable with these. BLEU is the authors': characters, 4-grams, NLTK's method 3.
+
+    python eval.py --model toy/policy --data toy/lamp --task LaMP-4 --split dev --k 4 --out runs/eval
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from prlm import (
+    Decoder,
+    Tokenizer,
+    command,
+    generate,
+    load_decoder,
+    load_tokenizer,
+    pick_device,
+    write_json,
+)
+from retrieve import (
+    Dense,
+    Example,
+    Retriever,
+    Split,
+    TaskName,
+    build_messages,
+    load_lamp,
+    make_dense,
+    retrieve,
+    task_of,
+)
+
+# ----------------------------------------------------------------------------------------------
+# Metrics of one pair of texts
+# ----------------------------------------------------------------------------------------------
+
+METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
+
+
+def words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def f1(matches: int, predicted: int, wanted: int) -> float:
+    precision, recall = matches / max(predicted, 1), matches / max(wanted, 1)
+    return 2 * precision * recall / (precision + recall) if matches else 0.0
+
+
+def common(a: list, b: list, n: int) -> int:
+    """How many n-grams of `a` and `b` match, each as often as it stands on both sides."""
+    ngrams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (a, b)]
+    return (ngrams[0] & ngrams[1]).total()
+
+
+def longest_common_subsequence(a: list, b: list) -> int:
+    """Its length, a whole row of the usual table at a time, as the bits of one integer.
+
+    Bit j of `row` is 0 where the table's row grows from column j to j + 1; the carry of the addition
+    moves each step of the row to the first match behind it (Hyyrö 2004).
+    """
+    matches: dict = {}
+    for place, token in enumerate(b):
+        matches[token] = matches.get(token, 0) | 1 << place
+    everything = (1 << len(b)) - 1
+    row = everything
+    for token in a:
+        found = row & matches.get(token, 0)
+        row = (row + found | row - found) & everything
+    return len(b) - row.bit_count()
+
+
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L F1, as rouge_score computes them without stemming; an empty side gives 0.
+
+    >>> rouge("a b c", "a b d")
+    {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}
+    """
+    a, b = words(prediction), words(reference)
+    return {
+        "rouge-1": f1(common(a, b, 1), len(a), len(b)),
+        "rouge-2": f1(common(a, b, 2), len(a) - 1, len(b) - 1),
+        "rouge-l": f1(longest_common_subsequence(a, b), len(a), len(b)),
+    }
+
+
+def bleu(prediction: str, reference: str) -> float:
+    """BLEU-4 over lowercased characters: exp(1 - r/c) if c < r, times the geometric mean of p_1..p_4.
+
+    Smoothing method 3 of NLTK: the k-th order without a match counts 1 / 2^k matches.
+
+    >>> bleu("a", "b"), bleu("abcd", "abcd")
+    (0.0, 1.0)
+    """
+    a, b = list(prediction.lower()), list(reference.lower())
+    logs, misses = [], 0
+    for n in range(1, 5):
+        matches = common(a, b, n)
+        if not matches:
+            if n == 1:
+                return 0.0
+            misses += 1
+        logs.append(math.log((matches or 0.5**misses) / max(len(a) - n + 1, 1)))
+    brevity = min(0.0, 1 - len(b) / len(a))
+    return math.exp(brevity + math.fsum(logs) / 4)
+
+
+# ----------------------------------------------------------------------------------------------
+# The answer in a completion
+# ----------------------------------------------------------------------------------------------
+
+
+def extract_answer(completion: str, task: str) -> str:
+    """The value of 'title' (or 'tweet') behind the reasoning; "" when there is none.
+
+    Reasoning that never closes has no answer, whatever it quotes. The value ends at its quote before
+    a brace, a line's end or a tag, so apostrophes inside survive; quotes and braces may be missing.
+    Where the model first repeats the placeholder, the first real value counts.
+
+    >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
+    "It's a start"
+    """
+    kind = task_of(task)
+    before, closed, text = completion.rpartition("</think>")
+    if not closed and "<think>" in text:
+        return ""
+    values = []
+    for key in re.finditer(rf"""(?<!\w)(?P<q>['"]?){kind.answer}(?P=q)\s*:\s*""", text):
+        rest = text[key.end() :].split("</answer>")[0]
+        quoted = re.match(r"""(?s)(['"])(.*?)\1\s*(?:\}|\n|$|,\s*['"])""", rest)
+        if quoted:
+            value = quoted[2]
+        else:  # no closing quote in place: to the end of the line or object
+            line = re.split(r"[\n}]", rest)[0].strip()
+            value = line.strip(line[:1]) if line[:1] in ("'", '"') else line
+        values.append(re.sub(r"""\\(['"])""", r"\1", value).strip())
+    real = [value for value in values if value and not is_placeholder(value, task)]
+    return (real or values or [""])[0]
+
+
+def is_placeholder(answer: str, task: str) -> bool:
+    """Whether the answer is empty or still holds the prompt's "generated title": worth nothing."""
+    return not answer.strip() or task_of(task).placeholder in answer.lower()
+
+
+# ----------------------------------------------------------------------------------------------
+# A policy on a data set
+# ----------------------------------------------------------------------------------------------
+
+
+def make_prompts(
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    k: int,
+    retriever: str = "bm25",
+    max_prompt_tokens: int | None = 512,
+    seed: int = 0,
+    dense: Dense | None = None,
+) -> list[list[int]]:
+    """The token ids of each example's personalized prompt."""
+    prompts = []
+    for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):
+        items = retrieve(example, k, retriever, seed, dense)
+        messages = build_messages(example, items, tokenizer, max_prompt_tokens)
+        prompts.append(tokenizer.chat(messages))
+    return prompts
+
+
+def complete(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    group_size: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    description: str = "generate",
+) -> list[list[str]]:
+    """Completions as text [P][G], `batch_size` rows at a time, prompts of like length together."""
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    texts: list[list[str]] = [[] for _ in prompts]
+    size = max(1, batch_size // group_size)
+    with tqdm(total=len(prompts), desc=description, disable=None, leave=False) as bar:
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            groups = generate(
+                decoder,
+                [prompts[n] for n in batch],
+                group_size,
+                max_new_tokens,
+                temperature,
+                tokenizer.eos_ids,
+                seed + start,
+            )
+            for n, group in zip(batch, groups, strict=True):
+                texts[n] = [tokenizer.opening + tokenizer.decode(c.tokens) for c in group]
+            bar.update(len(batch))
+    return texts
+
+
+def score(predictions: dict[str, str], examples: list[Example]) -> dict[str, float]:
+    """The mean of each metric over the examples; ValueError if one has no target."""
+    totals = dict.fromkeys(METRICS, 0.0)
+    for example in examples:
+        if example.target is None:
+            raise ValueError(f"record {example.id!r} has no output to be scored against")
+        text = predictions[example.id]
+        for name, value in (
+            rouge(text, example.target) | {"bleu": bleu(text, example.target)}
+        ).items():
+            totals[name] += value / len(examples)
+    return totals
+
+
+def evaluate(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    k: int = 4,
+    retriever: str = "bm25",
+    max_prompt_tokens: int | None = 512,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dense: Dense | None = None,
+    batch_size: int = 64,
+    description: str = "evaluate",
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(mean scores, answers by record id), greedy unless a temperature is given.
+
+    Examples without targets (LaMP's test split) get answers and no scores.
+    """
+    prompts = make_prompts(tokenizer, examples, k, retriever, max_prompt_tokens, seed, dense)
+    texts = complete(
+        decoder, tokenizer, prompts, 1, max_new_tokens, temperature, seed, batch_size, description
+    )
+    answers = {
+        e.id: extract_answer(text, e.task) for e, (text,) in zip(examples, texts, strict=True)
+    }
+    scored = bool(examples) and all(example.target is not None for example in examples)
+    return score(answers, examples) if scored else {}, answers
+
+
+def write_predictions(path, task: str, answers: dict[str, str]) -> None:
+    """LaMP's submission format, which its evaluation script reads."""
+    golds = [{"id": id, "output": answer} for id, answer in answers.items()]
+    write_json(path, {"task": task.replace("-", "_"), "golds": golds})
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Named score dictionaries as aligned text, a column for each key."""
+    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
+    width = max(map(len, rows), default=0)
+    lines = [" " * width + "".join(f"{column:>17}" for column in columns)]
+    for name, scores in rows.items():
+        cells = (f"{scores[c]:>17.3f}" if c in scores else " " * 17 for c in columns)
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+@dataclass
+class Options:
+    model: str = "toy/policy"  # checkpoint directory of the policy
+    data: str = "toy/lamp"  # directory with LaMP's files
+    task: TaskName = "LaMP-4"  # which of LaMP's generation tasks
+    split: Split = "dev"  # which of its files
+    retriever: Retriever = "bm25"  # how profile items are ranked
+    k: int = 4  # items in the prompt
+    encoder: str = "toy/encoder"  # BERT checkpoint of the dense retriever
+    pooling: str = "mean"  # of the dense retriever: mean or cls
+    max_prompt_tokens: int = 512  # longer prompts lose the ends of their items
+    max_new_tokens: int = 128  # longest completion
+    temperature: float = 0.0  # 0 is greedy
+    batch_size: int = 64  # rows that are generated together
+    limit: int = 0  # only the first records; 0 takes all
+    seed: int = 0  # of sampling and of the random retriever
+    device: str = "auto"  # auto, cuda, mps or cpu
+    out: str = "runs/eval"  # directory for predictions.json and scores.json
+
+
+def main(options: Options) -> None:
+    device = pick_device(options.device)
+    examples = load_lamp(options.data, options.task, options.split)
+    examples = examples[: options.limit or None]
+    decoder, tokenizer = load_decoder(options.model, device), load_tokenizer(options.model)
+    scores, answers = evaluate(
+        decoder,
+        tokenizer,
+        examples,
+        options.k,
+        options.retriever,
+        options.max_prompt_tokens,
+        options.max_new_tokens,
+        options.temperature,
+        options.seed,
+        make_dense(options),
+        options.batch_size,
+    )
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_predictions(out / "predictions.json", options.task, answers)
+    if scores:
+        write_json(out / "scores.json", scores)
+        print(table({f"{options.task} {options.split}, {len(answers)} records": scores}))
+    empty = sum(not answer for answer in answers.values())
+    print(f"{out}/predictions.json: {len(answers)} answers, {empty} of them empty")
+
+
+if __name__ == "__main__":
+    command(main, Options, __doc__)
