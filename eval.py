@@ -1,15 +1,15 @@
-"""Scores: the answer in a completion, ROUGE and BLEU, and a policy's score on held-out users.
+"""Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
 
-ROUGE here is the one of LaMP's official evaluation, Google's rouge_score without stemming: lowercased
+ROUGE is that of LaMP's official evaluation, Google's rouge_score without stemming: lowercased
 [a-z0-9]+ words, n-gram counts (a repeated word counts as often as both sides have it), F1:
 
-  ROUGE-n = 2 p r / (p + r),  p = matches / n-grams of the prediction,  r = matches / of the reference
+  ROUGE-n = 2 p r / (p + r),  p = matches / n-grams of the prediction,  r = matches / of the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-The authors' release scores with rouge_chinese after jieba, sets of n-grams with punctuation as words:
-its numbers are not comparable with these. BLEU is the authors': characters, 4-grams, NLTK's method 3.
+The authors' release scores with rouge_chinese after jieba, sets of n-grams with punctuation as
+words: its numbers are not comparable. BLEU is theirs: characters, 4-grams, NLTK's method 3.
 
-    python eval.py --model toy/policy --data toy/lamp --task LaMP-4 --split dev --k 4 --out runs/eval
+    python eval.py --model toy/policy --data toy/lamp --task LaMP-4 --split dev --k 4
 """
 
 import math
@@ -20,32 +20,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from prlm import (
-    Decoder,
-    Tokenizer,
-    command,
-    generate,
-    load_decoder,
-    load_tokenizer,
-    pick_device,
-    write_json,
-)
-from retrieve import (
-    Dense,
-    Example,
-    Retriever,
-    Split,
-    TaskName,
-    build_messages,
-    load_lamp,
-    make_dense,
-    retrieve,
-    task_of,
-)
+import prlm
+from prlm import Decoder, Tokenizer
+from retrieve import Example, PromptOptions, Split, load_lamp, make_prompts, task_of
 
-# ----------------------------------------------------------------------------------------------
-# Metrics of one pair of texts
-# ----------------------------------------------------------------------------------------------
+# ---- Metrics of two texts -------------------------------------------------------------------
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
 
@@ -117,9 +96,7 @@ def bleu(prediction: str, reference: str) -> float:
     return math.exp(brevity + math.fsum(logs) / 4)
 
 
-# ----------------------------------------------------------------------------------------------
-# The answer in a completion
-# ----------------------------------------------------------------------------------------------
+# ---- The answer in a completion ------------------------------------------------------------------
 
 
 def extract_answer(completion: str, task: str) -> str:
@@ -133,7 +110,7 @@ def extract_answer(completion: str, task: str) -> str:
     "It's a start"
     """
     kind = task_of(task)
-    before, closed, text = completion.rpartition("</think>")
+    _, closed, text = completion.rpartition("</think>")
     if not closed and "<think>" in text:
         return ""
     values = []
@@ -155,109 +132,67 @@ def is_placeholder(answer: str, task: str) -> bool:
     return not answer.strip() or task_of(task).placeholder in answer.lower()
 
 
-# ----------------------------------------------------------------------------------------------
-# A policy on a data set
-# ----------------------------------------------------------------------------------------------
+# ---- A policy on a data set ----------------------------------------------------------------------
 
 
-def make_prompts(
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    k: int,
-    retriever: str = "bm25",
-    max_prompt_tokens: int | None = 512,
-    seed: int = 0,
-    dense: Dense | None = None,
-) -> list[list[int]]:
-    """The token ids of each example's personalized prompt."""
-    prompts = []
-    for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):
-        items = retrieve(example, k, retriever, seed, dense)
-        messages = build_messages(example, items, tokenizer, max_prompt_tokens)
-        prompts.append(tokenizer.chat(messages))
-    return prompts
+@dataclass
+class EvalOptions(PromptOptions):
+    max_new_tokens: int = 128  # longest completion
+    batch_size: int = 64  # completions that are generated together
 
 
 def complete(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    group_size: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 64,
-    description: str = "generate",
-) -> list[list[str]]:
-    """Completions as text [P][G], `batch_size` rows at a time, prompts of like length together."""
+    o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
+    group_size: int = 1, temperature: float = 0.0, description: str = "generate",
+) -> list[list[str]]:  # fmt: skip
+    """Completions as text [P][G]; prompts of like length are batched together."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     texts: list[list[str]] = [[] for _ in prompts]
-    size = max(1, batch_size // group_size)
+    size = max(1, o.batch_size // group_size)
     with tqdm(total=len(prompts), desc=description, disable=None, leave=False) as bar:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            groups = generate(
-                decoder,
-                [prompts[n] for n in batch],
-                group_size,
-                max_new_tokens,
-                temperature,
-                tokenizer.eos_ids,
-                seed + start,
-            )
+            how = group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, o.seed + start
+            groups = prlm.generate(decoder, [prompts[n] for n in batch], *how)
             for n, group in zip(batch, groups, strict=True):
                 texts[n] = [tokenizer.opening + tokenizer.decode(c.tokens) for c in group]
             bar.update(len(batch))
     return texts
 
 
-def score(predictions: dict[str, str], examples: list[Example]) -> dict[str, float]:
-    """The mean of each metric over the examples; ValueError if one has no target."""
+def score(answers: dict[str, str], examples: list[Example]) -> dict[str, float]:
+    """The mean of each metric; ValueError where an example has no target."""
     totals = dict.fromkeys(METRICS, 0.0)
     for example in examples:
         if example.target is None:
             raise ValueError(f"record {example.id!r} has no output to be scored against")
-        text = predictions[example.id]
-        for name, value in (
-            rouge(text, example.target) | {"bleu": bleu(text, example.target)}
-        ).items():
+        answer, target = answers[example.id], example.target
+        for name, value in {**rouge(answer, target), "bleu": bleu(answer, target)}.items():
             totals[name] += value / len(examples)
     return totals
 
 
 def evaluate(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    k: int = 4,
-    retriever: str = "bm25",
-    max_prompt_tokens: int | None = 512,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    dense: Dense | None = None,
-    batch_size: int = 64,
-    description: str = "evaluate",
-) -> tuple[dict[str, float], dict[str, str]]:
+    decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
+    options: EvalOptions | None = None, temperature: float = 0.0, description: str = "evaluate",
+) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """(mean scores, answers by record id), greedy unless a temperature is given.
 
-    Examples without targets (LaMP's test split) get answers and no scores.
+    Records without targets (LaMP withholds those of its test split) get answers, not scores.
     """
-    prompts = make_prompts(tokenizer, examples, k, retriever, max_prompt_tokens, seed, dense)
-    texts = complete(
-        decoder, tokenizer, prompts, 1, max_new_tokens, temperature, seed, batch_size, description
-    )
-    answers = {
-        e.id: extract_answer(text, e.task) for e, (text,) in zip(examples, texts, strict=True)
-    }
-    scored = bool(examples) and all(example.target is not None for example in examples)
-    return score(answers, examples) if scored else {}, answers
+    o = options or EvalOptions()
+    prompts = make_prompts(o, tokenizer, examples)
+    texts = complete(o, decoder, tokenizer, prompts, 1, temperature, description)
+    pairs = zip(examples, texts, strict=True)
+    answers = {example.id: extract_answer(text, example.task) for example, (text,) in pairs}
+    withheld = any(example.target is None for example in examples)
+    return {} if withheld or not examples else score(answers, examples), answers
 
 
 def write_predictions(path, task: str, answers: dict[str, str]) -> None:
     """LaMP's submission format, which its evaluation script reads."""
     golds = [{"id": id, "output": answer} for id, answer in answers.items()]
-    write_json(path, {"task": task.replace("-", "_"), "golds": golds})
+    prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -266,58 +201,31 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{column:>17}" for column in columns)]
     for name, scores in rows.items():
-        cells = (f"{scores[c]:>17.3f}" if c in scores else " " * 17 for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(cells))
+        lines.append(f"{name:<{width}}" + "".join(f"{scores[c]:>17.3f}" for c in columns))
     return "\n".join(lines)
 
 
 @dataclass
-class Options:
-    model: str = "toy/policy"  # checkpoint directory of the policy
-    data: str = "toy/lamp"  # directory with LaMP's files
-    task: TaskName = "LaMP-4"  # which of LaMP's generation tasks
-    split: Split = "dev"  # which of its files
-    retriever: Retriever = "bm25"  # how profile items are ranked
-    k: int = 4  # items in the prompt
-    encoder: str = "toy/encoder"  # BERT checkpoint of the dense retriever
-    pooling: str = "mean"  # of the dense retriever: mean or cls
-    max_prompt_tokens: int = 512  # longer prompts lose the ends of their items
-    max_new_tokens: int = 128  # longest completion
+class Options(EvalOptions):
+    split: Split = "dev"  # which of LaMP's files
     temperature: float = 0.0  # 0 is greedy
-    batch_size: int = 64  # rows that are generated together
     limit: int = 0  # only the first records; 0 takes all
-    seed: int = 0  # of sampling and of the random retriever
-    device: str = "auto"  # auto, cuda, mps or cpu
     out: str = "runs/eval"  # directory for predictions.json and scores.json
 
 
-def main(options: Options) -> None:
-    device = pick_device(options.device)
-    examples = load_lamp(options.data, options.task, options.split)
-    examples = examples[: options.limit or None]
-    decoder, tokenizer = load_decoder(options.model, device), load_tokenizer(options.model)
-    scores, answers = evaluate(
-        decoder,
-        tokenizer,
-        examples,
-        options.k,
-        options.retriever,
-        options.max_prompt_tokens,
-        options.max_new_tokens,
-        options.temperature,
-        options.seed,
-        make_dense(options),
-        options.batch_size,
-    )
-    out = Path(options.out)
+def main(o: Options) -> None:
+    device, out = prlm.pick_device(o.device), Path(o.out)
+    examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
+    decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
+    scores, answers = evaluate(decoder, tokenizer, examples, o, o.temperature)
     out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out / "predictions.json", options.task, answers)
+    write_predictions(out / "predictions.json", o.task, answers)
     if scores:
-        write_json(out / "scores.json", scores)
-        print(table({f"{options.task} {options.split}, {len(answers)} records": scores}))
+        prlm.write_json(out / "scores.json", scores)
+        print(table({f"{o.task} {o.split}, {len(answers)} records": scores}))
     empty = sum(not answer for answer in answers.values())
     print(f"{out}/predictions.json: {len(answers)} answers, {empty} of them empty")
 
 
 if __name__ == "__main__":
-    command(main, Options, __doc__)
+    prlm.command(main, Options, __doc__)

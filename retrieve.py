@@ -19,7 +19,7 @@ BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace t
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,20 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prlm import (
-    Encoder,
-    Tokenizer,
-    command,
-    load_encoder,
-    load_tokenizer,
-    pick_device,
-    read_json,
-    write_json,
-)
+import prlm
+from prlm import Encoder, Tokenizer, read_json
 
-# ----------------------------------------------------------------------------------------------
-# Tasks and records
-# ----------------------------------------------------------------------------------------------
+# ---- Tasks and records -----------------------------------------------------------------------
 
 
 TaskName = Literal["LaMP-4", "LaMP-5", "LaMP-7"]
@@ -50,13 +40,16 @@ Retriever = Literal["none", "random", "recency", "bm25", "dense"]
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between the three LaMP tasks: words, and the keys of a profile item."""
+    """What differs between the three LaMP tasks."""
 
     prefix: str  # LaMP's instruction in front of every input
-    keys: tuple[str, ...]  # an item's fields, in the order they are shown
-    shown: tuple[str, ...]  # the names they are shown under
+    fields: dict[str, str]  # a profile item's keys, in the order shown, and the names they show
     request: str  # with a profile it follows "Based on the historical profiles provided, "
-    answer: str  # the key of the answer
+
+    @property
+    def answer(self) -> str:
+        """The name under which the answer is asked for: that of the last field."""
+        return list(self.fields.values())[-1]
 
     @property
     def placeholder(self) -> str:
@@ -65,25 +58,19 @@ class Task:
 
 TASKS = {
     "LaMP-4": Task(
-        "Generate a headline for the following article: ",
-        ("text", "title"),
-        ("text", "title"),
-        "generate a title for the given text from the user.",
-        "title",
+        prefix="Generate a headline for the following article: ",
+        fields={"text": "text", "title": "title"},
+        request="generate a title for the given text from the user.",
     ),
     "LaMP-5": Task(
-        "Generate a title for the following abstract of a paper: ",
-        ("abstract", "title"),
-        ("abstract", "title"),
-        "generate a title for the given abstract from the user.",
-        "title",
+        prefix="Generate a title for the following abstract of a paper: ",
+        fields={"abstract": "abstract", "title": "title"},
+        request="generate a title for the given abstract from the user.",
     ),
     "LaMP-7": Task(
-        "Paraphrase the following tweet without any explanation before or after it: ",
-        ("text",),
-        ("tweet",),
-        "paraphrase the user's input tweet in the style of the user's historical tweets.",
-        "tweet",
+        prefix="Paraphrase the following tweet without any explanation before or after it: ",
+        fields={"text": "tweet"},
+        request="paraphrase the user's input tweet in the style of the user's historical tweets.",
     ),
 }
 
@@ -127,7 +114,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     if odd:
         where = "has no output" if odd[0] in ids else "has an output but no question"
         raise ValueError(f"{path}: record {odd[0]!r} {where} ({len(odd)} such records)")
-    return [Example(*(*vars(e).values(),)[:-1], targets[e.id]) for e in examples]
+    return [replace(example, target=targets[example.id]) for example in examples]
 
 
 def _find(directory: Path, task: str, split: str, kind: str) -> Path:
@@ -149,7 +136,7 @@ def _load_outputs(directory, task: str, split: str) -> dict[str, str] | None:
             return None
         raise
     content = read_json(path)
-    if content.get("task", task).replace("_", "-") != task:
+    if str(content.get("task", task)).replace("_", "-") != task:
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")
     golds = content.get("golds")
     if not isinstance(golds, list):
@@ -180,18 +167,16 @@ def _example(record, number: int, task: str, path: Path) -> Example:
         if other != task and text.startswith(content.prefix):
             raise ValueError(f"{where} belongs to {other}, not to {task}")
     for place, item in enumerate(profile):
-        if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in kind.keys):
+        if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in kind.fields):
             raise ValueError(
-                f"{where}: profile item {place} needs the strings {', '.join(kind.keys)}"
+                f"{where}: profile item {place} needs the strings {', '.join(kind.fields)}"
             )
     id, user = str(record["id"]), record.get("user_id")
     query = text.removeprefix(kind.prefix)
     return Example(id, id if user is None else str(user), task, query, profile, None)
 
 
-# ----------------------------------------------------------------------------------------------
-# Retrieval
-# ----------------------------------------------------------------------------------------------
+# ---- Retrieval -------------------------------------------------------------------------------
 
 
 class BM25:
@@ -253,7 +238,7 @@ class Dense:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [N, H], batched by length."""
-        limit = min(512, self.encoder.places.num_embeddings)
+        limit = min(512, self.encoder.max_length)
         device = self.encoder.norm.weight.device
         rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
@@ -285,9 +270,8 @@ def show(item: dict, task: str) -> str:
     >>> show({"title": "Open", "text": "We are.", "id": "1"}, "LaMP-4")
     "'text': 'We are.' 'title': 'Open'"
     """
-    kind = TASKS[task]
-    pairs = zip(kind.shown, kind.keys, strict=True)
-    return " ".join(f"'{name}': '{item[key].strip()}'" for name, key in pairs)
+    fields = TASKS[task].fields.items()
+    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in fields)
 
 
 def parse_date(item: dict, example: Example) -> tuple[int, ...]:
@@ -340,9 +324,7 @@ def retrieve(
     return [profile[n] for n in order[:k]]
 
 
-# ----------------------------------------------------------------------------------------------
-# The personalized prompt
-# ----------------------------------------------------------------------------------------------
+# ---- The personalized prompt -----------------------------------------------------------------
 
 SYSTEM = (
     "You infer the user's preferences from the historical records and the query. First reason step by "
@@ -364,9 +346,8 @@ def instruction(task: str, personal: bool) -> str:
 
 def question(task: str, query: str) -> str:
     """The query in the items' key style, open where the answer goes: 'text': '…' 'title':"""
-    kind = TASKS[task]
-    asked = f" '{kind.answer}':" if kind.answer not in kind.shown[:1] else ""
-    return f"'{kind.shown[0]}': '{query.strip()}'{asked}"
+    first, *rest = TASKS[task].fields.values()
+    return f"'{first}': '{query.strip()}'" + "".join(f" '{name}':" for name in rest)
 
 
 def build_messages(
@@ -425,73 +406,79 @@ def build_messages(
 
 
 def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
-    """The item in at most `room` tokens: its first field is cut, then its title, then it is left out."""
-    kind = TASKS[task]
-    item = {key: item[key].strip() for key in kind.keys}
-    for key in kind.keys:
-        for _ in range(3):  # cutting can change how the neighbours are tokenised
-            excess = len(tokenizer.encode(show(item, task))) - room
-            if excess <= 0:
-                return show(item, task) if item[kind.keys[-1]] else ""
-            item[key] = tokenizer.cut(item[key], len(tokenizer.encode(item[key])) - excess)
-    return ""
+    """The item in at most `room` tokens: first its text is cut, then its title, then all of it."""
+    item = {key: item[key].strip() for key in TASKS[task].fields}
+    for key in [key for key in item for _ in range(3)]:  # a cut can change the tokens around it
+        excess = len(tokenizer.encode(show(item, task))) - room
+        if excess <= 0:
+            break
+        item[key] = tokenizer.cut(item[key], len(tokenizer.encode(item[key])) - excess)
+    fits = len(tokenizer.encode(show(item, task))) <= room
+    return show(item, task) if fits and item[key] else ""
 
 
-# ----------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------
+# ---- The command ----------------------------------------------------------------------------
 
 
 @dataclass
-class Options:
+class PromptOptions:
+    model: str = "toy/policy"  # checkpoint directory of the policy
     data: str = "toy/lamp"  # directory with LaMP's files
     task: TaskName = "LaMP-4"  # which of LaMP's generation tasks
-    split: Split = "dev"  # which of its files
-    retriever: Retriever = "bm25"  # how items are ranked
-    k: int = 4  # items to retrieve; with --out every profile is ranked in full
+    retriever: Retriever = "bm25"  # how profile items are ranked
+    k: int = 4  # profile items in the prompt
     idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
-    encoder: str = "toy/encoder"  # BERT checkpoint of the dense retriever
+    encoder: str = "toy/encoder"  # BERT checkpoint, of the dense retriever and the reward model
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
-    model: str = "toy/policy"  # whose tokenizer counts the prompt's tokens
-    max_prompt_tokens: int = 512  # budget of the shown prompt
-    show: int = 1  # records to print
-    seed: int = 0  # of the random retriever
-    device: str = "auto"  # where the dense encoder runs: auto, cuda, mps or cpu
-    out: str | None = None  # write the ranking of every record to this JSON file
+    query_prefix: str = ""  # what the dense retriever puts before a query (bge models want one)
+    max_prompt_tokens: int = 512  # longer prompts lose the ends of their items
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto, cuda, mps or cpu
 
 
-def make_dense(options) -> Dense | None:
-    """The dense retriever an options object asks for, None if it asks for another."""
-    if options.retriever != "dense":
-        return None
-    encoder = load_encoder(options.encoder, pick_device(options.device))
-    return Dense(encoder, options.pooling)
+def make_ranker(o: PromptOptions):
+    """rank(example, k) with the retriever that the options ask for."""
+    dense = None
+    if o.retriever == "dense":
+        encoder = prlm.load_encoder(o.encoder, prlm.pick_device(o.device))
+        dense = Dense(encoder, o.pooling, o.query_prefix)
+    return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense, o.idf)
 
 
-def main(options: Options) -> None:
-    examples = load_lamp(options.data, options.task, options.split)
-    dense = make_dense(options)
+def make_prompts(
+    o: PromptOptions, tokenizer: Tokenizer, examples: list[Example]
+) -> list[list[int]]:
+    """The token ids of each example's personalized prompt."""
+    rank, prompts = make_ranker(o), []
+    for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):
+        messages = build_messages(example, rank(example, o.k), tokenizer, o.max_prompt_tokens)
+        prompts.append(tokenizer.chat(messages))
+    return prompts
 
-    def ranked(example: Example, k: int) -> list[dict]:
-        return retrieve(example, k, options.retriever, options.seed, dense, options.idf)
 
-    tokenizer = load_tokenizer(options.model) if options.show else None
-    for example in examples[: options.show]:
-        chat = build_messages(
-            example, ranked(example, options.k), tokenizer, options.max_prompt_tokens
-        )
-        print(
-            f"--- record {example.id}: {len(tokenizer.chat(chat))} tokens, target {example.target!r}"
-        )
-        print("\n".join(message["content"] for message in chat))
-    if options.out:
+@dataclass
+class Options(PromptOptions):
+    split: Split = "dev"  # which of LaMP's files
+    show: int = 1  # prompts to print
+    out: str | None = None  # write every record's whole ranking to this file, {id: [item ids]}
+
+
+def main(o: Options) -> None:
+    examples, rank = load_lamp(o.data, o.task, o.split), make_ranker(o)
+    tokenizer = prlm.load_tokenizer(o.model) if o.show else None
+    for example in examples[: o.show]:
+        messages = build_messages(example, rank(example, o.k), tokenizer, o.max_prompt_tokens)
+        tokens = len(tokenizer.chat(messages))
+        print(f"--- record {example.id}: {tokens} tokens, target {example.target!r}")
+        print("\n".join(message["content"] for message in messages))
+    if o.out:
         ranking = {}
-        for example in tqdm(examples, desc=f"rank by {options.retriever}", disable=None):
-            items = ranked(example, len(example.profile))
+        for example in tqdm(examples, f"rank by {o.retriever}", disable=None):
+            items = rank(example, len(example.profile))
             ranking[example.id] = [str(item.get("id", "")) for item in items]
-        write_json(options.out, ranking)
-        print(f"ranked {len(ranking)} profiles: {options.out}")
+        prlm.write_json(o.out, ranking)
+        print(f"{o.out}: {len(ranking)} ranked profiles")
 
 
 if __name__ == "__main__":
-    command(main, Options, __doc__)
+    prlm.command(main, Options, __doc__)

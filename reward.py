@@ -19,11 +19,10 @@ not whose style one is. `probe` measures exactly that, so read it beside the pai
     python reward.py --model toy/policy --data toy/lamp --out runs/reward
 """
 
-import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,31 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval import complete, extract_answer, is_placeholder, make_prompts, rouge
-from prlm import (
-    Decoder,
-    Encoder,
-    Tokenizer,
-    command,
-    load_decoder,
-    load_encoder,
-    load_tokenizer,
-    pick_device,
-    read_checkpoint,
-    read_json,
-    write_json,
-    write_safetensors,
-    write_text,
-)
-from retrieve import Dense, Example, Retriever, TaskName, load_lamp, make_dense
+import prlm
+from eval import EvalOptions, complete, extract_answer, is_placeholder, rouge
+from prlm import Decoder, Encoder, Tokenizer
+from retrieve import Example, load_lamp, make_prompts
 
-__all__ = ["RewardModel", "extract_answer", "format_reward", "info_nce", "rewards"]
-
-WEIGHTS = {"accuracy": 1.0, "format": 0.1, "personalization": 0.1}
-
-# ----------------------------------------------------------------------------------------------
-# The three parts
-# ----------------------------------------------------------------------------------------------
+# ---- The three parts -----------------------------------------------------------------------------
 
 
 def format_reward(completion: str) -> float:
@@ -72,42 +52,36 @@ def accuracy_reward(answer: str, target: str) -> float:
 
 
 def rewards(
-    completions: Sequence[str],
-    examples: Sequence[Example],
-    reward_model: "RewardModel | None" = None,
-    weights: dict[str, float] = WEIGHTS,
-) -> list[dict]:
-    """For each completion its answer, the three parts, and their weighted sum as "reward".
+    completions: Sequence[str], examples: Sequence[Example],
+    reward_model: "RewardModel | None" = None, weight: float = 0.1,
+) -> list[dict]:  # fmt: skip
+    """For each completion its answer, the three parts, and "reward", their sum as above.
 
-    An empty answer, or one that echoes the placeholder, earns no accuracy and no personalization; in
-    LaMP-4 it costs 10 points of the latter (a learned reward likes empty answers, and RL finds that).
+    An empty answer, or an echo of the placeholder, earns no accuracy and no personalization. In
+    LaMP-4 it loses 10 points of the latter: a learned reward likes such answers, and RL finds out.
     """
-    scored = []
-    for completion, example in zip(completions, examples, strict=True):
-        answer = extract_answer(completion, example.task)
-        void = is_placeholder(answer, example.task)
-        accuracy = 0.0 if void else accuracy_reward(answer, example.target)
-        personalization = -10.0 if void and example.task == "LaMP-4" else 0.0
-        parts = {"accuracy": accuracy, "format": format_reward(completion)}
-        scored.append({"answer": answer, "void": void, **parts, "personalization": personalization})
-    judged = [n for n, part in enumerate(scored) if not part["void"]]
-    if reward_model is not None and judged:
-        queries, answers = (
-            [examples[n].query for n in judged],
-            [scored[n]["answer"] for n in judged],
-        )
-        for n, raw in zip(judged, reward_model.score_all(queries, answers).tolist(), strict=True):
-            scored[n]["personalization"] = 1 / (1 + math.exp(-raw))
-    for part in scored:
-        if reward_model is None:
-            part["personalization"] = 0.0
-        part["reward"] = sum(weight * part[name] for name, weight in weights.items())
-    return scored
+    pairs = list(zip(completions, examples, strict=True))
+    answers = [extract_answer(completion, example.task) for completion, example in pairs]
+    void = [is_placeholder(a, e.task) for a, e in zip(answers, examples, strict=True)]
+    personal = [-10.0 * (v and e.task == "LaMP-4") for v, e in zip(void, examples, strict=True)]
+    judged = [n for n in range(len(pairs)) if not void[n]]
+    if reward_model is None:
+        personal = [0.0] * len(pairs)
+    elif judged:
+        queries = [examples[n].query for n in judged]
+        scores = reward_model.score_all(queries, [answers[n] for n in judged])
+        for n, share in zip(judged, scores.sigmoid().tolist(), strict=True):
+            personal[n] = share
+    rows = []
+    for n, (completion, example) in enumerate(pairs):
+        accuracy = 0.0 if void[n] else accuracy_reward(answers[n], example.target)
+        row = {"answer": answers[n], "accuracy": accuracy, "format": format_reward(completion)}
+        total = accuracy + 0.1 * row["format"] + weight * personal[n]
+        rows.append(row | {"personalization": personal[n], "reward": total})
+    return rows
 
 
-# ----------------------------------------------------------------------------------------------
-# The personalization model
-# ----------------------------------------------------------------------------------------------
+# ---- The personalization model -------------------------------------------------------------------
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
@@ -137,7 +111,7 @@ class RewardModel(nn.Module):
 
     def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch."""
-        limit = min(512, self.encoder.places.num_embeddings)
+        limit = min(512, self.encoder.max_length)
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), limit) for q, a in pairs]
         width, device = max(len(ids) for ids, _ in rows), self.classifier.weight.device
@@ -148,7 +122,7 @@ class RewardModel(nn.Module):
             mask[n, : len(ids)] = True
         hidden = self.encoder(tokens.to(device), mask.to(device), segments.to(device))  # [B, T, H]
         pooled = torch.tanh(self.encoder.pooler(hidden[:, 0]))
-        pooled = F.dropout(pooled, self.encoder.dropout, self.training)
+        pooled = F.dropout(pooled, self.encoder.dropout[0], self.training)
         return self.classifier(pooled)[:, 0].float()
 
     @torch.no_grad()
@@ -160,23 +134,21 @@ class RewardModel(nn.Module):
 
 def save_reward_model(model: RewardModel, directory) -> None:
     """Writes it as transformers' BertForSequenceClassification with one label."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in model.tokenizer.files.items():
-        write_text(directory / name, content)
+    model.tokenizer.save(directory)
     head = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "personal"}}
-    write_json(directory / "config.json", model.encoder.raw | head | {"label2id": {"personal": 0}})
+    head["label2id"] = {"personal": 0}
+    prlm.write_json(Path(directory) / "config.json", model.encoder.raw | head)
     weights = {f"bert.{name}": view for name, view in model.encoder.views().items()}
     weights |= {f"classifier.{name}": p for name, p in model.classifier.named_parameters()}
-    write_safetensors(directory / "model.safetensors", weights)  # last: it completes the directory
+    prlm.write_safetensors(Path(directory) / "model.safetensors", weights)
 
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
-    tensors = read_checkpoint(directory)
+    tensors = prlm.read_checkpoint(directory)
     missing = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"} - tensors.keys()
     if missing:
         raise ValueError(f"{directory}: no reward model, it lacks {', '.join(sorted(missing))}")
-    model = RewardModel(load_encoder(directory, device))
+    model = RewardModel(prlm.load_encoder(directory, device))
     for name, parameter in model.classifier.named_parameters():
         stored = tensors[f"classifier.{name}"]
         if stored.shape != parameter.shape:
@@ -185,58 +157,37 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
     return model
 
 
-# ----------------------------------------------------------------------------------------------
-# Its training: pairs, InfoNCE, and two honest figures
-# ----------------------------------------------------------------------------------------------
+# ---- Its training: pairs, InfoNCE, and two honest figures ----------------------------------------
+
+
+@dataclass
+class RewardOptions(EvalOptions):
+    pairs_per_query: int = 3  # reward model: positives sampled for each query
+    negatives: int = 1  # reward model: negatives for each positive
+    reward_epochs: int = 3  # reward model: passes over the pairs
+    reward_lr: float = 1e-3  # reward model: peak learning rate; the authors' BERT-base has 5e-5
 
 
 def build_pairs(
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    k: int,
-    retriever: str,
-    samples: int = 1,
-    negatives: int = 1,
-    max_prompt_tokens: int = 512,
-    max_new_tokens: int = 256,
-    temperature: float = 0.7,
-    seed: int = 0,
-    dense: Dense | None = None,
+    o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example]
 ) -> list[dict]:
-    """[{"id", "query", "positive", "negatives"}]: answers with the profile against answers without.
+    """[{"id", "query", "positive", "negatives"}]: answers with the profile against ones without.
 
-    Each query gives `samples` pairs of one positive and `negatives` negatives; empty answers are
-    dropped, and a pair without a positive or any negative with them.
+    Sampled at T = 0.7. Empty answers are dropped; a pair needs a positive and a negative.
     """
     answers = []
-    for name, items, size in (("with", k, samples), ("without", 0, samples * negatives)):
-        prompts = make_prompts(
-            tokenizer, examples, items, retriever, max_prompt_tokens, seed, dense
-        )
-        texts = complete(
-            decoder,
-            tokenizer,
-            prompts,
-            size,
-            max_new_tokens,
-            temperature,
-            seed,
-            description=f"answers {name} profile",
-        )
-        answers.append(
-            [
-                [extract_answer(t, e.task) for t in group]
-                for e, group in zip(examples, texts, strict=True)
-            ]
-        )
+    for name, k, size in (("with", o.k, 1), ("without", 0, o.negatives)):
+        prompts = make_prompts(replace(o, k=k), tokenizer, examples)
+        how = size * o.pairs_per_query, 0.7, f"answers {name} profile"
+        groups = zip(examples, complete(o, decoder, tokenizer, prompts, *how), strict=True)
+        answers.append([[extract_answer(t, e.task) for t in group] for e, group in groups])
     pairs = []
     for example, positives, others in zip(examples, *answers, strict=True):
         for n, positive in enumerate(positives):
-            rest = [a for a in others[n * negatives : (n + 1) * negatives] if a]
-            if positive and rest:
-                entry = {"id": example.id, "query": example.query.strip()}
-                pairs.append(entry | {"positive": positive, "negatives": rest})
+            negatives = [a for a in others[n * o.negatives : (n + 1) * o.negatives] if a]
+            if positive and negatives:
+                pair = {"id": example.id, "query": example.query.strip()}
+                pairs.append(pair | {"positive": positive, "negatives": negatives})
     return pairs
 
 
@@ -267,127 +218,86 @@ def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
     return won / max(total, 1)
 
 
-def train_reward_model(
-    model: RewardModel,
-    pairs: list[dict],
-    epochs: int = 3,
-    batch_size: int = 64,
-    lr: float = 5e-5,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> dict:
-    """InfoNCE with AdamW and a linear decay, on nine tenths of the queries; the rest measure it."""
+def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
+    """InfoNCE, AdamW, linear decay, batches of 64, on nine tenths of the queries; returns a report.
+
+    The other tenth measures the pair accuracy: its queries were never seen.
+    """
     ids = sorted({pair["id"] for pair in pairs})
-    random.Random(seed).shuffle(ids)
+    random.Random(o.seed).shuffle(ids)
     held_ids = set(ids[: max(1, len(ids) // 10)])
     held = [pair for pair in pairs if pair["id"] in held_ids]
     kept = [pair for pair in pairs if pair["id"] not in held_ids]
     if not kept:
-        raise ValueError(f"{len(pairs)} answer pairs are too few to train a reward model on")
-    steps = epochs * math.ceil(len(kept) / batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
+        raise ValueError(f"{len(pairs)} pairs of answers are too few to train a reward model on")
+    steps = o.reward_epochs * math.ceil(len(kept) / 64)
+    optimizer = torch.optim.AdamW(model.parameters(), o.reward_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    torch.manual_seed(seed)  # dropout
+    torch.manual_seed(o.seed)  # dropout
     model.train()
-    losses = []
     with tqdm(total=steps, desc="reward model", disable=None, leave=False) as bar:
-        for epoch in range(epochs):
-            random.Random(f"{seed} {epoch}").shuffle(kept)
-            for start in range(0, len(kept), batch_size):
-                positive, negatives = score_pairs(model, kept[start : start + batch_size])
-                loss = info_nce(positive, negatives, temperature)
+        for epoch in range(o.reward_epochs):
+            random.Random(f"{o.seed} {epoch}").shuffle(kept)
+            for start in range(0, len(kept), 64):
+                loss = info_nce(*score_pairs(model, kept[start : start + 64]))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                losses.append(loss.item())
+                bar.set_postfix(loss=f"{loss.item():.3f}")
                 bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
     model.eval()
-    accuracy = pair_accuracy(model, held)
-    last = losses[-max(1, len(losses) // 10) :]
-    return {"pairs": len(pairs), "loss": sum(last) / len(last), "pair_accuracy": accuracy}
+    return {"pairs": len(pairs), "loss": loss.item(), "pair_accuracy": pair_accuracy(model, held)}
 
 
 def probe(model: RewardModel, path) -> float:
-    """How often the user's own answer scores above the same answer in another user's style.
+    """How often the user's own answer outscores the same answer in another user's style.
 
-    The file is a list of {"query", "own", "other"}. A model that is blind to the profile cannot beat
-    0.5 by much, however good its pair accuracy is.
+    The file lists {"query", "own", "other"}; chance is 0.5. A model that is blind to the profile
+    cannot beat chance by much, however good its pair accuracy is.
     """
-    triples = read_json(path, list)
-    queries = [triple["query"] for triple in triples]
-    own = model.score_all(queries, [triple["own"] for triple in triples])
-    other = model.score_all(queries, [triple["other"] for triple in triples])
-    return ((own > other).float().mean() + (own == other).float().mean() / 2).item()
+    triples = prlm.read_json(path, list)
+    columns = ([triple[key] for triple in triples] for key in ("query", "own", "other"))
+    queries, own, other = columns
+    difference = model.score_all(queries, own) - model.score_all(queries, other)
+    return ((difference.sign() + 1) / 2).mean().item()
 
 
-def obtain_reward_model(options, decoder, tokenizer, examples, directory, device) -> RewardModel:
-    """The trained reward model of `directory`; trained into it first if it is not there yet.
-
-    What is finished is kept: the pairs (the slow part) in pairs.json, then the model, then its report.
-    """
-    directory = Path(directory)
-    if (directory / "report.json").is_file():
-        return load_reward_model(directory, device)
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "pairs.json").is_file():
-        pairs = build_pairs(
-            decoder,
-            tokenizer,
-            examples,
-            options.k,
-            options.retriever,
-            options.pairs_per_query,
-            options.negatives,
-            options.max_prompt_tokens,
-            options.max_new_tokens,
-            seed=options.seed,
-            dense=make_dense(options),
-        )
-        write_json(directory / "pairs.json", pairs)
-    torch.manual_seed(options.seed)
-    model = RewardModel(load_encoder(options.encoder, device))
-    pairs = read_json(directory / "pairs.json", list)
-    report = train_reward_model(
-        model, pairs, options.reward_epochs, lr=options.reward_lr, seed=options.seed
-    )
-    if (Path(options.data) / "probe.json").is_file():
-        report["own_over_other_user"] = probe(model, Path(options.data) / "probe.json")
-    save_reward_model(model, directory)
-    write_json(directory / "report.json", report)
-    print(f"reward model: {json.dumps(report)} (chance 0.5 for both)")
-    return model
+def obtain_reward_model(
+    o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example], directory
+) -> RewardModel:
+    """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
+    directory, device = Path(directory), prlm.pick_device(o.device)
+    if not (directory / "report.json").is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "pairs.json").is_file():  # the slow part is kept
+            pairs = build_pairs(o, decoder, tokenizer, examples)
+            prlm.write_json(directory / "pairs.json", pairs)
+        torch.manual_seed(o.seed)
+        model = RewardModel(prlm.load_encoder(o.encoder, device))
+        report = train_reward_model(o, model, prlm.read_json(directory / "pairs.json", list))
+        triples = Path(o.data) / "probe.json"
+        if triples.is_file():
+            report["own_over_other_user"] = probe(model, triples)
+        save_reward_model(model, directory)
+        prlm.write_json(directory / "report.json", report)  # last: it says all is there
+    report = prlm.read_json(directory / "report.json")
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in report.items())
+    print(f"reward model: {shown} (by chance, accuracies are 0.5)")
+    return load_reward_model(directory, device)
 
 
 @dataclass
-class Options:
-    model: str = "toy/policy"  # checkpoint of the base policy, whose answers are contrasted
-    encoder: str = "toy/encoder"  # BERT checkpoint that becomes the reward model
-    pooling: str = "mean"  # of the dense retriever: mean or cls
-    data: str = "toy/lamp"  # directory with LaMP's files
-    task: TaskName = "LaMP-4"  # which of LaMP's generation tasks
-    retriever: Retriever = "bm25"  # how profile items are ranked
-    k: int = 4  # items in the prompt of a positive
-    pairs_per_query: int = 3  # positives sampled for each query
-    negatives: int = 1  # negatives for each positive
-    reward_epochs: int = 3  # passes over the pairs
-    reward_lr: float = 1e-3  # peak learning rate; the paper's BERT-base takes 5e-5
-    max_prompt_tokens: int = 512  # longer prompts lose the ends of their items
-    max_new_tokens: int = 128  # longest completion
-    limit: int = 0  # only the first records; 0 takes all
-    seed: int = 0  # of sampling, initialisation and order
-    device: str = "auto"  # auto, cuda, mps or cpu
+class Options(RewardOptions):
+    limit: int = 0  # only the first training records; 0 takes all
     out: str = "runs/reward"  # directory of the trained model
 
 
-def main(options: Options) -> None:
-    device = pick_device(options.device)
-    examples = load_lamp(options.data, options.task, "train")[: options.limit or None]
-    decoder, tokenizer = load_decoder(options.model, device), load_tokenizer(options.model)
-    obtain_reward_model(options, decoder, tokenizer, examples, options.out, device)
-    print(f"{options.out}: {(Path(options.out) / 'report.json').read_text()}")
+def main(o: Options) -> None:
+    examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
+    decoder = prlm.load_decoder(o.model, prlm.pick_device(o.device))
+    obtain_reward_model(o, decoder, prlm.load_tokenizer(o.model), examples, o.out)
 
 
 if __name__ == "__main__":
-    command(main, Options, __doc__)
+    prlm.command(main, Options, __doc__)
