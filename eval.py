@@ -47,8 +47,8 @@ def common(a: list, b: list, n: int) -> int:
 def longest_common_subsequence(a: list, b: list) -> int:
     """Its length, a whole row of the usual table at a time, as the bits of one integer.
 
-    Bit j of `row` is 0 where the table's row grows from column j to j + 1; the carry of the addition
-    moves each step of the row to the first match behind it (Hyyrö 2004).
+    Bit j of `row` is 0 where the table's row grows from column j to j + 1; the carry of the sum
+    moves each such step to the first match before it (Hyyrö 2004).
     """
     matches: dict = {}
     for place, token in enumerate(b):
@@ -76,7 +76,8 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def bleu(prediction: str, reference: str) -> float:
-    """BLEU-4 over lowercased characters: exp(1 - r/c) if c < r, times the geometric mean of p_1..p_4.
+    """BLEU-4 over lowercased characters: the geometric mean of p_1 .. p_4, and if the prediction's
+    length c is below the reference's r, times exp(1 - r / c).
 
     Smoothing method 3 of NLTK: the k-th order without a match counts 1 / 2^k matches.
 
@@ -102,7 +103,7 @@ def bleu(prediction: str, reference: str) -> float:
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title' (or 'tweet') behind the reasoning; "" when there is none.
 
-    Reasoning that never closes has no answer, whatever it quotes. The value ends at its quote before
+    Reasoning that never closes has no answer, whatever it quotes. A value ends at its quote before
     a brace, a line's end or a tag, so apostrophes inside survive; quotes and braces may be missing.
     Where the model first repeats the placeholder, the first real value counts.
 

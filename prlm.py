@@ -876,7 +876,7 @@ LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\
 
 
 def render_chat(messages: list[dict], known) -> str | None:
-    """The chat as text, ready for the assistant's turn; None if `known` (ids by token) has no format.
+    """The chat as text, ready for the assistant's turn; None if `known`, the vocabulary, has no format.
 
     A checkpoint's chat template is a program, and it is not run: the format is recognised by
     the special tokens that only its family has.

@@ -1,8 +1,8 @@
 """LaMP records, retrieval from a user's own profile, and the personalized prompt.
 
-A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what the
-same user wrote before. Personalized RAG ranks the profile against the query, keeps the best k items
-and puts them in front of the question. This file is that path, from the JSON to the chat messages:
+A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
+the same user wrote before. Personalized RAG ranks the profile against the query and puts the best k
+items in front of the question. This file is that path, from the JSON to the token ids:
 
   load_lamp        {split}_questions.json and {split}_outputs.json  ->  Example
   retrieve         none | random | recency | bm25 | dense           ->  the best k profile items
@@ -10,8 +10,10 @@ and puts them in front of the question. This file is that path, from the JSON to
 
 BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace tokens, case kept,
 
-  score(d) = sum over query words w of  idf(w) · f(w,d) (k1+1) / (f(w,d) + k1 (1 - b + b |d| / avg|d|))
-  idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 · mean idf
+  score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d| / mean))
+  idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
+
+with f the count of w in d, |d| the words of d and their mean, n(w) the documents that hold w, of N.
 
     python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4
 """
@@ -96,9 +98,9 @@ class Example:
 def load_lamp(directory, task: str, split: str) -> list[Example]:
     """The records of a split ("train" | "dev" | "test"), in file order.
 
-    `directory` is the task's folder or its parent (LaMP_4, or LaMP_4_time as the authors name it);
-    the files lie in it or in a folder named after the split. Outputs are joined by id; only the test
-    split may lack them. Raises ValueError with the file and the record, FileNotFoundError.
+    `directory` is the task's folder or its parent (LaMP_4, or LaMP_4_time as the authors name
+    it); the files lie in it or in a folder named after the split. Outputs are joined by id; only
+    the test split may lack them. ValueError names the file and the record.
     """
     task_of(task)
     path = _find(Path(directory), task, split, "questions")
@@ -143,12 +145,9 @@ def _load_outputs(directory, task: str, split: str) -> dict[str, str] | None:
         raise ValueError(f"{path}: no list of golds")
     targets = {}
     for number, gold in enumerate(golds):
-        if (
-            not isinstance(gold, dict)
-            or not isinstance(gold.get("output"), str)
-            or "id" not in gold
-        ):
-            raise ValueError(f"{path}: gold {number} has no id, or no output that is a string")
+        gold = gold if isinstance(gold, dict) else {}
+        if "id" not in gold or not isinstance(gold.get("output"), str):
+            raise ValueError(f"{path}: gold {number} needs an id and an output (a string)")
         if str(gold["id"]) in targets:
             raise ValueError(f"{path}: id {gold['id']!r} has two outputs")
         targets[str(gold["id"])] = gold["output"]
@@ -167,10 +166,10 @@ def _example(record, number: int, task: str, path: Path) -> Example:
         if other != task and text.startswith(content.prefix):
             raise ValueError(f"{where} belongs to {other}, not to {task}")
     for place, item in enumerate(profile):
-        if not isinstance(item, dict) or not all(isinstance(item.get(k), str) for k in kind.fields):
-            raise ValueError(
-                f"{where}: profile item {place} needs the strings {', '.join(kind.fields)}"
-            )
+        item = item if isinstance(item, dict) else {}
+        if not all(isinstance(item.get(key), str) for key in kind.fields):
+            names = " and ".join(kind.fields)
+            raise ValueError(f"{where}: profile item {place} needs {names} (strings)")
     id, user = str(record["id"]), record.get("user_id")
     query = text.removeprefix(kind.prefix)
     return Example(id, id if user is None else str(user), task, query, profile, None)
@@ -180,10 +179,10 @@ def _example(record, number: int, task: str, path: Path) -> Example:
 
 
 class BM25:
-    """Okapi BM25 over tokenised documents; the index lives as long as one user's query does.
+    """Okapi BM25 over tokenised documents, an index small enough to make anew for every user.
 
-    `idf` "okapi" is rank_bm25's (see above): exactly 0 for a word in half of the documents, which on a
-    small profile can silence whole queries. "lucene" is ln(1 + (N - n + 0.5) / (n + 0.5)), always > 0.
+    `idf` "okapi" is the one above: exactly 0 for a word in half of the documents, which can silence
+    a whole query on a small profile. "lucene" is ln(1 + (N - n + 0.5) / (n + 0.5)), always above 0.
     """
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
@@ -223,8 +222,8 @@ class BM25:
 class Dense:
     """Ranks by the inner product of L2-normalised BERT embeddings, a profile embedded only once.
 
-    `pooling` "mean" averages the real tokens (the authors' choice), "cls" takes the first (what bge
-    models were trained for). `query_prefix` is the instruction some models want before a query.
+    `pooling` "mean" averages the real tokens (the authors' choice), "cls" takes the first (what
+    bge models were trained for). `query_prefix` is what some models want before a query.
     """
 
     def __init__(self, encoder: Encoder, pooling="mean", query_prefix="", batch_size=32):
@@ -242,14 +241,12 @@ class Dense:
         device = self.encoder.norm.weight.device
         rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        vectors = np.zeros((len(rows), self.encoder.norm.weight.numel()), dtype=np.float32)
+        vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n]) for n in batch], True)
-            mask = (
-                torch.arange(tokens.shape[1]) < torch.tensor([len(rows[n]) for n in batch])[:, None]
-            )
-            mask = mask.to(device)
+            lengths = torch.tensor([len(rows[n]) for n in batch])
+            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
             hidden = self.encoder(tokens.to(device), mask)  # [B, T, H]
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             pooled = mean if self.pooling == "mean" else hidden[:, 0]
@@ -279,26 +276,21 @@ def parse_date(item: dict, example: Example) -> tuple[int, ...]:
     date = item.get("date")
     found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(date))
     if not found:
+        where = f"record {example.id!r}, profile item {item.get('id')!r}"
         said = "no date" if date is None else f"the date {date!r}"
-        raise ValueError(
-            f"record {example.id!r}: profile item {item.get('id')!r} has {said}; recency needs dates "
-            "like 2016-03-14 (LaMP's user split has none, its time split does)"
-        )
+        advice = "recency needs dates like 2016-03-14 (LaMP's time split has them)"
+        raise ValueError(f"{where}: {said}; {advice}")
     return tuple(map(int, found[0].split("-")))
 
 
 def retrieve(
-    example: Example,
-    k: int,
-    retriever: str = "bm25",
-    seed: int = 0,
-    dense: Dense | None = None,
-    idf: str = "okapi",
-) -> list[dict]:
+    example: Example, k: int, retriever: str = "bm25", seed: int = 0,
+    dense: Dense | None = None, idf: str = "okapi",
+) -> list[dict]:  # fmt: skip
     """The best k items of the user's own profile, best first; fewer if the profile is shorter.
 
-    Scores that tie, zeros too, keep the profile's order. Recency puts the newest first; random is the
-    same draw for the same seed and record.
+    Items that tie, at 0 too, keep the profile's order. Recency puts the newest first; random is
+    the same draw for the same seed and record.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -327,8 +319,8 @@ def retrieve(
 # ---- The personalized prompt -----------------------------------------------------------------
 
 SYSTEM = (
-    "You infer the user's preferences from the historical records and the query. First reason step by "
-    "step as an inner monologue, then answer. Reply in exactly this form:\n"
+    "You infer the user's preferences from the historical records and the query. First reason "
+    "step by step as an inner monologue, then answer. Reply in exactly this form:\n"
     "<think>\nyour reasoning\n</think>\n<answer>\nyour answer\n</answer>"
 )
 WITH_PROFILE = "Based on the historical profiles provided, "
@@ -338,10 +330,12 @@ ANSWER_FORMAT = " Answer in English as {{'{answer}': '{placeholder}'}}, without 
 def instruction(task: str, personal: bool) -> str:
     """The request of a task; `personal` is whether profile items stand above it."""
     kind = TASKS[task]
-    request = (
-        WITH_PROFILE + kind.request if personal else kind.request[0].upper() + kind.request[1:]
+    start = WITH_PROFILE + kind.request[0] if personal else kind.request[0].upper()
+    return (
+        start
+        + kind.request[1:]
+        + ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
     )
-    return request + ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
 
 
 def question(task: str, query: str) -> str:
@@ -351,29 +345,24 @@ def question(task: str, query: str) -> str:
 
 
 def build_messages(
-    example: Example,
-    items: list[dict],
-    tokenizer: Tokenizer | None = None,
-    max_prompt_tokens: int | None = None,
-) -> list[dict]:
+    example: Example, items: list[dict],
+    tokenizer: Tokenizer | None = None, max_prompt_tokens: int | None = None,
+) -> list[dict]:  # fmt: skip
     """Chat messages: the system message; then items, instruction and query in one user message.
 
-    With a tokenizer and a budget, the rendered chat is at most `max_prompt_tokens` long. The query
-    comes first: it is cut only if it does not fit by itself. The items share the rest evenly, what a
-    short one leaves goes to those after it, and a long one loses the end of its text, not its title.
-    Without items the prompt does not speak of profiles. Raises ValueError if the bare instruction is
+    With a tokenizer and a budget the rendered chat has at most `max_prompt_tokens`. The query is
+    served first, and cut only if it cannot fit by itself. The items share the rest evenly: what a
+    short one leaves goes to those behind it, a long one loses the end of its text, not its title.
+    Without items the prompt does not speak of profiles. ValueError if the bare instruction is
     over the budget.
     """
 
     def messages(shown: list[str], query: str) -> list[dict]:
-        parts = [*shown, instruction(example.task, bool(items)), question(example.task, query)]
-        return [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": "\n".join(parts)},
-        ]
+        request = instruction(example.task, bool(shown))
+        user = "\n".join([*shown, request, question(example.task, query)])
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
 
-    shown = [show(item, example.task) for item in items]
-    full = messages(shown, example.query)
+    full = messages([show(item, example.task) for item in items], example.query)
     if tokenizer is None or max_prompt_tokens is None:
         return full
 
@@ -384,15 +373,13 @@ def build_messages(
         return full
     bare = over(messages([], ""))
     if bare > 0:
-        raise ValueError(
-            f"a prompt of {max_prompt_tokens} tokens cannot hold the instruction, which takes "
-            f"{max_prompt_tokens + bare}: raise --max-prompt-tokens"
-        )
+        need = f"the bare instruction takes {max_prompt_tokens + bare}"
+        raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, but {need}: raise it")
     # Where two pieces meet, tokens can merge or split, so a cut is checked on the whole prompt.
     query, room = example.query, -bare
     while over(messages([], query)) > 0:
         query, room = tokenizer.cut(example.query.strip(), room), room - 1
-    room = spare = -over(messages([], query))
+    room = -over(messages([], query))
     while True:
         cut, left = [], room
         for n, item in enumerate(items):
@@ -402,19 +389,16 @@ def build_messages(
         chat = messages([text for text in cut if text], query)
         if over(chat) <= 0:
             return chat
-        room -= max(1, min(over(chat), spare))
+        room -= over(chat)
 
 
 def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
     """The item in at most `room` tokens: first its text is cut, then its title, then all of it."""
     item = {key: item[key].strip() for key in TASKS[task].fields}
-    for key in [key for key in item for _ in range(3)]:  # a cut can change the tokens around it
-        excess = len(tokenizer.encode(show(item, task))) - room
-        if excess <= 0:
-            break
-        item[key] = tokenizer.cut(item[key], len(tokenizer.encode(item[key])) - excess)
-    fits = len(tokenizer.encode(show(item, task))) <= room
-    return show(item, task) if fits and item[key] else ""
+    for key in item:
+        while (excess := len(tokenizer.encode(show(item, task))) - room) > 0 and item[key]:
+            item[key] = tokenizer.cut(item[key], len(tokenizer.encode(item[key])) - excess)
+    return show(item, task) if excess <= 0 else ""
 
 
 # ---- The command ----------------------------------------------------------------------------

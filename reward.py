@@ -7,14 +7,14 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s(q, a)),  s a BERT cross-encoder
 
-The cross-encoder learns, without labels, to tell an answer that the base policy gave WITH the user's
-profile (a+) from one it gave without (a1- ... aN-). The loss is InfoNCE; with N = 1 and temperature 1 it
-is -log sigmoid(s+ - s-):
+The cross-encoder learns, without labels, to tell an answer that the base policy gave WITH the
+user's profile (a+) from ones it gave without (a1- .. aN-). The loss is InfoNCE, which for N = 1 and
+temperature 1 is -log sigmoid(s+ - s-):
 
   L = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
-s sees the query and the answer, never the profile: it can learn what personal answers have in common,
-not whose style one is. `probe` measures exactly that, so read it beside the pair accuracy.
+s sees the query and the answer, never the profile: it can learn what personal answers have in
+common, not whose style one is. `probe` measures exactly that, so read it beside the pair accuracy.
 
     python reward.py --model toy/policy --data toy/lamp --out runs/reward
 """

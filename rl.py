@@ -68,7 +68,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """An estimate of KL(policy | reference) for each token: exp(d) - d - 1 >= 0, d = ref - policy."""
+    """An estimate of each token's KL(policy | reference): exp(d) - d - 1, d = ref - policy."""
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
@@ -334,7 +334,7 @@ def append(path: Path, records: list[dict]) -> None:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the loop finish its step, save and leave; a second one does not wait."""
+    """Ctrl-C and SIGTERM let the loop finish its step, save and leave; a second one is at once."""
 
     def __init__(self):
         self.signal = None

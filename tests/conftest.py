@@ -1,9 +1,14 @@
-"""Shared by the tests: a tiny tokenizer made on the spot."""
+"""Shared by the tests: tokenizers, a data set and models so small that a run takes seconds."""
+
+import json
+import random
 
 import pytest
 import tokenizers
+import torch
 
 import prlm
+import retrieve
 
 
 def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
@@ -21,3 +26,80 @@ def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
 def toy_tokenizer():
     backend = byte_tokenizer()
     return prlm.Tokenizer(backend, {256}, 256, {"tokenizer.json": backend.to_str()})
+
+
+def write_lamp(folder, task="LaMP-4", users=6, split="train", seed=0):
+    """A small data set in LaMP's format under folder/{split}/."""
+    rng, kind = random.Random(f"{split} {seed}"), retrieve.TASKS[task]
+    words = ["tennis", "golf", "paris", "oslo", "wins", "again", "today", "why"]
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    questions, golds = [], []
+    for n in range(users):
+        id = f"3{'0' if split == 'train' else '1'}{n}"
+        profile = [
+            {key: " ".join(rng.choices(words, k=4)) for key in kind.fields}
+            | {"id": f"{id}{i}", "date": f"20{10 + i}-0{1 + n}-11"}
+            for i in range(rng.randint(2, 5))
+        ]
+        text = kind.prefix + " ".join(rng.choices(words, k=5))
+        questions.append({"id": id, "input": text, "profile": profile, "user_id": f"u{id}"})
+        golds.append({"id": id, "output": " ".join(rng.choices(words, k=4))})
+    outputs = {"task": task.replace("-", "_"), "golds": golds}
+    (folder / split / f"{split}_questions.json").write_text(json.dumps(questions))
+    (folder / split / f"{split}_outputs.json").write_text(json.dumps(outputs))
+
+
+def write_policy(folder, seed=0):
+    """A random Qwen2 whose tokenizer knows bytes and a few whole answers."""
+    backend = byte_tokenizer()
+    answers = ["{'title': 'tennis wins'}", "{'title': 'golf'}", "{'title': 'oslo today'}"]
+    backend.add_tokens(["<think>\n", "\n</think>\n", *answers, retrieve.SYSTEM])
+    torch.manual_seed(seed)
+    raw = dict(
+        model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=272, hidden_size=16,
+        intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    )  # fmt: skip
+    decoder = prlm.Decoder(raw)
+    with torch.no_grad():
+        decoder.embed.weight[backend.get_vocab_size() - 4 : -1] *= 60
+    files = {
+        "tokenizer.json": backend.to_str(),
+        "tokenizer_config.json": json.dumps(
+            {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        ),
+    }
+    prlm.save_decoder(decoder, prlm.Tokenizer(backend, {258}, 256, files), folder)
+
+
+def write_encoder(folder, seed=0):
+    """A random BERT over whole words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "tennis", "golf", "paris", "oslo", "wins", "today"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    torch.manual_seed(seed)
+    raw = dict(
+        model_type="bert", vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    prlm.Tokenizer(backend).save(folder)
+    prlm.write_json(folder / "config.json", raw)
+    prlm.write_safetensors(folder / "model.safetensors", prlm.Encoder(raw).views())
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A directory with lamp/, policy/ and encoder/, each tiny."""
+    folder = tmp_path_factory.mktemp("world")
+    for split in ("train", "dev"):
+        write_lamp(folder / "lamp" / "LaMP_4", split=split)
+    write_policy(folder / "policy")
+    write_encoder(folder / "encoder")
+    return folder
