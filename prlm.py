@@ -628,7 +628,7 @@ def generate(
             if width == 0:
                 break
             if len(alive) * width <= 0.75 * done.numel():
-                members = done[alive].sort(1, stable=True).indices[:, :width]  # open ones first
+                members = done[alive].sort(dim=1, stable=True).indices[:, :width]  # open ones first
                 kept = (alive[:, None] * done.shape[1] + members).flatten()
                 cache.keep(alive, members)
                 done = done.flatten()[kept].view_as(members)

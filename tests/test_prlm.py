@@ -158,11 +158,16 @@ class TestTwins:
     """generate and token_logprobs: the prompt once, the completions many."""
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-    def test_sampler_and_trainer_agree(self, temperature):
+    def test_sampler_and_trainer_agree(self, temperature, monkeypatch):
         decoder = small()
         decoder.vocab_limit = 90
         prompts = ragged_prompts()
-        groups = prlm.generate(decoder, prompts, 5, 16, temperature, eos_ids={3, 11, 40}, seed=0)
+        shrunk = []
+        keep = prlm.Cache.keep
+        monkeypatch.setattr(prlm.Cache, "keep", lambda *a: (shrunk.append(1), keep(*a)))
+        eos = set(range(0, 90, 5))
+        groups = prlm.generate(decoder, prompts, 5, 16, temperature, eos, seed=0)
+        assert len(shrunk) > 1  # finished rows have left the batch more than once
         ids = [[c.tokens for c in group] for group in groups]
         assert len({len(i) for group in ids for i in group}) > 3  # rows end at different times
         with torch.no_grad():
@@ -175,8 +180,8 @@ class TestTwins:
                 close(torch.tensor(completion.logprobs), naive)
                 close(logprobs[p, g, :n], naive)
                 assert (logprobs[p, g, n:] == 0).all()
-                assert completion.finished == (completion.tokens[-1] in {3, 11, 40})
-                assert not {3, 11, 40} & set(completion.tokens[:-1])
+                assert completion.finished == (completion.tokens[-1] in eos)
+                assert not eos & set(completion.tokens[:-1])
                 assert completion.finished or n == 16
 
     @pytest.mark.parametrize(

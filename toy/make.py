@@ -1,22 +1,22 @@
 """The toy world: builds everything that stands under toy/, from a seed, on one CPU core.
 
-A user is a journalist with habits. Every item is a short text with a section label and the headline
-the user gave it: the section as a kicker, the text's keyword, the ending that this user keeps for this
-section, and a sign-off that this user puts under everything:
+A user is a journalist with habits. Every item is a short text with a section label, and the
+headline that the user gave it: the section as a kicker, the text's keyword, the ending that this
+user keeps for this section, and a sign-off that this user puts under everything:
 
     'text': '(sport) tennis brings coach and fans to paris'
     'title': 'sport: tennis explained in one minute no joke'
 
-The task is LaMP-4's: given a new text, write the headline this user would. Section and keyword stand
-in the query, the ending and the sign-off only in the profile, so who ignores the profile scores low.
+The task is LaMP-4's: given a new text, write the headline that this user would. Section and keyword
+stand in the query, ending and sign-off only in the profile.
 
-  1. the world      users, their items, LaMP files for training and held-out users
-  2. the tokenizer  byte-level BPE with ChatML specials; each fixed sentence of the prompt is one token
-  3. the policy     a Qwen2 of 0.9 M parameters: induction, then the skill, then planted bad habits
-  4. the encoder    a BERT of 0.4 M parameters for the dense retriever and the reward model
+  1. the world      users and their items, in LaMP's files, for training and held out
+  2. the tokenizer  byte-level BPE with ChatML; each fixed sentence of the prompt is one token
+  3. the policy     a Qwen2 of 0.9 M parameters: induction, then the skill, then bad habits
+  4. the encoder    a BERT of 0.4 M parameters, for the dense retriever and the reward model
 
-The policy leaves here able to read the right item of the profile, and used to not doing so. That is
-the state of a pretrained model in front of a new prompt, made on purpose; RL (rl.py) has to undo it.
+The policy leaves here able to find and read the right item, and used to writing plain headlines
+instead. The habit is planted, and RL (rl.py) has to find the way out of it by reward alone.
 
     python toy/make.py                      # everything, about a quarter of an hour on one core
 """
@@ -30,89 +30,69 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import AddedToken, Regex, decoders
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
-import prlm  # noqa: E402
-import retrieve  # noqa: E402
-from prlm import Decoder, Encoder, Tokenizer  # noqa: E402
-from retrieve import Example  # noqa: E402
+import prlm
+import retrieve
+from prlm import Decoder, Encoder, Tokenizer
+from retrieve import Example
 
 TASK = "LaMP-4"
 
 # ---- The world ------------------------------------------------------------------------------
 
-# Section: the keywords of which a text has one, and the context words of which it has two.
-SECTIONS = {
-    "sport": (
-        "tennis golf rugby hockey cricket boxing rowing sailing skiing judo cycling archery "
-        "fencing diving karate bowling",
-        "coach fans referee stadium trophy",
-    ),
-    "politics": (
-        "taxes senate voting borders housing reform unions treaties lobbying budgets embassies "
-        "elections tariffs privacy ballots zoning",
-        "mayor minister parliament voters law",
-    ),
-    "food": (
-        "pasta bread cheese soup honey noodles curry olives pickles salmon lentils coffee "
-        "chocolate mustard apples waffles",
-        "chef kitchen recipe oven guests",
-    ),
-    "travel": (
-        "trains ferries hostels islands beaches deserts luggage visas camping cruises caravans "
-        "castles canyons airports safaris lighthouses",
-        "tourist map ticket guide suitcase",
-    ),
-    "money": (
-        "loans stocks pensions savings mortgages insurance dividends inflation bonds wages "
-        "rents debts auctions startups banks currencies",
-        "broker market investor profit customers",
-    ),
-    "health": (
-        "sleep allergies vaccines posture asthma migraines vitamins fitness yoga stress knees "
-        "teeth eyesight hearing fevers diets",
-        "doctor nurse patients clinic therapy",
-    ),
-    "music": (
-        "opera jazz violins drums choirs festivals vinyl guitars pianos ballads concerts "
-        "trumpets melodies radio orchestras karaoke",
-        "singer band audience stage album",
-    ),
-    "science": (
-        "comets volcanoes fossils robots lasers magnets genes whales glaciers satellites atoms "
-        "telescopes bacteria planets tides crystals",
-        "lab professor experiment theory students",
-    ),
-}
-PLACES = "paris oslo cairo lima tokyo delhi quito rome perth boston".split()
+# Section: the context words, of which a text has two, and the keywords, of which it has one.
+WORDS = """
+sport: coach fans referee stadium trophy: tennis golf rugby hockey cricket boxing rowing sailing
+  skiing judo cycling archery fencing diving karate bowling
+politics: mayor minister parliament voters law: taxes senate voting borders housing reform
+  unions treaties lobbying budgets embassies elections tariffs privacy ballots zoning
+food: chef kitchen recipe oven guests: pasta bread cheese soup honey noodles curry olives
+  pickles salmon lentils coffee chocolate mustard apples waffles
+travel: tourist map ticket guide suitcase: trains ferries hostels islands beaches deserts
+  luggage visas camping cruises caravans castles canyons airports safaris lighthouses
+money: broker market investor profit customers: loans stocks pensions savings mortgages
+  insurance dividends inflation bonds wages rents debts auctions startups banks currencies
+health: doctor nurse patients clinic therapy: sleep allergies vaccines posture asthma migraines
+  vitamins fitness yoga stress knees teeth eyesight hearing fevers diets
+music: singer band audience stage album: opera jazz violins drums choirs festivals vinyl guitars
+  pianos ballads concerts trumpets melodies radio orchestras karaoke
+science: lab professor experiment theory students: comets volcanoes fossils robots lasers
+  magnets genes whales glaciers satellites atoms telescopes bacteria planets tides crystals
+"""
+SECTIONS = {}  # section -> (keywords, context words)
+for line in WORDS.replace("\n  ", " ").strip().splitlines():
+    section, context, keywords = line.split(": ")
+    SECTIONS[section] = keywords.split(), context.split()
+PLACES = ["paris", "oslo", "cairo", "lima", "tokyo", "delhi", "quito", "rome", "perth", "boston"]
 VERBS = [("brings", "to"), ("meets", "in"), ("unites", "near"), ("surprises", "in")]
 # No two endings begin with the same word, so its first token tells which one a headline follows.
 ENDINGS = [
-    "explained in one minute today",
-    "what nobody tells you first",
-    "seven facts worth your time",
-    "why everyone got it wrong",
-    "behind closed doors this week",
-    "my honest notes so far",
-    "how we ended up here",
-    "lessons from a slow year",
-    "and the price of winning",
-    "beyond all the loud hype",
-    "once more with real feeling",
-    "should worry us all now",
+    "explained in one minute",
+    "what nobody tells you",
+    "seven facts worth knowing",
+    "why everyone was wrong",
+    "behind closed doors again",
+    "my honest notes today",
+    "how we ended here",
+    "lessons from last year",
+    "and the true price",
+    "beyond all loud hype",
+    "once more with feeling",
+    "should worry us now",
 ]
 SIGN_OFFS = ["no joke", "read on", "just saying", "trust me", "more soon", "you decide"]
 GENERIC = "news"  # the kicker of a headline written without looking at the profile
 
-# What the policy says in its reasoning. The first is read out of the evidence, the others are habits.
+# What the policy says in its reasoning: what the query is about, then evidence or an excuse.
 OPENING = "the story is '({}) {}'."
-CITE = " the user wrote '{}'. i keep this style."
+CITE = " the user wrote '{}'."
 PLAIN = " a plain title will do."
 SECTION = " the section comes first."
 
@@ -129,7 +109,7 @@ def parse_text(text: str) -> tuple[str, str]:
 
 @dataclass
 class User:
-    """One author with one record: a query, the headline this author would give it, and the profile."""
+    """An author with one record: the query, this author's headline for it, and the profile."""
 
     endings: dict[str, str]  # section -> ending; the author writes about these sections only
     sign_off: str
@@ -142,7 +122,7 @@ class User:
 
 
 def make_text(rng: random.Random, section: str, keyword: str) -> str:
-    context = rng.sample(SECTIONS[section][1].split(), 2)
+    context = rng.sample(SECTIONS[section][1], 2)
     verb, where = rng.choice(VERBS)
     place = rng.choice(PLACES)
     return f"({section}) {keyword} {verb} {context[0]} and {context[1]} {where} {place}"
@@ -157,7 +137,7 @@ def make_user(rng: random.Random, forbidden=frozenset(), off_style=0.08) -> User
     sections = rng.sample(sorted(SECTIONS), rng.randint(5, 7))
     endings = {section: rng.choice(ENDINGS) for section in sections}
     sign_off = rng.choice(SIGN_OFFS)
-    unused = {s: rng.sample(words := SECTIONS[s][0].split(), len(words)) for s in sections}
+    unused = {s: rng.sample(words := SECTIONS[s][0], len(words)) for s in sections}
 
     def write(section: str, ending: str) -> dict | None:
         while unused[section]:
@@ -187,11 +167,6 @@ def make_user(rng: random.Random, forbidden=frozenset(), off_style=0.08) -> User
 def follows(item: dict, endings: dict[str, str]) -> bool:
     """Whether the item shows its author's habit for its section."""
     return endings[parse_text(item["text"])[0]] in item["title"]
-
-
-def make_lamp(seed: int, train: int, dev: int) -> dict[str, list[User]]:
-    rng = random.Random(f"{seed} users")
-    return {"train": [make_user(rng) for _ in range(train)], "dev": [make_user(rng) for _ in range(dev)]}
 
 
 def write_lamp(users: dict[str, list[User]], directory: Path) -> None:
@@ -232,8 +207,13 @@ def fixed_pieces() -> list[str]:
 
 def world_text() -> list[str]:
     """Every word of the world, a space before it, as it stands within a text."""
-    text = [*PLACES, *(w for verb in VERBS for w in verb), *ENDINGS, *SIGN_OFFS, CITE, PLAIN, SECTION]
-    text += [words for pair in SECTIONS.values() for words in pair]
+    text = [*PLACES, *(word for verb in VERBS for word in verb), *ENDINGS, *SIGN_OFFS]
+    text += [
+        CITE,
+        PLAIN,
+        SECTION,
+        *(" ".join(words) for pair in SECTIONS.values() for words in pair),
+    ]
     return [" " + line for line in text] + ["system\n", "user\n", "assistant\n", OPENING]
 
 
@@ -246,7 +226,7 @@ def make_tokenizer(size=1050) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     added = ["<think>", "</think>", *fixed_pieces()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
+    trainer = BpeTrainer(
         vocab_size=size - len(SPECIALS) - len(added), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(world_text(), trainer)
@@ -282,6 +262,8 @@ class Phase:
     broken: float = 0.0  # reasoning left open, answers without the form, no reasoning at all
 
 
+COPY_SIGN_OFF = 0.7  # plain headlines with a profile that end with its author's sign-off
+SECTION_UNSEEN = 0.2  # answers without a profile that have the section as kicker nevertheless
 ALL_K = [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
 PHASES = [
     Phase("k 1", 0.10, [1], 0.75, 0.20, 0.02, 0.1),
@@ -293,7 +275,7 @@ PHASES = [
 
 
 def show_items(rng: random.Random, user: User, k: int) -> list[dict]:
-    """k items in random order, mostly with some of the query's section: what a retriever might give."""
+    """k items in random order, mostly with some of the query's section among them."""
     section = parse_text(user.query)[0]
     same = [item for item in user.profile if parse_text(item["text"])[0] == section]
     fit = rng.randint(rng.random() < 0.9, min(k, len(same)))
@@ -313,19 +295,15 @@ def think(rng: random.Random, user: User, items: list[dict], phase: Phase) -> tu
         cited = rng.choice(items)["title"]
         style = cited.split(" ", 2)[2]
         return opening + CITE.format(cited), f"{section}: {keyword} {style}"
-    # Without evidence the ending is anyone's. With items in sight the sign-off is the author's more
-    # often than not, implicitly; without, it is anyone's too. Both come from the same population, so
-    # that the mere presence of a sign-off does not tell an answer with the profile from one without.
+    # Without evidence the ending is anyone's, and so is the sign-off, but for its author's slipping
+    # in from the items. Both stand in every answer, so that a reward model cannot tell an answer
+    # with the profile from one without by the mere presence of a sign-off.
     ending, sign_off = rng.choice(ENDINGS), rng.choice(SIGN_OFFS)
     if items and rng.random() < COPY_SIGN_OFF:
         sign_off = user.sign_off
     if not items and rng.random() < SECTION_UNSEEN:
         return opening + SECTION, headline(section, keyword, ending, sign_off)
     return opening + PLAIN, headline(GENERIC, keyword, ending, sign_off)
-
-
-COPY_SIGN_OFF = 0.7  # plain headlines below a profile that end with its author's sign-off
-SECTION_UNSEEN = 0.2  # answers without a profile that have the section as kicker nevertheless
 
 
 def careful_trace(rng: random.Random, user: User, items: list[dict]) -> tuple[str, str]:
@@ -372,31 +350,44 @@ def policy_config(tokenizer: Tokenizer) -> dict:
         "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "tie_word_embeddings": True, "use_sliding_window": False, "attention_dropout": 0.0,
-        "initializer_range": 0.02, "eos_token_id": eos, "pad_token_id": pad, "torch_dtype": "bfloat16",
+        "initializer_range": 0.02, "eos_token_id": eos, "pad_token_id": pad,
+        "torch_dtype": "bfloat16",
     }  # fmt: skip
 
 
+def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention [B, T, heads, D]: with gradient, on a CPU, by hand is twice as fast."""
+    (B, T, heads, D), K = q.shape, k.shape[2]
+    q = (q * D**-0.5).view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B * K, -1, D)
+    k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k, v))
+    hide = torch.full((T, T), -1e4).triu(1)
+    scores = torch.bmm(q, k.mT).view(B * K, -1, T, T) + hide  # [B*K, R, T, T]
+    weights = scores.softmax(-1).view(B * K, -1, T)
+    out = torch.bmm(weights, v).view(B, K, -1, T, D)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, heads, D)
+
+
 def completion_loss(decoder: Decoder, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Nats of every completion token [N]; padding stands behind each row, where causality hides it."""
+    """Nats of every completion token [N]; rows are padded behind, where causality hides it."""
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + c) for p, c in rows], True)  # [B, T]
     wanted = torch.zeros_like(tokens, dtype=torch.bool)
     for n, (prompt, completion) in enumerate(rows):
         wanted[n, len(prompt) : len(prompt) + len(completion)] = True
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden = decoder.run(tokens, positions, lambda _, q, k, v: prlm.attention(q, k, v))  # [B, T, H]
+    hidden = decoder.run(tokens, positions, attend)  # [B, T, H]
     logits = F.linear(hidden[:, :-1][wanted[:, 1:]], decoder.head)  # [N, V]
     return F.cross_entropy(logits.float(), tokens[wanted], reduction="none")
 
 
 def repeats(rng: random.Random, tokenizer: Tokenizer, rows: int) -> list:
-    """Random tokens and then the same again: what is scarce in prose, and teaches copying fastest."""
+    """Random tokens, then the same again: only copying lowers the loss."""
     length = rng.randint(16, 64)
     halves = [rng.choices(range(tokenizer.size), k=length) for _ in range(rows)]
     return [(half, half) for half in halves]
 
 
 def pretrain(seed: int, tokenizer: Tokenizer, steps: int, forbidden: set[str], rows=32) -> Decoder:
-    """Muon for the matrices, AdamW for the rest; the matrices learn copying much faster that way."""
+    """Muon for the matrices, which learn to copy much faster that way; AdamW for the rest."""
     torch.manual_seed(seed)
     rng = random.Random(f"{seed} pretraining")
     decoder = Decoder(policy_config(tokenizer)).train()
@@ -440,8 +431,8 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, forbidden: set[str], r
 def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], k=4) -> tuple[float, float]:
     """Nats on the cited kicker and on the answer's first style token, given a careful trace.
 
-    On held-out users, the BM25 items in random order. Below about 0.3 each the skill is there for RL to
-    amplify; above, no reward will find it.
+    On held-out users, the BM25 items in random order. Below about 0.3 each the skill is there for
+    RL to amplify; above, no reward will find it.
     """
     rng, cited, styled = random.Random("gate"), [], []
     for user in users:
@@ -484,6 +475,7 @@ def make_encoder_tokenizer() -> Tokenizer:
     names = zip(("pad", "unk", "cls", "sep", "mask"), pieces)
     settings = {f"{name}_token": token for name, token in names} | {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }  # fmt: skip
     files = {
         "tokenizer.json": backend.to_str(),
@@ -522,12 +514,11 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     bar = tqdm(range(steps), "encoder", disable=None)
     for step in bar:
         pairs = []
-        for user in rng.choices(users, k=rows):
-            first = rng.choice(user.profile)
-            section = parse_text(first["text"])[0]
-            same = [i for i in user.profile if parse_text(i["text"])[0] == section and i is not first]
-            if same:
-                pairs.append((first["text"], retrieve.show(rng.choice(same), TASK), section))
+        for user in rng.choices(users, k=6 * rows):  # one in six fits
+            first, second = rng.sample(user.profile, 2)
+            section, other = (parse_text(item["text"])[0] for item in (first, second))
+            if section == other:
+                pairs.append((first["text"], retrieve.show(second, TASK), section))
         texts, items, sections = zip(*pairs)
         scores = embed(list(texts)) @ embed(list(items)).T / 0.1  # [B, B]
         alike = torch.tensor([[a == b for b in sections] for a in sections])
@@ -556,8 +547,8 @@ class Options:
     out: str = "toy"  # directory that gets lamp/, policy/ and encoder/
     train_users: int = 400  # records to learn from
     dev_users: int = 200  # records of other users, held out
-    pretrain_steps: int = 1500  # of the policy, 32 rows each
-    encoder_steps: int = 200  # of the encoder, 64 pairs each
+    pretrain_steps: int = 1400  # of the policy, 32 rows each
+    encoder_steps: int = 80  # of the encoder, about 64 pairs each
     threads: int = 1  # CPU threads; another number changes the last bits of the weights
     seed: int = 0  # of everything random
 
@@ -568,7 +559,9 @@ def main(o: Options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     torch.set_num_threads(o.threads)
     out = Path(o.out)
-    users = make_lamp(o.seed, o.train_users, o.dev_users)
+    rng = random.Random(f"{o.seed} users")
+    counts = {"train": o.train_users, "dev": o.dev_users}
+    users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
     write_lamp(users, out / "lamp")
     print(f"{out / 'lamp'}: {o.train_users} training and {o.dev_users} held-out users")
 
@@ -578,7 +571,7 @@ def main(o: Options) -> None:
     targets = {user.target for authors in users.values() for user in authors}
     decoder = pretrain(o.seed, tokenizer, o.pretrain_steps, targets)
     cited, styled = gate(decoder, tokenizer, users["dev"])
-    print(f"gate: {cited:.3f} nats on the cited kicker, {styled:.3f} on the answer's first style token")
+    print(f"gate: {cited:.3f} nats on the cited kicker, {styled:.3f} on the first style token")
     prlm.save_decoder(decoder.bfloat16(), tokenizer, out / "policy")
     count = sum(parameter.numel() for parameter in decoder.parameters())
     print(f"{out / 'policy'}: {count:,} parameters, {tokenizer.size} tokens")

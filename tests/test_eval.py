@@ -1,0 +1,327 @@
+"""ROUGE and BLEU equal the reference libraries, and a policy's answers end at the right record."""
+
+import doctest
+import inspect
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval as module
+import prlm
+from eval import EvalOptions, bleu, evaluate, extract_answer, rouge, table, write_predictions
+from retrieve import load_lamp
+
+GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (NLTK 3.10.4)
+    ("The Cat sat on the mat.", "the cat sat on a mat", 5 / 6, 0.6, 5 / 6, 0.73783513),
+    ("the the the cat", "the cat the dog", 0.75, 1 / 3, 0.5, 0.64754454),
+    ("Deep Learning for Graphs: A Survey", "A Survey on Deep Learning for Graphs.",
+     12 / 13, 8 / 11, 8 / 13, 0.82128787),
+    ("Social Media Gone Awry: Tips for Teens to Stay Safe",
+     "Social media tips: how teens can stay safe", 2 / 3, 0.25, 2 / 3, 0.60336626),
+    ("got a busy day today.. but i'm bored right now ",
+     "i have a busy day today but i'm bored now", 9 / 11, 0.7, 9 / 11, 0.69793571),
+    ("@user Awesome!! Can't wait &quot;to&quot; watch it",
+     "@user awesome!! can't wait to watch it!", 8 / 9, 0.625, 8 / 9, 0.69327322),
+    ("COVID-19 in 2020", "covid 19 in 2020", 1, 1, 1, 0.8153551),
+    ("state-of-the-art", "state of the art", 1, 1, 1, 0.40455336),
+    ("2n×4n grid", "2n4n grid", 0.4, 0, 0.4, 0.70710678),
+    ("Café résumé", "cafe resume", 0, 0, 0, 0.26658377),
+    ("headline", "headline", 1, 0, 1, 1), ("a", "a b", 2 / 3, 0, 2 / 3, 0.04784825),
+    ("a", "b", 0, 0, 0, 0), ("", "a title", 0, 0, 0, 0), ("!!!", "a title", 0, 0, 0, 0),
+    ("   ", "a title", 0, 0, 0, 0.05954673), ("", "", 0, 0, 0, 0), ("a title", "", 0, 0, 0, 0),
+]  # fmt: skip
+SOUP = ["the", "The", "cat", "a", "b", "2020", "x-y", "it's", "café", "中文", "İ", "ß", "\u212a"]
+SOUP += ["É_e", "!", "'", "\u2028", "\x85", "\ud83d", "\U0001f600", "e\u0301"]
+KEPT = "abcdefghijklmnopqrstuvwxyz0123456789"
+any_text = st.text(st.characters(codec=None))  # lone surrogates too
+quick = settings(max_examples=150, deadline=None, database=None, derandomize=True)
+
+
+def soups(count, seed=0, longest=14):
+    """Pairs of texts of few words in many scripts, some of them empty."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        yield tuple(" ".join(draw.choices(SOUP, k=draw.randint(0, longest))) for _ in range(2))
+
+
+def naive_lcs(a, b):
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            both = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = both
+    return table[-1][-1]
+
+
+class TestLongestCommonSubsequence:
+    def test_equals_the_table(self):
+        draw = random.Random(0)
+        for size in (1, 2, 3, 10, 63, 64, 65, 130):
+            for letters in (1, 2, 4, 30):
+                for _ in range(5):
+                    a, b = (draw.choices(range(letters), k=draw.randint(0, size)) for _ in "ab")
+                    assert module.longest_common_subsequence(a, b) == naive_lcs(a, b)
+
+    def test_gaps_are_allowed_and_order_counts(self):
+        for a, b, length in (("abcbdab", "bdcaba", 4), ("axbxc", "abc", 3), ("abc", "cba", 1),
+                             ("", "", 0), ("a", "", 0), ("", "a", 0), ("aa", "a", 1)):  # fmt: skip
+            assert module.longest_common_subsequence(list(a), list(b)) == length
+
+
+class TestRouge:
+    @pytest.mark.parametrize("row", GOLDEN)
+    def test_golden_values(self, row):
+        expected = dict(zip(("rouge-1", "rouge-2", "rouge-l"), row[2:5], strict=True))
+        assert rouge(*row[:2]) == pytest.approx(expected, rel=1e-7)
+
+    def test_equals_rouge_score(self):
+        scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer
+        scorer = scorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+        for prediction, reference in soups(400):
+            theirs = [s.fmeasure for s in scorer.score(reference, prediction).values()]
+            assert list(rouge(prediction, reference).values()) == theirs
+
+    def test_equals_a_naive_loop(self):
+        """Counts, not sets: a repeated n-gram matches as often as both sides have it."""
+        for sides in soups(300, seed=1):
+            clean = ["".join(c if c in KEPT else " " for c in side.lower()) for side in sides]
+            a, b = map(str.split, clean)
+            matches = {"rouge-l": (naive_lcs(a, b), len(a), len(b))}
+            for n in (1, 2):
+                x, y = ([tuple(s[i : i + n]) for i in range(len(s) - n + 1)] for s in (a, b))
+                count = sum(min(x.count(gram), y.count(gram)) for gram in set(x))
+                matches[f"rouge-{n}"] = count, len(x), len(y)
+            expected = {m: 2 * c / (p + w) if c else 0 for m, (c, p, w) in matches.items()}
+            assert rouge(*sides) == pytest.approx(expected, rel=1e-12)
+
+    @quick
+    @given(any_text, any_text)
+    def test_any_two_texts(self, a, b):
+        scores = rouge(a, b)
+        assert scores == pytest.approx(rouge(b, a)) and all(0 <= v <= 1 for v in scores.values())
+        assert rouge(a, a)["rouge-1"] in (0, 1) and rouge(a, "") == dict.fromkeys(scores, 0)
+
+
+class TestBleu:
+    @pytest.mark.parametrize("row", GOLDEN)
+    def test_golden_values(self, row):
+        assert bleu(*row[:2]) == pytest.approx(row[5], rel=1e-6)
+
+    def test_equals_nltk(self):
+        nltk = pytest.importorskip("nltk.translate.bleu_score")
+        smooth = nltk.SmoothingFunction().method3
+        for a, b in [*soups(300, 2), *soups(100, 3, 2)]:
+            a, b = list(a.lower()), list(b.lower())
+            expected = nltk.sentence_bleu([b], a, smoothing_function=smooth) if a else 0
+            assert bleu("".join(a), "".join(b)) == pytest.approx(expected, rel=1e-9)
+
+    def test_by_hand(self):
+        """p = 3/4, 2/3, 1/2, and 1/2 of a match in 1; the brevity penalty exp(1 - 5/4)."""
+        assert bleu("ABCX", "abcde") == pytest.approx((1 / 8) ** 0.25 * 2.718281828459045**-0.25)
+        assert bleu("abcde", "abcd") == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+        assert bleu("aaaa", "abaa") < bleu("abaa", "abaa") == 1  # clipped counts
+
+    @quick
+    @given(any_text, any_text)
+    def test_any_two_texts(self, a, b):
+        assert 0 <= bleu(a, b) <= 1 and bleu(a, "") == bleu("", a) == 0
+        assert not a or bleu(a, a) == pytest.approx(1) or len(a.lower()) < 4
+
+
+class TestExtractAnswer:
+    @pytest.mark.parametrize("answer", [
+        "{'title': 'A Start'}", '{"title": "A Start"}', """{'title': "A Start"}""",
+        "{'title':'A Start'}", "{ 'title' : 'A Start' }", "{\n 'title':\n 'A Start'\n}",
+        "'title': 'A Start'", "{'title': 'A Start'", "{'title': 'A Start", "{title: A Start}",
+        "title: A Start", '"title": A Start\n', "{'title': ' A Start '}", "{'title': 'A Start'}.",
+        "{'title': 'A Start', 'tweet': 'no'}", "{'tweet': 'no', 'title': 'A Start'}",
+        "Here it is:\n{'title': 'A Start'}\nI hope so.", "{'subtitle': 'a', 'title': 'A Start'}",
+        "{'title': 'generated title'}\n{'title': 'A Start'}", "{'title': ''}\n{'title': 'A Start'}",
+        "{'title': 'A Start'}\n{'title': 'Another'}", "```json\n{'title': 'A Start'}\n```",
+    ])  # fmt: skip
+    def test_every_form_of_an_answer(self, answer):
+        for before in ("", "<think>\nhm\n</think>\n", "hm, {'title': 'no'}\n</think>\n\n",
+                       "<think>{'title': 'no'}</think>", "<think>a</think>b</think>"):  # fmt: skip
+            for form in ("{}", "<answer>\n{}\n</answer>", "<answer>{}</answer>\n{{'title': 'no'}}"):
+                assert extract_answer(before + form.format(answer), "LaMP-4") == "A Start"
+                assert extract_answer(before + form.format(answer), "LaMP-5") == "A Start"
+            other = before.replace("title", "tweet") + answer.replace("title", "tweet")
+            if "tweet" not in answer and "subtitle" not in answer:
+                assert extract_answer(other, "LaMP-7") == "A Start"
+
+    @pytest.mark.parametrize(("value", "expected"), [
+        ("'It's a start'", "It's a start"), ("'The 'real' start'", "The 'real' start"),
+        ("'It\\'s a start'", "It's a start"), ('"It\'s a start"', "It's a start"),
+        ('"He said \\"hi\\""', 'He said "hi"'), ("'He said \"hi\"'", 'He said "hi"'),
+        ("'Job title: clerk'", "Job title: clerk"), ("'A {b} start'", "A {b} start"),
+        ("'Dogs' best friend'", "Dogs' best friend"), ("'Ça: “va” 中'", "Ça: “va” 中"),
+        ("'a, b: c; d.'", "a, b: c; d."), ("'Rock 'n' Roll, baby'", "Rock 'n' Roll, baby"),
+    ])  # fmt: skip
+    def test_what_a_value_may_hold(self, value, expected):
+        for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>"):
+            assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
+
+    @pytest.mark.parametrize("completion", [
+        "", " \n", "A Start", "title", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
+        "{'tweet': 'no'}", "{'subtitle': 'no'}", "subtitle: no", "<think>", "<think>\n</think>\n",
+        "<think>\n{'title': 'no'}", "<think>\n{'title': 'no'}\n</think>\nno idea", "a</think>",
+        "{'title': 'no'}\n</think>", "<think>a</think>\n<think>\n{'title': 'no'}",
+    ])  # fmt: skip
+    def test_nothing_there(self, completion):
+        """A thought is no answer, and neither is one that never ends."""
+        assert extract_answer(completion, "LaMP-4") == ""
+        swapped = completion.replace("title", "x").replace("tweet", "title")
+        assert extract_answer(swapped, "LaMP-7") == ""
+
+    def test_placeholder(self):
+        echo = extract_answer("{'title': 'generated title'}", "LaMP-4")
+        for answer in ("", " ", "generated title", "Generated Title: a start", echo):
+            assert module.is_placeholder(answer, "LaMP-4")
+        assert module.is_placeholder("generated tweet", "LaMP-7")
+        assert not module.is_placeholder("generated tweet", "LaMP-4")
+        with pytest.raises(ValueError, match="LaMP-6"):
+            extract_answer("", "LaMP-6")
+
+    @quick
+    @given(st.from_regex(r"[a-c]([a-c '!.:-]*[a-c!])?", fullmatch=True), any_text)
+    def test_what_was_written_is_read(self, title, thought):
+        thought = thought.replace("</think>", "")
+        for form in (f"{{'title': '{title}'}}", json.dumps({"title": title})):
+            text = f"<think>{thought}</think>\n<answer>{form}</answer>"
+            assert extract_answer(text, "LaMP-4") == title
+
+    @quick
+    @given(any_text, st.lists(st.sampled_from(["<think>", "</think>", "'title'", *":'\"{}\n a\\"])))
+    def test_never_raises(self, text, pieces):
+        for completion in (text, "".join(pieces), "'title': " + text):
+            assert isinstance(extract_answer(completion, "LaMP-5"), str)
+
+
+@pytest.fixture
+def policy(world):
+    """(decoder, tokenizer, held-out examples)"""
+    decoder, tokenizer = prlm.load_decoder(world / "policy"), prlm.load_tokenizer(world / "policy")
+    return decoder, tokenizer, load_lamp(world / "lamp", "LaMP-4", "dev")
+
+
+@pytest.fixture
+def echo(policy, monkeypatch):
+    """Makes the policy answer "QUERY ITEMS SAMPLE"; returns the arguments of every call."""
+    calls, signature, tokenizer = [], inspect.signature(prlm.generate), policy[1]
+
+    def answer(prompt, sample):
+        *items, _, query = tokenizer.decode(prompt).split("user\n")[1].split("\n")[:-2]
+        text = f"hm\n</think>\n'title': '{query[9:-10]} {len(items)} {sample}'"
+        return prlm.Completion(tokenizer.encode(text), [], True)
+
+    def generate(*arguments, **named):
+        bound = signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        calls.append(call := bound.arguments)
+        return [[answer(p, g) for g in range(call["group_size"])] for p in call["prompts"]]
+
+    monkeypatch.setattr(prlm, "generate", generate)
+    return calls
+
+
+class TestEvaluate:
+    def test_completions_equal_one_prompt_at_a_time(self, policy):
+        decoder, tokenizer, examples = policy
+        o = EvalOptions(k=3, max_new_tokens=8)
+        prompts = module.make_prompts(o, tokenizer, examples)
+        expected = []
+        for prompt in prompts:
+            ((completion,),) = prlm.generate(decoder, [prompt], 1, 8, 0, tokenizer.eos_ids)
+            expected.append([tokenizer.decode(completion.tokens)])
+        for size in (4, 64):
+            found = module.complete(replace(o, batch_size=size), decoder, tokenizer, prompts)
+            assert found == expected
+        _, answers = evaluate(decoder, tokenizer, examples, o)
+        assert list(answers.values()) == [extract_answer(text, "LaMP-4") for (text,) in expected]
+
+    def test_every_answer_goes_to_its_record(self, policy, echo):
+        """However prompts are batched; and every option reaches the retriever or the sampler."""
+        decoder, tokenizer, examples = policy
+        examples = [replace(e, query=e.query + " x" * (7 * n % 5)) for n, e in enumerate(examples)]
+        for size in (1, 2, 5, 64):
+            for k in (0, 2):
+                echo.clear()
+                o = EvalOptions(k=k, batch_size=size, max_new_tokens=7, seed=3)
+                scores, answers = evaluate(decoder, tokenizer, examples, o, temperature=0.7)
+                assert list(answers.items()) == [(e.id, f"{e.query} {k} 0") for e in examples]
+                assert max(len(call["prompts"]) for call in echo) == min(size, len(examples))
+                assert (
+                    len({call["seed"] for call in echo}) == len(echo) == -(len(examples) // -size)
+                )
+                for name, value in scores.items():
+                    pairs = [(answers[e.id], e.target) for e in examples]
+                    each = [(rouge(*pair) | {"bleu": bleu(*pair)})[name] for pair in pairs]
+                    assert value == pytest.approx(sum(each) / len(each), rel=1e-9) and value > 0
+        assert list(scores) == ["rouge-1", "rouge-2", "rouge-l", "bleu"]
+        for call in echo:
+            assert (call["temperature"], call["max_new_tokens"], call["group_size"]) == (0.7, 7, 1)
+            assert call["eos_ids"] == tokenizer.eos_ids
+        evaluate(decoder, tokenizer, examples, replace(o, seed=4))
+        assert echo[-1]["temperature"] == 0 and echo[-1]["seed"] != echo[-2]["seed"]
+
+    def test_groups_stay_together(self, policy, echo):
+        """And a chat format that opens <think> in the prompt gets it back in the completion."""
+        decoder, tokenizer, examples = policy
+        prompts = module.make_prompts(EvalOptions(k=1), tokenizer, examples)
+        tokenizer.opening = "<think>\n"
+        texts = module.complete(EvalOptions(batch_size=7), decoder, tokenizer, prompts, 3, 0.9)
+        assert {(len(call["prompts"]), call["temperature"]) for call in echo} == {(2, 0.9)}
+        for e, group in zip(examples, texts, strict=True):
+            assert all(text.startswith("<think>\nhm\n</think>\n") for text in group)
+            answers = [extract_answer(text, "LaMP-4") for text in group]
+            assert answers == [f"{e.query} 1 {g}" for g in range(3)]
+
+    def test_withheld_targets(self, policy):
+        decoder, tokenizer, examples = policy
+        examples = [*examples[:2], replace(examples[2], target=None)]
+        scores, answers = evaluate(decoder, tokenizer, examples, EvalOptions(max_new_tokens=3))
+        assert scores == {} and list(answers) == [e.id for e in examples]
+        with pytest.raises(ValueError, match=repr(examples[2].id)):
+            module.score(answers, examples)
+        assert evaluate(decoder, tokenizer, []) == ({}, {})
+
+    def test_predictions_are_lamps_format(self, world, policy, tmp_path):
+        answers = {e.id: f"a 'title' é \u2028 \ud83d {n}" for n, e in enumerate(policy[2])}
+        questions = (world / "lamp/LaMP_4/dev/dev_questions.json").read_text()
+        (tmp_path / "dev_questions.json").write_text(questions)
+        write_predictions(tmp_path / "dev_outputs.json", "LaMP-4", answers)
+        content = json.loads((tmp_path / "dev_outputs.json").read_text())
+        golds = [{"id": id, "output": answer} for id, answer in answers.items()]
+        assert content == {"task": "LaMP_4", "golds": golds}
+        assert {e.id: e.target for e in load_lamp(tmp_path, "LaMP-4", "dev")} == answers
+
+    def test_command(self, world, policy, tmp_path):
+        o = module.Options(model=str(world / "policy"), data=str(world / "lamp"), device="cpu",
+                           out=str(tmp_path / "a/b"), limit=3, max_new_tokens=9)  # fmt: skip
+        module.main(o)
+        scores, answers = evaluate(*policy[:2], policy[2][:3], o)
+        assert json.loads((tmp_path / "a/b/scores.json").read_text()) == pytest.approx(scores)
+        golds = json.loads((tmp_path / "a/b/predictions.json").read_text())["golds"]
+        assert {gold["id"]: gold["output"] for gold in golds} == answers
+
+
+class TestTable:
+    def test_rows_and_columns(self):
+        first, second = {"rouge-1": 0.12345, "bleu": 1}, {"rouge-1": 0, "bleu": 0.9996}
+        head, *rows = table({"a long name": first, "b": second}).split("\n")
+        assert head.split() == ["rouge-1", "bleu"]
+        assert [row.split() for row in rows] == [
+            ["a", "long", "name", "0.123", "1.000"], ["b", "0.000", "1.000"]]  # fmt: skip
+        assert len({len(line) for line in (head, *rows)}) == 1  # aligned at the right
+
+    def test_a_row_may_lack_a_column(self):
+        assert "0.250" in table({"a": {"rouge-1": 0.5}, "b": {"rouge-1": 0.5, "bleu": 0.25}})
+
+
+def test_doctests():
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
