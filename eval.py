@@ -111,8 +111,8 @@ def extract_answer(completion: str, task: str) -> str:
     "It's a start"
     """
     kind = task_of(task)
-    _, closed, text = completion.rpartition("</think>")
-    if not closed and "<think>" in text:
+    text = completion.rpartition("</think>")[2]
+    if "<think>" in text:
         return ""
     values = []
     for key in re.finditer(rf"""(?<!\w)(?P<q>['"]?){kind.answer}(?P=q)\s*:\s*""", text):
@@ -202,7 +202,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{column:>17}" for column in columns)]
     for name, scores in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{scores[c]:>17.3f}" for c in columns))
+        cells = (f"{scores[c]:.3f}" if c in scores else "" for c in columns)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 
