@@ -144,6 +144,8 @@ def _ranges(header: dict, size: int) -> dict[str, tuple]:
         for numbers in (shape, offsets):
             if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(f"{name}: shape and data_offsets must be lists of numbers >= 0")
+        if math.prod(max(n, 1) for n in shape) > 2**60:
+            raise ValueError(f"{name}: shape {shape} is too large")
         wanted = math.prod(shape) * DTYPES[dtype].itemsize
         if len(offsets) != 2 or offsets[1] - offsets[0] != wanted:
             raise ValueError(f"{name}: data_offsets {offsets} do not hold {dtype} {shape}")
@@ -257,19 +259,28 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 
     def number(key, default=None, source=raw, kind=int):
         value = default if source.get(key) is None else source[key]
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        need(good and 0 < value < math.inf, f"{key!r} must be a number above 0, not {value!r}")
+        good = isinstance(value, int | kind) and not isinstance(value, bool) and value > 0
+        need(good and value < math.inf, f"{key!r} must be a number above 0, not {value!r}")
         return kind(value)
+
+    def flag(key) -> bool:
+        value = raw.get(key)
+        need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
+        return bool(value)
 
     family = raw.get("model_type")
     need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
-    windows = raw.get("use_sliding_window") and not raw.get("layer_types")
-    windows = windows and number("max_window_layers", 1) < number("num_hidden_layers")
-    windows = windows or set(raw.get("layer_types") or []) - {"full_attention"}
+    kinds, rope = (
+        raw.get("layer_types"),
+        raw.get("rope_parameters") or raw.get("rope_scaling") or {},
+    )
+    need(isinstance(kinds, list | None), "layer_types must be a list")
+    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
+    windows = any(kind != "full_attention" for kind in kinds or [])
+    if flag("use_sliding_window") and kinds is None:
+        windows = number("max_window_layers", 1) < number("num_hidden_layers")
     need(not windows, "sliding-window attention is not implemented")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    need(isinstance(rope, dict), "rope_parameters must be an object")
     rope = {"rope_theta": raw.get("rope_theta")} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
@@ -277,7 +288,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(partial == 1, "partial rotary embeddings are not implemented")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     hidden, heads = number("hidden_size"), number("num_attention_heads")
-    bias = bool(raw.get("attention_bias"))
+    bias = flag("attention_bias")
     config = SimpleNamespace(
         vocabulary=number("vocab_size"),
         hidden=hidden,
@@ -287,10 +298,10 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         kv_heads=number("num_key_value_heads", heads),
         head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
         eps=number("rms_norm_eps", 1e-6, kind=float),
-        tied=bool(raw.get("tie_word_embeddings", False)),  # the output head is the embedding
+        tied=flag("tie_word_embeddings"),  # the output head is the embedding
         qkv_bias=bias or family == "qwen2",
         o_bias=bias and family != "qwen2",
-        mlp_bias=bool(raw.get("mlp_bias")) and family == "llama",
+        mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
         theta=number("rope_theta", source=rope, kind=float),
         scaling=[number(k, source=rope, kind=float) for k in llama3] if kind == "llama3" else None,
@@ -783,14 +794,20 @@ class Encoder(nn.Module):
             if raw.get(key, value) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
         sizes = ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"]
-        sizes += ["vocab_size", "max_position_embeddings"]
+        sizes += ["vocab_size", "max_position_embeddings", "type_vocab_size"]
+        raw = {"type_vocab_size": 2} | raw
         for key in sizes:
             if type(raw.get(key)) is not int or raw[key] < 1:
                 raise ValueError(f"{where}: {key!r} must be a number above 0, not {raw.get(key)!r}")
-        hidden, heads, inner, layers, vocabulary, self.max_length = (raw[key] for key in sizes)
+        hidden, heads, inner, layers, vocabulary, self.max_length, types = (
+            raw[key] for key in sizes
+        )
         if hidden % heads:
             raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
         self.raw, self.hidden, self.tokenizer = raw, hidden, None
+        for key in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not isinstance(raw.get(key, 0.0), int | float):
+                raise ValueError(f"{where}: {key!r} must be a number, not {raw[key]!r}")
         eps, keys = (
             raw.get("layer_norm_eps", 1e-12),
             ("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -800,7 +817,7 @@ class Encoder(nn.Module):
             nn.Embedding(vocabulary, hidden),
             nn.Embedding(self.max_length, hidden),
         )
-        self.segments = nn.Embedding(raw.get("type_vocab_size", 2), hidden)
+        self.segments = nn.Embedding(types, hidden)
         self.norm = nn.LayerNorm(hidden, eps)
         blocks = (EncoderLayer(hidden, heads, inner, eps, self.dropout) for _ in range(layers))
         self.layers = nn.ModuleList(blocks)
@@ -913,6 +930,11 @@ def render_chat(messages: list[dict], known) -> str | None:
     return None
 
 
+def whole(text: str) -> str:
+    """The text with a mark in place of each half of a surrogate pair, which is not a character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Tokenizer:
     """tokenizer.json with its end, padding and chat. `files` are the texts that `save` writes."""
 
@@ -931,7 +953,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS]."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(whole(text), add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
@@ -944,28 +966,31 @@ class Tokenizer:
         A chat format brings its own BOS, so none is added; plain text gets the tokenizer's.
         """
         for m in messages:
-            roles = ("system", "user", "assistant")
-            if m.get("role") not in roles or not isinstance(m.get("content"), str):
+            roles, fields = ("system", "user", "assistant"), m if isinstance(m, dict) else {}
+            if fields.get("role") not in roles or not isinstance(fields.get("content"), str):
                 raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
         text = render_chat(messages, self.vocabulary)
         if text is not None:
             return self.encode(text)
         plain = "".join(m["content"] + "\n\n" for m in messages)
-        return self.backend.encode(plain, add_special_tokens=True).ids
+        return self.backend.encode(whole(plain), add_special_tokens=True).ids
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit."""
         self.backend.enable_truncation(max_length)
-        encoding = self.backend.encode(first, second)
+        encoding = self.backend.encode(whole(first), None if second is None else whole(second))
         self.backend.no_truncation()
         return encoding.ids, encoding.type_ids
 
     def cut(self, text: str, tokens: int) -> str:
-        """The longest beginning of `text` that takes at most `tokens` tokens."""
-        offsets = self.backend.encode(text, add_special_tokens=False).offsets
-        if len(offsets) <= tokens:
-            return text
-        return text[: offsets[tokens - 1][1]] if tokens > 0 else ""
+        """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
+        tokens = max(tokens, 0)
+        while (
+            len(offsets := self.backend.encode(whole(text), add_special_tokens=False).offsets)
+            > tokens
+        ):
+            text = text[: offsets[tokens][0]]  # where the first token too many begins
+        return text
 
     def save(self, directory) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -1049,6 +1074,7 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
 def command(main, options: type, description: str) -> None:
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
     chosen, debug = parse_options(options, description)
+    sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what a terminal cannot show
     try:
         main(chosen)
     except (ValueError, OSError) as error:

@@ -103,8 +103,8 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     the test split may lack them. ValueError names the file and the record.
     """
     task_of(task)
-    path = _find(Path(directory), task, split, "questions")
-    targets = _load_outputs(directory, task, split)
+    path = _find(Path(directory), task, split)
+    targets = _load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
     examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
     ids = Counter(e.id for e in examples)
     repeated = [i for i, count in ids.items() if count > 1]
@@ -119,10 +119,10 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     return [replace(example, target=targets[example.id]) for example in examples]
 
 
-def _find(directory: Path, task: str, split: str, kind: str) -> Path:
+def _find(directory: Path, task: str, split: str) -> Path:
     if split not in get_args(Split):
         raise ValueError(f"split {split!r} is none of train, dev, test")
-    name, folder = f"{split}_{kind}.json", task.replace("-", "_")
+    name, folder = f"{split}_questions.json", task.replace("-", "_")
     parents = [directory, directory / folder, directory / f"{folder}_time"]
     for path in (p / sub / name for p in parents for sub in (split, "")):
         if path.is_file():
@@ -130,13 +130,9 @@ def _find(directory: Path, task: str, split: str, kind: str) -> Path:
     raise FileNotFoundError(f"{directory}: no {name} in it, in {split}/ or in {folder}/")
 
 
-def _load_outputs(directory, task: str, split: str) -> dict[str, str] | None:
-    try:
-        path = _find(Path(directory), task, split, "outputs")
-    except FileNotFoundError:
-        if split == "test":  # LaMP withholds them
-            return None
-        raise
+def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
+    if split == "test" and not path.is_file():  # LaMP withholds them
+        return None
     content = read_json(path)
     if str(content.get("task", task)).replace("_", "-") != task:
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")

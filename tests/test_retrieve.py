@@ -200,7 +200,7 @@ def random_corpora(count, seed=0):
     """(corpus, query): few words, so that they repeat; empty texts; unknown words in the query."""
     draw = random.Random(seed)
     for _ in range(count):
-        words = [f"w{n}" for n in range(draw.randint(1, 15))]
+        words = [f"{'wW'[n % 2]}{n // 2}" for n in range(draw.randint(1, 15))]  # case counts
         corpus = [draw.choices(words, k=draw.randint(0, 9)) for _ in range(draw.randint(1, 12))]
         if any(corpus):
             yield corpus, draw.choices([*words, "unknown"], k=draw.randint(0, 8))

@@ -13,7 +13,7 @@ import reward
 from retrieve import Example, load_lamp
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-WORDS = ["tennis", "golf", "paris", "oslo", "wins", "today"]
+WORDS = ["tennis", "golf", "paris", "oslo", "wins", "today", "zebra"]  # the last is unknown
 
 
 def close(a, b, relative=1e-5):
@@ -151,10 +151,10 @@ CASES = [  # completion, task, whether it holds an answer, accuracy, format
     ("{'title': 'golf wins'}", "LaMP-4", True, 0.5 + 0 + 0.5, 0),
     ("<think>\nx\n</think>\n{'title': ''}", "LaMP-4", False, 0, 1),
     ("<think>\nnever closed {'title': 'tennis wins'}", "LaMP-4", False, 0, 0),
-    ("<think>\nx\n</think>\n{'title': 'generated title'}", "LaMP-4", False, 0, 1),
+    ("<think>\nx\n</think>\n{'title': 'generated title wins'}", "LaMP-4", False, 0, 1),
     ("{'tweet': 'tennis wins'}", "LaMP-7", True, 3.0, 0),
     ("x\n</think>\n", "LaMP-7", False, 0, 1),
-    ("{'tweet': 'generated tweet'}", "LaMP-7", False, 0, 0),
+    ("{'tweet': 'generated tweet wins'}", "LaMP-7", False, 0, 0),
     ("{'title': 'tennis wins'}", "LaMP-5", True, 3.0, 0),
 ]
 # fmt: on

@@ -188,6 +188,23 @@ def write_lamp(users: dict[str, list[User]], directory: Path) -> None:
         prlm.write_text(folder / f"{split}_outputs.json", json.dumps(outputs) + "\n")
 
 
+def write_probe(rng: random.Random, users: list[User], path: Path) -> None:
+    """[{"query", "own", "other"}]: a user's headline, and the same in another user's style."""
+    triples = []
+    for user in users:
+        section, keyword = parse_text(user.query)
+        others = [
+            u
+            for u in users
+            if u.endings.get(section, user.endings[section]) != user.endings[section]
+        ]
+        if others:
+            other = rng.choice(others)
+            styled = headline(section, keyword, other.endings[section], other.sign_off)
+            triples.append({"query": user.query, "own": user.target, "other": styled})
+    prlm.write_json(path, triples)
+
+
 # ---- The policy's tokenizer -----------------------------------------------------------------
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -563,6 +580,7 @@ def main(o: Options) -> None:
     counts = {"train": o.train_users, "dev": o.dev_users}
     users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
     write_lamp(users, out / "lamp")
+    write_probe(random.Random(f"{o.seed} probe"), users["dev"], out / "lamp" / "probe.json")
     print(f"{out / 'lamp'}: {o.train_users} training and {o.dev_users} held-out users")
 
     save_encoder(train_encoder(o.seed, users["train"], o.encoder_steps), out / "encoder")
