@@ -259,8 +259,8 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 
     def number(key, default=None, source=raw, kind=int):
         value = default if source.get(key) is None else source[key]
-        good = isinstance(value, int | kind) and not isinstance(value, bool) and value > 0
-        need(good and value < math.inf, f"{key!r} must be a number above 0, not {value!r}")
+        good = isinstance(value, int | kind) and not isinstance(value, bool)
+        need(good and 0 < value < 1e18, f"{key!r} must be a number above 0, not {value!r}")
         return kind(value)
 
     def flag(key) -> bool:
@@ -336,7 +336,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless `visible` [B, T, S] is given."""
+    """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     mask = None if visible is None else visible[:, None]
     grouped = q.shape[1] != k.shape[1]
@@ -893,7 +893,7 @@ LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\
 
 
 def render_chat(messages: list[dict], known) -> str | None:
-    """The chat as text, ready for the assistant's turn; None if `known`, the vocabulary, has no format.
+    """The chat as text, ready for the assistant's turn; None if the `known` tokens show no format.
 
     A checkpoint's chat template is a program, and it is not run: the format is recognised by
     the special tokens that only its family has.

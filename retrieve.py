@@ -10,7 +10,7 @@ items in front of the question. This file is that path, from the JSON to the tok
 
 BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace tokens, case kept,
 
-  score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d| / mean))
+  score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
 
 with f the count of w in d, |d| the words of d and their mean, n(w) the documents that hold w, of N.
@@ -85,7 +85,7 @@ def task_of(name: str) -> Task:
 
 @dataclass(frozen=True)
 class Example:
-    """One LaMP record. `profile` holds the file's own dictionaries; `target` is None if withheld."""
+    """One LaMP record. `profile` holds the file's own dictionaries; `target` may be withheld."""
 
     id: str
     user_id: str
@@ -204,7 +204,7 @@ class BM25:
         self.norm = k1 * (1 - b + b * lengths / average)
 
     def scores(self, query: list[str]) -> np.ndarray:
-        """The score of every document [N]; a query word counts as often as it stands in the query."""
+        """The score of every document [N]; a repeated query word counts each time."""
         scores = np.zeros(self.size)
         for word in query:
             row = self.words.get(word)

@@ -209,12 +209,12 @@ def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
-    """How often a positive scores above a negative of its query; chance is 0.5."""
+    """How often a positive scores above a negative of its query, ties half; chance is 0.5."""
     won = total = 0
     for start in range(0, len(pairs), 64):
         positive, negatives = score_pairs(model, pairs[start : start + 64])
-        won += (positive[:, None] > negatives)[negatives.isfinite()].sum().item()
-        total += negatives.isfinite().sum().item()
+        margin = (positive[:, None] - negatives)[negatives.isfinite()]
+        won, total = won + ((margin.sign() + 1) / 2).sum().item(), total + len(margin)
     return won / max(total, 1)
 
 

@@ -401,6 +401,8 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
         if o.eval_every and (done % o.eval_every == 0 or last):
             scores, _ = evaluate(decoder, tokenizer, held, o, description="held-out users")
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
+            found = f"reward {metrics['reward']:.3f}, held-out ROUGE-L {scores['rouge-l']:.3f}"
+            bar.write(f"step {done}: {found}")
         append(out / "samples.jsonl", samples)
         append(out / "metrics.jsonl", [metrics])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "format")})

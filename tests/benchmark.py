@@ -6,7 +6,7 @@ floating-point operations take at the measured rate of a large matrix product, o
 measured memory bandwidth, whichever is longer. Peers that are not installed are left out.
 
     python tests/benchmark.py                    # the small model: minutes on one core
-    python tests/benchmark.py --large            # Qwen2.5-0.5B's shape, random weights: + 20 minutes
+    python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
     python tests/benchmark.py --device cuda      # DeepSeek-R1-Distill-Qwen-1.5B's shape
 """
 
@@ -352,43 +352,24 @@ def main() -> None:
                 )
                 bench_update(f"update {name}: {how}", decoder, None, prompts, completions, 3, rates)
             continue
-        prompts, completions = workload(
-            8 if shape == "small" else 2, 8 if shape == "small" else 4, 128, 256, 32, 64
-        )
-        tokens = 64 if shape == "small" else 32
-        group = len(completions[0])
-        bench_sampler(
-            f"sample {name}: {len(prompts)} x {group} x {tokens}",
-            decoder,
-            model,
-            prompts,
-            group,
-            tokens,
-            runs,
-            rates,
-        )
-        bench_update(
-            f"update {name}: {len(prompts)} x {group} rows",
-            decoder,
-            model,
-            prompts,
-            completions,
-            runs,
-            rates,
-        )
+        count, group, tokens = (8, 8, 64) if shape == "small" else (2, 4, 32)
+        prompts, completions = workload(count, group, 128, 256, 32, 64)
+        how = f"{count} x {group}"
+        where = decoder, model, prompts
+        bench_sampler(f"sample {name}: {how} x {tokens}", *where, group, tokens, runs, rates)
+        bench_update(f"update {name}: {how} rows", *where, completions, runs, rates)
         if shape == "small":
             small = decoder
         else:
             bench_memory(decoder, model, *workload(1, 4, 128, 128, 512, 512))
-        del decoder, model
+        del decoder, model, where
     if not cuda:
         row("\n", "ours", "peer", "ratio")
         bench_loading()
         bench_text()
         bench_scaling(small)
-    print(
-        f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB"
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(f"\npeak memory of this process: {peak} MiB")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 import prlm
 import retrieve
 
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
 
 def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
     """Byte-level BPE without merges: every text round-trips."""

@@ -21,7 +21,6 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 import prlm
 
 transformers = pytest.importorskip("transformers")
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 def bits(tensors):
@@ -483,6 +482,11 @@ class TestTokenizer:
     def test_decode_inverts_encode(self, toy_tokenizer, text):
         ids = toy_tokenizer.encode(text)
         assert len(ids) == len(text.encode()) and toy_tokenizer.decode(ids) == text
+
+    def test_half_a_surrogate_pair_becomes_a_mark(self, toy_tokenizer):
+        for text in ("a\ud83d", "a\ude00b", "\ud83d\ude00"):  # JSON may hold all three
+            decoded = toy_tokenizer.decode(toy_tokenizer.encode(text))
+            assert decoded == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def test_truncation_padding_and_bos_of_the_file_are_off(self, tmp_path):
         backend = add_bos(byte_tokenizer(), "<|im_start|>")

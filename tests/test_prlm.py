@@ -1,4 +1,4 @@
-"""The language model equals transformers, sampling equals scoring, and files survive what is in them."""
+"""The language model equals transformers, sampling equals scoring, and the prompt runs once."""
 
 import json
 import math
@@ -40,7 +40,7 @@ ARCHITECTURES = {
 
 
 def reference(name, seed=0, **more):
-    """A random transformers model with every weight, biases and norms too, away from its default."""
+    """A random transformers model with every weight, norms too, away from its default."""
     kind, changes = ARCHITECTURES[name]
     config = getattr(transformers, kind + "Config")(**SIZES, **changes, **more)
     torch.manual_seed(seed)
@@ -266,9 +266,7 @@ class TestTwins:
 
     def test_chunked_head_equals_the_full_one(self):
         generator = torch.Generator().manual_seed(0)
-        hidden, weight = (
-            torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (300, 50)
-        )
+        hidden, weight = (torch.randn(n, 7, generator=generator) for n in (300, 50_000))
         hidden.requires_grad_(), weight.requires_grad_()
         targets = torch.randint(50_000, (300,), generator=generator)
         logprobs, entropy = prlm.HeadLogprobs.apply(hidden, weight, targets, 0.5)

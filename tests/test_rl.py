@@ -1,5 +1,6 @@
 """GRPO equals its formulas and TRL's numbers; a run leaves what it promises and can be stopped."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -174,7 +175,7 @@ class TestSchedule:
         assert rates[10] == pytest.approx(2.0) and rates[99] == pytest.approx(0.2)
         middle = 10 + 89 / 2
         assert (rates[54] + rates[55]) / 2 == pytest.approx(1.1, rel=1e-3), middle
-        assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
     def test_one_step_and_no_warm_up_are_fine(self):
         assert rl.learning_rate(0, 1, 1.0, 0.1) == 1.0
@@ -320,7 +321,7 @@ class TestRun:
         assert (finished / "metrics.jsonl").read_bytes() == before
 
     def test_a_stopped_run_ends_bit_equal(self, world, finished, tmp_path, monkeypatch):
-        """Killed in the third step, before it is saved: two steps are kept, the rest is done again."""
+        """Killed in the fourth step: two steps were saved, what came after is done again."""
         real, calls = rl.grpo_step, []
 
         def dies(*args):
@@ -344,7 +345,7 @@ class TestRun:
             assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
     def test_other_options_are_refused_and_named(self, world, finished):
-        with pytest.raises(ValueError, match="lr 0.01 -> 0.5"):
+        with pytest.raises(ValueError, match=r"lr 0\.01 -> 0\.5"):
             rl.main(tiny(world, finished, lr=0.5))
 
     def test_a_foreign_directory_is_not_touched(self, world, tmp_path):
@@ -377,7 +378,7 @@ class TestRun:
                 retriever="recency",
                 temperature=0.7,
                 personalization=0.0,
-            )  # fmt: skip
+            )
         )
         assert not (tmp_path / "run" / "reward").exists()
         assert any(m["kl"] != 0 for m in lines(tmp_path / "run" / "metrics.jsonl"))
