@@ -112,6 +112,7 @@ def extract_answer(completion: str, task: str) -> str:
     """
     kind = task_of(task)
     text = completion.rpartition("</think>")[2]
+    text = text.partition("<answer>")[2] or text
     if "<think>" in text:
         return ""
     values = []

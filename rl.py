@@ -146,9 +146,9 @@ class Options(RewardOptions):
     grad_clip: float = 1.0  # largest gradient norm
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
     tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
-    eval_every: int = 30  # steps between greedy evaluations on held-out users; 0 is never
+    eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
     eval_examples: int = 200  # held-out records to score
-    save_every: int = 30  # steps between states to go on from
+    save_every: int = 20  # steps between states to go on from
     out: str = "runs/toy"  # run directory; the same command goes on with a stopped run
     overwrite: bool = False  # start anew where the directory holds another run
 
@@ -348,20 +348,21 @@ class Stop:
         print("\nstopping after this step (again: at once)", file=sys.stderr)
 
 
-def draw_curves(out: Path) -> None:
+def draw_curves(out: Path, before: float) -> None:
     """reward.png: rollout reward and held-out ROUGE-L by step, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    scored = [line for line in lines if "eval_rouge-l" in line]
+    scored = [(0, before)]
+    scored += [(line["step"], line["eval_rouge-l"]) for line in lines if "eval_rouge-l" in line]
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     left = figure.subplots()
     left.plot([line["step"] for line in lines], [line["reward"] for line in lines], "tab:blue")
     left.set(xlabel="step", ylabel="mean reward of the rollout")
-    right, steps = left.twinx(), [line["step"] for line in scored]
-    right.plot(steps, [line["eval_rouge-l"] for line in scored], "o-", color="tab:orange")
+    right = left.twinx()
+    right.plot(*zip(*scored, strict=True), "o-", color="tab:orange")
     right.set(ylabel="held-out ROUGE-L, greedy", ylim=(0, 1))
     figure.savefig(out / "reward.png", dpi=120)
 
@@ -451,7 +452,7 @@ def main(o: Options) -> None:
         answers = score("after", o.k)
         prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
         write_predictions(out / "predictions.json", o.task, answers)
-        draw_curves(out)
+        draw_curves(out, scores["before"]["rouge-l"])
         prlm.write_json(file, scores)  # last: it says that the run is complete
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
