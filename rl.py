@@ -25,11 +25,13 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -303,7 +305,26 @@ def open_run(o: Options) -> Path:
     else:
         out.mkdir(parents=True, exist_ok=True)
         prlm.write_json(config, mine)
+    for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        left.unlink()
     return out
+
+
+@contextmanager
+def alone(out: Path):
+    """Holds the run directory for this process; however that ends, the system lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / f".{out.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is working in {out}") from None
+        yield
 
 
 def save_state(path: Path, step: int, decoder: Decoder, optimizer) -> None:
@@ -331,21 +352,29 @@ def append(path: Path, records: list[dict]) -> None:
     """Adds whole lines in one write: a kill leaves all of them or none."""
     with open(path, "ab", buffering=0) as file:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        os.fsync(file.fileno())
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the loop finish its step, save and leave; a second one is at once."""
+    """Ctrl-C and SIGTERM end the process, with status 130 and 143; nothing that is saved is lost.
+
+    Within the loop they wait for the step to be finished and saved; a second one does not.
+    """
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.in_loop = None, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
     def ask(self, number, _frame) -> None:
-        if self.signal is not None:
-            sys.exit(128 + number)
+        if self.signal is not None or not self.in_loop:
+            self.leave(number)
         self.signal = number
         print("\nstopping after this step (again: at once)", file=sys.stderr)
+
+    def leave(self, number) -> None:
+        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def draw_curves(out: Path, before: float) -> None:
@@ -383,7 +412,7 @@ def check(o: Options) -> None:
                 raise ValueError(f"{flag} must be at least {bound}, not {getattr(o, name)}")
 
 
-def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train, held) -> None:
+def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_model, train, held):
     """The loop: a step, its lines in the logs, now and then a look at held-out users and a save."""
     reference = copy.deepcopy(decoder).requires_grad_(False) if o.beta else None
     optimizer = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0)
@@ -393,7 +422,7 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
         print(f"going on after step {first}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(out / name, first)
-    prompts, stop = make_prompts(o, tokenizer, train), Stop()
+    prompts, stop.in_loop = make_prompts(o, tokenizer, train), True
     bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
     fixed = reward_model, tokenizer, train, prompts
     for step in bar:
@@ -411,12 +440,18 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
             save_state(state, done, decoder, optimizer)
         if stop.signal and not last:
             bar.close()
-            print(f"stopped after step {done}; the same command goes on", file=sys.stderr)
-            sys.exit(128 + stop.signal)
+            stop.leave(stop.signal)
+    stop.in_loop = False
 
 
 def main(o: Options) -> None:
     check(o)
+    with alone(Path(o.out)):
+        run(o, Stop())
+
+
+def run(o: Options, stop: Stop) -> None:
+    """Everything a run is made of, each part skipped where the run directory has it already."""
     device, (train, held) = (
         prlm.pick_device(o.device),
         (load_lamp(o.data, o.task, s) for s in ("train", "dev")),
@@ -448,7 +483,7 @@ def main(o: Options) -> None:
             score(name, k)
             prlm.write_json(file, scores)
     if "after" not in scores:
-        train_policy(o, out, decoder, tokenizer, reward_model, train, held)
+        train_policy(o, out, stop, decoder, tokenizer, reward_model, train, held)
         answers = score("after", o.k)
         prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
         write_predictions(out / "predictions.json", o.task, answers)
