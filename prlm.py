@@ -55,6 +55,8 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1077,10 +1079,13 @@ def command(main, options: type, description: str) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what a terminal cannot show
     try:
         main(chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        less = "--tokens-per-micro-batch, --batch-size or --group-size"
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        text = f"the GPU's memory is full: lower {less}" if out_of_memory else error
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 

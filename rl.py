@@ -23,9 +23,11 @@ same command, started again, goes on. No dropout anywhere; the ids that were sam
 
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -223,7 +225,7 @@ def update(
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), o.grad_clip)
         log["grad_norm"] = norm.item()
         if not math.isfinite(log["grad_norm"] + log["loss"]):
-            raise ValueError(f"loss {log['loss']}, gradient norm {norm}: the step was not applied")
+            raise FloatingPointError(f"the loss is {log['loss']}, the gradient's norm {norm}")
         optimizer.step()
         optimizer.zero_grad()
     return log | {"gap": gap}
@@ -254,7 +256,14 @@ def grpo_step(
     ids = [[completion.tokens for completion in group] for group in groups]
     keep = finished | (not o.mask_truncated)
     tensors = (tensor.to(device) for tensor in (advantages, sampled, keep))
-    log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
+    try:
+        if not reward.isfinite().all():
+            raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
+        log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
+    except FloatingPointError as error:
+        where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
+        advice = "it was not applied; go on from the last state with a lower --lr"
+        raise ValueError(f"{where}: {error}; {advice}") from None
     updated, count = time.perf_counter(), sum(len(c.tokens) for c in flat)
     names = ("reward", "accuracy", "format", "personalization")
     metrics = {"step": step + 1}
@@ -330,15 +339,24 @@ def alone(out: Path):
 def save_state(path: Path, step: int, decoder: Decoder, optimizer) -> None:
     state = {"step": step, "model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
     with prlm.replacing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"not written, is the disk full? {error}") from None
 
 
 def load_state(path: Path, decoder: Decoder, optimizer) -> int:
     """Puts a saved state back; the number of steps that were done."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    decoder.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        decoder.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path}: not a state of this run ({reason}); --overwrite starts anew"
+        ) from None
 
 
 def rewind(path: Path, steps: int) -> None:
