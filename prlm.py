@@ -281,7 +281,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
     windows = any(kind != "full_attention" for kind in kinds or [])
     if flag("use_sliding_window") and kinds is None:
-        windows = number("max_window_layers", 1) < number("num_hidden_layers")
+        windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")  # some layers do
     need(not windows, "sliding-window attention is not implemented")
     rope = {"rope_theta": raw.get("rope_theta")} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -1067,6 +1067,7 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
         text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, default=field.default, help=text, **how)
+    parser.error = lambda text: parser.exit(2, f"error: {text} (--help lists the options)\n")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))
     debug = parsed.pop("debug")

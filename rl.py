@@ -427,7 +427,8 @@ def check(o: Options) -> None:
         for name in names.split():
             if not bound <= getattr(o, name) < math.inf:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be at least {bound}, not {getattr(o, name)}")
+                at_least = "above 0" if bound < 1e-6 and bound else f"at least {bound}"
+                raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
 
 
 def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_model, train, held):
