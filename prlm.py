@@ -183,7 +183,8 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().view(-1)
-            file.write(flat.view(torch.uint8).numpy())
+            if len(flat):  # torch does not view nothing as bytes
+                file.write(flat.view(torch.uint8).numpy())
 
 
 def read_checkpoint(directory) -> dict[str, Tensor]:

@@ -302,14 +302,15 @@ def open_run(o: Options) -> Path:
     mine.pop("overwrite")
     config = out / "config.json"
     if o.overwrite and config.is_file():
-        shutil.rmtree(out)
+        old = out.rename(out.with_name(f".{out.name}.old"))  # at once, whatever happens then
+        shutil.rmtree(old)
     if config.is_file():
         theirs = prlm.read_json(config)
         odd = [f"{n} {theirs.get(n)!r} -> {mine[n]!r}" for n in mine if mine[n] != theirs.get(n)]
         if odd:
             advice = "choose another --out, or --overwrite"
             raise ValueError(f"{out} holds a run with other options ({', '.join(odd)}): {advice}")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     else:
         out.mkdir(parents=True, exist_ok=True)
