@@ -302,7 +302,9 @@ def open_run(o: Options) -> Path:
     mine.pop("overwrite")
     config = out / "config.json"
     if o.overwrite and config.is_file():
-        old = out.rename(out.with_name(f".{out.name}.old"))  # at once, whatever happens then
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)  # at once, whatever happens then
         shutil.rmtree(old)
     if config.is_file():
         theirs = prlm.read_json(config)

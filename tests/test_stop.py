@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_rl import CLOCK, tiny
 
+import rl
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -138,3 +140,35 @@ class TestStop:
         first.kill()
         finish(first)
         assert code == 2 and "another process" in complaint
+
+    def test_a_directory_is_held_once(self, tmp_path):
+        with rl.alone(tmp_path / "run"):
+            with pytest.raises(ValueError, match="another process"), rl.alone(tmp_path / "run"):
+                pass
+            with rl.alone(tmp_path / "other"):
+                pass
+        with rl.alone(tmp_path / "run"):
+            pass
+
+    @pytest.mark.parametrize("in_loop, asked", [(False, 1), (True, 2)])
+    def test_signals_wait_only_within_the_loop(self, in_loop, asked, capsys):
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            stop = rl.Stop()
+            stop.in_loop = in_loop
+            for _ in range(asked - 1):
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.signal == signal.SIGTERM
+            with pytest.raises(SystemExit) as left:
+                signal.raise_signal(signal.SIGTERM)
+            assert left.value.code == 143 and "the same command" in capsys.readouterr().err
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def test_overwrite_starts_anew(self, world, tmp_path):
+        o = tiny(world, tmp_path / "run", steps=1, personalization=0.0)
+        rl.main(o)
+        rl.main(tiny(world, tmp_path / "run", steps=2, personalization=0.0, overwrite=True))
+        assert steps(tmp_path / "run") == 2
+        assert {p.name for p in tmp_path.iterdir()} == {"run", ".run.lock"}
