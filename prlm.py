@@ -31,6 +31,7 @@ import sys
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,8 +71,6 @@ def write_json(path, value) -> None:
 
 def read_json(path, kind: type = dict):
     """The JSON of a file whose top level is a `kind`; ValueError names the file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -104,8 +103,6 @@ def read_safetensors(path) -> dict[str, Tensor]:
             raise ValueError("a key stands twice in the header")
         return dict(pairs)
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -119,11 +116,9 @@ def read_safetensors(path) -> dict[str, Tensor]:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    tensors = {}
+    tensors, data = {}, torch.frombuffer(data, dtype=torch.uint8)
     for name, (begin, end, dtype, shape) in ranges.items():
-        flat = torch.empty(0, dtype=torch.uint8)
-        if end > begin:
-            flat = torch.frombuffer(data, dtype=flat.dtype, count=end - begin, offset=start + begin)
+        flat = data[start + begin : start + end]
         if (start + begin) % dtype.itemsize:  # the format does not promise alignment
             flat = flat.clone()
         tensors[name] = flat.view(dtype).view(shape)
@@ -210,8 +205,28 @@ def read_checkpoint(directory) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], directory) -> None:
-    """Copies each tensor of a checkpoint into the module's view of its name, each exactly once."""
+def views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+    """A checkpoint's weight names, each with the part of a parameter that holds it.
+
+    `names` translates each step of a parameter's path. A fused matrix has several names, one for
+    each block of its rows: its `rows` say where they are cut, without it they are equal.
+    """
+    found = {}
+    for path, parameter in module.named_parameters():
+        *outer, own, kind = path.split(".")
+        prefix = "".join(f"{names.get(step, step)}." for step in outer)
+        fused = names[own].split()
+        linear = module.get_submodule(".".join([*outer, own]))
+        blocks = parameter.detach().split(getattr(linear, "rows", len(parameter) // len(fused)))
+        found |= {f"{prefix}{name}.{kind}": b for name, b in zip(fused, blocks, strict=True)}
+    return found
+
+
+def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
+    """make() with a checkpoint's weights: allocated once, each view of it written exactly once."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device=device).eval()
     views = module.views()
     missing, left = views.keys() - tensors.keys(), tensors.keys() - views.keys()
     for problem, names in (("lacks", missing), ("has weights that do not belong here:", left)):
@@ -225,22 +240,16 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], directory) -> None:
             kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
             raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
         view.copy_(found)
+    return module
 
 
-def unread(make, device, dtype) -> nn.Module:
-    """A module whose weights are about to be read: allocated once, never initialised."""
-    with torch.device("meta"):
-        module = make()
-    return module.to(dtype).to_empty(device=device).eval()
-
-
-def parts(module: nn.Module, names: list[str], sizes: list[int]) -> dict[str, Tensor]:
-    """The names of a checkpoint for the row blocks of a linear layer, weight and bias."""
-    views = {}
-    for kind, parameter in module.named_parameters():
-        blocks = parameter.split(sizes)
-        views |= {f"{name}.{kind}": b for name, b in zip(names, blocks, strict=True)}
-    return views
+def number(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
+    """raw[key] as an int or a float; the default where it is absent or null."""
+    value = default if raw.get(key) is None else raw[key]
+    good = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not good or not least <= value < 1e18:
+        raise ValueError(f"{where}: {key!r} must be a number above 0, not {value!r}")
+    return kind(value)
 
 
 # ---- The decoder ----------------------------------------------------------------------------
@@ -257,54 +266,45 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         if not condition:
             raise ValueError(f"{where}: {message}")
 
-    def number(key, default=None, source=raw, kind=int):
-        value = default if source.get(key) is None else source[key]
-        good = isinstance(value, int | kind) and not isinstance(value, bool)
-        need(good and 0 < value < 1e18, f"{key!r} must be a number above 0, not {value!r}")
-        return kind(value)
-
     def flag(key) -> bool:
         value = raw.get(key)
         need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
         return bool(value)
 
-    family = raw.get("model_type")
+    size = partial(number, raw, where)
+    family, kinds = raw.get("model_type"), raw.get("layer_types")
     need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
-    kinds, rope = (
-        raw.get("layer_types"),
-        raw.get("rope_parameters") or raw.get("rope_scaling") or {},
-    )
     need(isinstance(kinds, list | None), "layer_types must be a list")
-    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
     windows = any(kind != "full_attention" for kind in kinds or [])
     if flag("use_sliding_window") and kinds is None:
-        windows = number("max_window_layers", 1) < number("num_hidden_layers")
+        windows = size("max_window_layers", 1) < size("num_hidden_layers")
     need(not windows, "sliding-window attention is not implemented")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
     rope = {"rope_theta": raw.get("rope_theta")} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
-    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    need(partial == 1, "partial rotary embeddings are not implemented")
+    shares = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    need(shares == 1, "partial rotary embeddings are not implemented")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
-    bias = flag("attention_bias")
+    hidden, heads, bias = size("hidden_size"), size("num_attention_heads"), flag("attention_bias")
     config = SimpleNamespace(
-        vocabulary=number("vocab_size"),
+        vocabulary=size("vocab_size"),
         hidden=hidden,
-        intermediate=number("intermediate_size"),
-        layers=number("num_hidden_layers"),
+        intermediate=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
-        eps=number("rms_norm_eps", 1e-6, kind=float),
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", 128 if family == "qwen3" else hidden // heads),
+        eps=size("rms_norm_eps", 1e-6, float),
         tied=flag("tie_word_embeddings"),  # the output head is the embedding
         qkv_bias=bias or family == "qwen2",
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
-        theta=number("rope_theta", source=rope, kind=float),
-        scaling=[number(k, source=rope, kind=float) for k in llama3] if kind == "llama3" else None,
+        theta=number(rope, where, "rope_theta", kind=float),
+        scaling=[number(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
     )
     whole = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
     need(whole, "heads must be a multiple of key-value heads, head_dim must be even")
@@ -338,11 +338,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
-    mask = None if visible is None else visible[:, None]
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    how = {"is_causal": True} if visible is None else {"attn_mask": visible[:, None]}
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
 
 
@@ -354,15 +351,11 @@ class Layer(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.c, self.rows = (
-            c,
-            [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim],
-        )
-        self.attention_norm, self.mlp_norm = (
-            nn.RMSNorm(c.hidden, c.eps),
-            nn.RMSNorm(c.hidden, c.eps),
-        )
-        self.qkv = nn.Linear(c.hidden, sum(self.rows), c.qkv_bias)
+        self.c, self.heads = c, [c.heads, c.kv_heads, c.kv_heads]
+        self.attention_norm = nn.RMSNorm(c.hidden, c.eps)
+        self.mlp_norm = nn.RMSNorm(c.hidden, c.eps)
+        self.qkv = nn.Linear(c.hidden, sum(self.heads) * c.head_dim, c.qkv_bias)
+        self.qkv.rows = [heads * c.head_dim for heads in self.heads]
         self.o = nn.Linear(c.heads * c.head_dim, c.hidden, c.o_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.eps), nn.RMSNorm(c.head_dim, c.eps)
@@ -371,26 +364,21 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.c.head_dim))
-        q, k, v = heads.split(
-            [self.c.heads, self.c.kv_heads, self.c.kv_heads], -2
-        )  # [.., heads, D]
+        q, k, v = heads.split(self.heads, -2)  # [.., heads, D]
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         x = x + self.o(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))  # [.., H]
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
-    def views(self) -> dict[str, Tensor]:
-        c, qkv = self.c, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-        views = parts(self.qkv, qkv, self.rows) | parts(self.o, ["self_attn.o_proj"], [c.hidden])
-        views |= parts(self.gate_up, ["mlp.gate_proj", "mlp.up_proj"], [c.intermediate] * 2)
-        views |= parts(self.down, ["mlp.down_proj"], [c.hidden])
-        views |= parts(self.attention_norm, ["input_layernorm"], [c.hidden])
-        views |= parts(self.mlp_norm, ["post_attention_layernorm"], [c.hidden])
-        if c.qk_norm:
-            views |= parts(self.q_norm, ["self_attn.q_norm"], [c.head_dim])
-            views |= parts(self.k_norm, ["self_attn.k_norm"], [c.head_dim])
-        return views
+
+DECODER_NAMES = {
+    "embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
+    "layers": "model.layers", "attention_norm": "input_layernorm",
+    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "down": "mlp.down_proj",
+    "mlp_norm": "post_attention_layernorm", "gate_up": "mlp.gate_proj mlp.up_proj",
+}  # fmt: skip
 
 
 class Decoder(nn.Module):
@@ -438,28 +426,20 @@ class Decoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """Hugging Face's weight names, each with the part of our parameters that holds it."""
-        views = {
-            "model.embed_tokens.weight": self.embed.weight,
-            "model.norm.weight": self.norm.weight,
-        }
-        if self.lm_head is not None:
-            views["lm_head.weight"] = self.lm_head.weight
-        for n, layer in enumerate(self.layers):
-            views |= {f"model.layers.{n}.{name}": view for name, view in layer.views().items()}
-        return {name: view.detach() for name, view in views.items()}
+        return views(self, DECODER_NAMES)
 
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
     directory = Path(directory)
     raw, tensors = read_json(directory / "config.json"), {}
-    decoder = unread(lambda: Decoder(raw, directory / "config.json"), device, dtype)
     for name, tensor in read_checkpoint(directory).items():
         if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
             whole = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
             tensors[name if whole else "model." + name] = tensor
-    head = tensors.pop("lm_head.weight", None) if decoder.config.tied else None
-    fill(decoder, tensors, directory)
+    head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
+    make = partial(Decoder, raw, directory / "config.json")
+    decoder = filled(make, tensors, directory, device, dtype)
     if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
         raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
     if (directory / "tokenizer.json").is_file():
@@ -491,18 +471,14 @@ class Ragged:
     """
 
     def __init__(self, sequences: list[list[int]], device="cpu"):
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.long)
-        self.shape = (len(sequences), max(map(len, sequences), default=0))
-        self.lengths = lengths.to(device)
-        self.mask = (torch.arange(self.shape[1]) < lengths[:, None]).to(device)  # [rows, T]
-        self.cells = self.mask.flatten().nonzero()[:, 0]  # [N] each token's place in the grid
-        self.rows = torch.arange(self.shape[0], device=device).repeat_interleave(
-            self.lengths
-        )  # [N]
-        self.starts = self.lengths.cumsum(0) - self.lengths  # [rows] each one's first token
-        self.positions = self.cells - self.rows * self.shape[1]  # [N]
         tokens = [token for sequence in sequences for token in sequence]
-        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)
+        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)  # [N]
+        self.lengths = torch.tensor([*map(len, sequences)], dtype=torch.long, device=device)
+        self.starts = self.lengths.cumsum(0) - self.lengths  # [rows] each one's first token
+        self.shape = (len(sequences), max(map(len, sequences), default=0))
+        self.mask = torch.arange(self.shape[1], device=device) < self.lengths[:, None]  # [rows, T]
+        self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
+        self.cells = self.rows * self.shape[1] + self.positions  # [N] places in the grid
 
     def grid(self, x: Tensor) -> Tensor:
         """[N, ..] to [rows, T, ..], zeros behind each row's end."""
@@ -770,17 +746,15 @@ class EncoderLayer(nn.Module):
         x = self.attention_norm(x + F.dropout(self.o(out.transpose(1, 2).flatten(2)), outputs))
         return self.mlp_norm(x + F.dropout(self.down(F.gelu(self.up(x))), outputs))
 
-    def views(self) -> dict[str, Tensor]:
-        h, inner = self.o.out_features, self.up.out_features
-        qkv = [f"attention.self.{name}" for name in ("query", "key", "value")]
-        views = parts(self.qkv, qkv, [h] * 3) | parts(self.o, ["attention.output.dense"], [h])
-        views |= parts(self.attention_norm, ["attention.output.LayerNorm"], [h])
-        views |= parts(self.up, ["intermediate.dense"], [inner])
-        return (
-            views
-            | parts(self.down, ["output.dense"], [h])
-            | parts(self.mlp_norm, ["output.LayerNorm"], [h])
-        )
+
+ENCODER_NAMES = {
+    "words": "embeddings.word_embeddings", "places": "embeddings.position_embeddings",
+    "segments": "embeddings.token_type_embeddings", "norm": "embeddings.LayerNorm",
+    "layers": "encoder.layer", "o": "attention.output.dense",
+    "qkv": "attention.self.query attention.self.key attention.self.value",
+    "attention_norm": "attention.output.LayerNorm", "up": "intermediate.dense",
+    "down": "output.dense", "mlp_norm": "output.LayerNorm", "pooler": "pooler.dense",
+}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -788,39 +762,25 @@ class Encoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json", pooler: bool = True):
         super().__init__()
-        known = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for key, value in [("model_type", raw.get("model_type")), *known.items()]:
-            wanted = known.get(key, "bert")
-            if raw.get(key, value) != wanted:
+        assumed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+        for key, wanted in {"model_type": "bert", **assumed}.items():
+            if (assumed | raw).get(key) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
-        sizes = ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"]
-        sizes += ["vocab_size", "max_position_embeddings", "type_vocab_size"]
-        raw = {"type_vocab_size": 2} | raw
-        for key in sizes:
-            if type(raw.get(key)) is not int or raw[key] < 1:
-                raise ValueError(f"{where}: {key!r} must be a number above 0, not {raw.get(key)!r}")
-        hidden, heads, inner, layers, vocabulary, self.max_length, types = (
-            raw[key] for key in sizes
-        )
+        size = partial(number, raw, where)
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
         if hidden % heads:
             raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
+        eps, inner = size("layer_norm_eps", 1e-12, float), size("intermediate_size")
+        keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        self.dropout = [size(key, 0.1, float, least=0) for key in keys]
         self.raw, self.hidden, self.tokenizer = raw, hidden, None
-        for key in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not isinstance(raw.get(key, 0.0), int | float):
-                raise ValueError(f"{where}: {key!r} must be a number, not {raw[key]!r}")
-        eps, keys = (
-            raw.get("layer_norm_eps", 1e-12),
-            ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-        )
-        self.dropout = [raw.get(key, 0.1) for key in keys]
-        self.words, self.places = (
-            nn.Embedding(vocabulary, hidden),
-            nn.Embedding(self.max_length, hidden),
-        )
-        self.segments = nn.Embedding(types, hidden)
+        self.max_length = size("max_position_embeddings")
+        self.words = nn.Embedding(size("vocab_size"), hidden)
+        self.places = nn.Embedding(self.max_length, hidden)
+        self.segments = nn.Embedding(size("type_vocab_size", 2), hidden)
         self.norm = nn.LayerNorm(hidden, eps)
-        blocks = (EncoderLayer(hidden, heads, inner, eps, self.dropout) for _ in range(layers))
-        self.layers = nn.ModuleList(blocks)
+        blocks = size("num_hidden_layers") * [(hidden, heads, inner, eps, self.dropout)]
+        self.layers = nn.ModuleList(EncoderLayer(*block) for block in blocks)
         self.pooler = nn.Linear(hidden, hidden) if pooler else None
         self.apply(initialise)
 
@@ -842,17 +802,7 @@ class Encoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """BERT's weight names, each with the part of our parameters that holds it."""
-        views = {
-            "embeddings.word_embeddings.weight": self.words.weight,
-            "embeddings.position_embeddings.weight": self.places.weight,
-            "embeddings.token_type_embeddings.weight": self.segments.weight,
-            **parts(self.norm, ["embeddings.LayerNorm"], [self.hidden]),
-        }
-        if self.pooler is not None:
-            views |= parts(self.pooler, ["pooler.dense"], [self.hidden])
-        for n, layer in enumerate(self.layers):
-            views |= {f"encoder.layer.{n}.{name}": view for name, view in layer.views().items()}
-        return {name: view.detach() for name, view in views.items()}
+        return views(self, ENCODER_NAMES)
 
 
 def initialise(module: nn.Module) -> None:
@@ -876,8 +826,8 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
             raise ValueError(f"{directory}: {name} stands in the checkpoint under two names")
         tensors[name] = tensor
     pooler = "pooler.dense.weight" in tensors
-    encoder = unread(lambda: Encoder(raw, directory / "config.json", pooler), device, dtype)
-    fill(encoder, tensors, directory)
+    make = partial(Encoder, raw, directory / "config.json", pooler)
+    encoder = filled(make, tensors, directory, device, dtype)
     if (directory / "tokenizer.json").is_file():
         encoder.tokenizer = load_tokenizer(directory)
     return encoder
