@@ -205,7 +205,7 @@ def read_checkpoint(directory) -> dict[str, Tensor]:
     return tensors
 
 
-def views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+def checkpoint_views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
     """A checkpoint's weight names, each with the part of a parameter that holds it.
 
     `names` translates each step of a parameter's path. A fused matrix has several names, one for
@@ -426,7 +426,7 @@ class Decoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """Hugging Face's weight names, each with the part of our parameters that holds it."""
-        return views(self, DECODER_NAMES)
+        return checkpoint_views(self, DECODER_NAMES)
 
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
@@ -779,8 +779,8 @@ class Encoder(nn.Module):
         self.places = nn.Embedding(self.max_length, hidden)
         self.segments = nn.Embedding(size("type_vocab_size", 2), hidden)
         self.norm = nn.LayerNorm(hidden, eps)
-        blocks = size("num_hidden_layers") * [(hidden, heads, inner, eps, self.dropout)]
-        self.layers = nn.ModuleList(EncoderLayer(*block) for block in blocks)
+        shape, count = (hidden, heads, inner, eps, self.dropout), size("num_hidden_layers")
+        self.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
         self.pooler = nn.Linear(hidden, hidden) if pooler else None
         self.apply(initialise)
 
@@ -802,7 +802,7 @@ class Encoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """BERT's weight names, each with the part of our parameters that holds it."""
-        return views(self, ENCODER_NAMES)
+        return checkpoint_views(self, ENCODER_NAMES)
 
 
 def initialise(module: nn.Module) -> None:
@@ -858,26 +858,23 @@ def render_chat(messages: list[dict], known) -> str | None:
             text += R1_USER + content if role == "user" else answer
         return text + R1_ASSISTANT + "<think>\n"
     if "<|im_start|>" in known:
-        qwen3 = "<think>" in known
+        begin, head, end = "", "<|im_start|>{}\n", "<|im_end|>\n"
         default = QWEN_SYSTEM if "<tool_call>" in known else SMOLLM_SYSTEM * ("<gh_stars>" in known)
-        if default and not qwen3 and turns == others:
+        if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
+            ends = [content.split("</think>")[-1].lstrip("\n") for _, content in turns]
+            turns = [(r, e if r == "assistant" else c) for (r, c), e in zip(turns, ends)]
+        elif default and turns == others:
             turns = [("system", default), *turns]
-        if qwen3:  # earlier answers lose their reasoning
-            turns = [
-                (r, c.split("</think>")[-1].lstrip("\n") if r == "assistant" else c)
-                for r, c in turns
-            ]
-        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-        return text + "<|im_start|>assistant\n"
-    if "<|start_header_id|>" in known:
-        turns = [(role, content.strip()) for role, content in turns]
+    elif "<|start_header_id|>" in known:
+        head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
+        begin, turns = "<|begin_of_text|>", [(role, content.strip()) for role, content in turns]
         if "<|eom_id|>" in known:  # Llama 3.1 and later always open with two dates
             rest = [turn for turn in turns if turn[0] != "system"]
             turns = [("system", LLAMA_DATES + system.strip()), *rest]
-        head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-        text = "".join(head.format(role) + content + "<|eot_id|>" for role, content in turns)
-        return "<|begin_of_text|>" + text + head.format("assistant")
-    return None
+    else:
+        return None
+    text = "".join(head.format(role) + content + end for role, content in turns)
+    return begin + text + head.format("assistant")
 
 
 def whole(text: str) -> str:
@@ -901,9 +898,13 @@ class Tokenizer:
         self.hidden_ids = {i for i, token in added if token.special and token.content not in think}
         self.opening = "<think>\n" if R1_USER in self.vocabulary else ""  # opened by the prompt
 
+    def split(self, text: str):
+        """The library's encoding of the text alone: no BOS, no [CLS]."""
+        return self.backend.encode(whole(text), add_special_tokens=False)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS]."""
-        return self.backend.encode(whole(text), add_special_tokens=False).ids
+        return self.split(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
@@ -935,10 +936,7 @@ class Tokenizer:
     def cut(self, text: str, tokens: int) -> str:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
         tokens = max(tokens, 0)
-        while (
-            len(offsets := self.backend.encode(whole(text), add_special_tokens=False).offsets)
-            > tokens
-        ):
+        while len(offsets := self.split(text).offsets) > tokens:
             text = text[: offsets[tokens][0]]  # where the first token too many begins
         return text
 
@@ -951,37 +949,33 @@ class Tokenizer:
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         backend = Backend.from_str(text)
+    except OSError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
-    names = (
-        "generation_config.json",
-        "config.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-    )
-    settings = {name: path.with_name(name) for name in names if path.with_name(name).is_file()}
-    settings = {name: read_json(file) for name, file in settings.items()}
+    kinds = ("generation_config", "config", "tokenizer_config", "special_tokens_map")
+    files = [path.with_name(f"{kind}.json") for kind in kinds]
+    settings = {file: read_json(file) for file in files if file.is_file()}
 
     def ids_of(key: str) -> list[int]:
         found = []
-        for name, content in settings.items():
+        for file, content in settings.items():
             ids, token = content.get(key + "_id"), content.get(key)
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if any(type(i) is not int or i < 0 for i in ids):
-                raise ValueError(f"{path.with_name(name)}: {key}_id {ids} is not a token id")
+                raise ValueError(f"{file}: {key}_id {ids} is not a token id")
             token = token.get("content") if isinstance(token, dict) else token
             known = backend.token_to_id(token) if isinstance(token, str) else None
             found += ids if known is None else [*ids, known]
         return found
 
-    files = {n: json.dumps(c, indent=2) + "\n" for n, c in settings.items() if n != "config.json"}
+    texts = {file.name: json.dumps(content, indent=2) + "\n" for file, content in settings.items()}
+    texts.pop("config.json", None)  # the model's, not the tokenizer's
     pad = next(iter(ids_of("pad_token")), None)
-    return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | files)
+    return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | texts)
 
 
 # ---- The command line, shared by all chapters -----------------------------------------------
@@ -1002,19 +996,18 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     """(options, debug): a dataclass as flags; the comment behind a field is the flag's help."""
     source = "".join(inspect.getsource(c) for c in options.__mro__ if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for field in dataclasses.fields(options):
-        kind, choices = typing.get_type_hints(options)[field.name], None
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    for name, kind in typing.get_type_hints(options).items():
+        default, inner = getattr(options, name), typing.get_args(kind)
         if typing.get_origin(kind) is typing.Literal:
-            kind, choices = str, typing.get_args(kind)
-        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
-        how = {"type": kind, "choices": choices}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=text, **how)
+            how = {"choices": inner}
+        elif kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": inner[0] if inner else kind}  # X of "X | None"
+        text = f"{comments[name]} (default: {default})".replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))
     debug = parsed.pop("debug")
