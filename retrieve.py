@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import prlm
-from prlm import Encoder, Tokenizer, read_json
+from prlm import Encoder, Ragged, Tokenizer, read_json
 
 # ---- Tasks and records -----------------------------------------------------------------------
 
@@ -107,9 +107,9 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     targets = _load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
     examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
     ids = Counter(e.id for e in examples)
-    repeated = [i for i, count in ids.items() if count > 1]
-    if repeated:
-        raise ValueError(f"{path}: record id {repeated[0]!r} stands {ids[repeated[0]]} times")
+    for id, count in ids.most_common(1):
+        if count > 1:
+            raise ValueError(f"{path}: record id {id!r} stands {count} times")
     if targets is None:
         return examples
     odd = sorted(ids.keys() ^ targets.keys())
@@ -233,18 +233,15 @@ class Dense:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [N, H], batched by length."""
-        limit = min(512, self.encoder.max_length)
-        device = self.encoder.norm.weight.device
+        limit, device = min(512, self.encoder.max_length), self.encoder.norm.weight.device
         rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
         vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n]) for n in batch], True)
-            lengths = torch.tensor([len(rows[n]) for n in batch])
-            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
-            hidden = self.encoder(tokens.to(device), mask)  # [B, T, H]
-            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            ids = Ragged([rows[n] for n in batch], device)
+            hidden = self.encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
+            mean = (hidden * ids.mask[..., None]).sum(1) / ids.lengths[:, None]
             pooled = mean if self.pooling == "mean" else hidden[:, 0]
             vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return vectors
@@ -327,11 +324,8 @@ def instruction(task: str, personal: bool) -> str:
     """The request of a task; `personal` is whether profile items stand above it."""
     kind = TASKS[task]
     start = WITH_PROFILE + kind.request[0] if personal else kind.request[0].upper()
-    return (
-        start
-        + kind.request[1:]
-        + ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
-    )
+    form = ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
+    return start + kind.request[1:] + form
 
 
 def question(task: str, query: str) -> str:

@@ -189,10 +189,8 @@ def update(
     completions [P][G] are the sampled ids, advantages and keep [P, G], sampled [P, G, C] the
     sampler's log-probabilities. "Old" is the policy of the first pass, before any update.
     """
-    old = torch.zeros_like(sampled)
-    lengths = torch.tensor([[len(ids) for ids in group] for group in completions]).to(keep.device)
-    place = torch.arange(sampled.shape[-1], device=keep.device)
-    trained = (place < lengths[..., None]) & keep[..., None]  # [P, G, C]
+    old, answers = torch.zeros_like(sampled), [ids for group in completions for ids in group]
+    trained = prlm.Ragged(answers, keep.device).mask.view_as(sampled) & keep[..., None]  # [P, G, C]
     size, tokens = loss_size(trained, o.normalizer, o.max_new_tokens), max(trained.sum().item(), 1)
     gap = 0.0
     for turn in range(o.updates_per_rollout):
@@ -269,15 +267,9 @@ def grpo_step(
         "seconds_update": updated - rolled,
     }
     samples = []
-    for n, (owner, text, part, c) in enumerate(zip(owners, texts, parts, flat, strict=True)):
-        line = {
-            "step": step + 1,
-            "id": owner.id,
-            "target": owner.target,
-            "completion": text,
-            **part,
-        }
-        line |= {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
+    for n, (owner, part, c) in enumerate(zip(owners, parts, flat, strict=True)):
+        line = {"step": step + 1, "id": owner.id, "target": owner.target, "completion": texts[n]}
+        line |= part | {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
         samples.append(line | {"prompt": tokenizer.decode(batch[n // o.group_size])})
     return metrics, samples
 
@@ -417,11 +409,8 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
 
 def main(o: Options) -> None:
     check(o)
-    device, (train, held) = (
-        prlm.pick_device(o.device),
-        (load_lamp(o.data, o.task, s) for s in ("train", "dev")),
-    )
-    held = held[: o.eval_examples]
+    device, train = prlm.pick_device(o.device), load_lamp(o.data, o.task, "train")
+    held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
