@@ -782,7 +782,11 @@ class Encoder(nn.Module):
         shape, count = (hidden, heads, inner, eps, self.dropout), size("num_hidden_layers")
         self.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
         self.pooler = nn.Linear(hidden, hidden) if pooler else None
-        self.apply(initialise)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
@@ -803,14 +807,6 @@ class Encoder(nn.Module):
     def views(self) -> dict[str, Tensor]:
         """BERT's weight names, each with the part of our parameters that holds it."""
         return checkpoint_views(self, ENCODER_NAMES)
-
-
-def initialise(module: nn.Module) -> None:
-    """BERT's initialisation of a linear layer or an embedding."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:

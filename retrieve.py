@@ -20,7 +20,7 @@ with f the count of w in d, |d| the words of d and their mean, n(w) the document
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -184,34 +184,28 @@ class BM25:
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
-        self.size, self.k1, self.words = len(corpus), k1, {}  # word -> row number
-        rows = [self.words.setdefault(word, len(self.words)) for text in corpus for word in text]
-        lengths = np.array([len(text) for text in corpus], dtype=np.float64)
-        documents = np.repeat(np.arange(self.size), lengths.astype(np.int64))
-        # One entry for each (word, document) that occurs, ordered by word, then by document.
-        pairs = np.array(rows, dtype=np.int64) * max(self.size, 1) + documents
-        pairs, self.counts = np.unique(pairs, return_counts=True)
-        self.documents = pairs % max(self.size, 1)
-        containing = np.bincount(pairs // max(self.size, 1), minlength=len(self.words))  # n(w)
-        self.starts = np.concatenate([[0], containing.cumsum()])
+        self.k1, self.counts = k1, defaultdict(dict)  # word -> {document: f(w, d)}
+        for number, text in enumerate(corpus):
+            for word, count in Counter(text).items():
+                self.counts[word][number] = count
+        held = np.array([len(found) for found in self.counts.values()])  # n(w)
         if idf == "okapi":
-            self.idf = np.log(self.size - containing + 0.5) - np.log(containing + 0.5)
-            if len(self.words):
-                self.idf = np.where(self.idf < 0, 0.25 * self.idf.mean(), self.idf)
+            weights = np.log(len(corpus) - held + 0.5) - np.log(held + 0.5)
+            weights[weights < 0] = 0.25 * weights.mean() if len(held) else 0.0
         else:
-            self.idf = np.log1p((self.size - containing + 0.5) / (containing + 0.5))
-        average = lengths.mean() if lengths.any() else 1.0
-        self.norm = k1 * (1 - b + b * lengths / average)
+            weights = np.log1p((len(corpus) - held + 0.5) / (held + 0.5))
+        self.idf = dict(zip(self.counts, weights, strict=True))
+        lengths = np.array([len(text) for text in corpus])
+        self.norm = k1 * (1 - b + b * lengths / (lengths.mean() if lengths.any() else 1.0))
 
     def scores(self, query: list[str]) -> np.ndarray:
         """The score of every document [N]; a repeated query word counts each time."""
-        scores = np.zeros(self.size)
+        scores = np.zeros(len(self.norm))
         for word in query:
-            row = self.words.get(word)
-            if row is not None:
-                entries = slice(self.starts[row], self.starts[row + 1])
-                where, count = self.documents[entries], self.counts[entries]
-                scores[where] += self.idf[row] * count * (self.k1 + 1) / (count + self.norm[where])
+            if word in self.counts:
+                found = self.counts[word]
+                where, count = np.array([*found]), np.array([*found.values()])
+                scores[where] += self.idf[word] * count * (self.k1 + 1) / (count + self.norm[where])
         return scores
 
 

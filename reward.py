@@ -96,9 +96,9 @@ def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> T
 class RewardModel(nn.Module):
     """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer | None = None):
+    def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.tokenizer = encoder, tokenizer or encoder.tokenizer
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
         if self.tokenizer is None:
             raise ValueError("the reward model needs its encoder's tokenizer.json")
         like = encoder.norm.weight
