@@ -136,10 +136,9 @@ def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
     content = read_json(path)
     if str(content.get("task", task)).replace("_", "-") != task:
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")
-    golds = content.get("golds")
+    golds, targets = content.get("golds"), {}
     if not isinstance(golds, list):
         raise ValueError(f"{path}: no list of golds")
-    targets = {}
     for number, gold in enumerate(golds):
         gold = gold if isinstance(gold, dict) else {}
         if "id" not in gold or not isinstance(gold.get("output"), str):
@@ -166,9 +165,9 @@ def _example(record, number: int, task: str, path: Path) -> Example:
         if not all(isinstance(item.get(key), str) for key in kind.fields):
             names = " and ".join(kind.fields)
             raise ValueError(f"{where}: profile item {place} needs {names} (strings)")
-    id, user = str(record["id"]), record.get("user_id")
-    query = text.removeprefix(kind.prefix)
-    return Example(id, id if user is None else str(user), task, query, profile, None)
+    id, user = record["id"], record.get("user_id")
+    user = id if user is None else user
+    return Example(str(id), str(user), task, text.removeprefix(kind.prefix), profile, None)
 
 
 # ---- Retrieval -------------------------------------------------------------------------------
@@ -263,10 +262,8 @@ def parse_date(item: dict, example: Example) -> tuple[int, ...]:
     date = item.get("date")
     found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(date))
     if not found:
-        where = f"record {example.id!r}, profile item {item.get('id')!r}"
-        said = "no date" if date is None else f"the date {date!r}"
-        advice = "recency needs dates like 2016-03-14 (LaMP's time split has them)"
-        raise ValueError(f"{where}: {said}; {advice}")
+        where = f"record {example.id!r}, profile item {item.get('id')!r}: the date is {date!r}"
+        raise ValueError(f"{where}; recency needs ones like 2016-03-14, as LaMP's time split has")
     return tuple(map(int, found[0].split("-")))
 
 
@@ -413,9 +410,7 @@ def make_ranker(o: PromptOptions):
     return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense, o.idf)
 
 
-def make_prompts(
-    o: PromptOptions, tokenizer: Tokenizer, examples: list[Example]
-) -> list[list[int]]:
+def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The token ids of each example's personalized prompt."""
     rank, prompts = make_ranker(o), []
     for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import prlm
 from eval import EvalOptions, complete, extract_answer, is_placeholder, rouge
-from prlm import Decoder, Encoder, Ragged, Tokenizer
+from prlm import Encoder, Ragged
 from retrieve import Example, load_lamp, make_prompts
 
 # ---- The three parts -----------------------------------------------------------------------------
@@ -164,9 +164,7 @@ class RewardOptions(EvalOptions):
     reward_lr: float = 1e-3  # reward model: peak learning rate; the authors' BERT-base has 5e-5
 
 
-def build_pairs(
-    o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example]
-) -> list[dict]:
+def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: answers with the profile against ones without.
 
     Sampled at T = 0.7. Empty answers are dropped; a pair needs a positive and a negative.
@@ -252,9 +250,7 @@ def probe(model: RewardModel, path) -> float:
     return ((difference.sign() + 1) / 2).mean().item()
 
 
-def obtain_reward_model(
-    o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example], directory
-) -> RewardModel:
+def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
     directory, device = Path(directory), prlm.pick_device(o.device)
     if not (directory / "report.json").is_file():

@@ -181,9 +181,7 @@ def micro_batches(prompts, completions, budget: int) -> list[list[int]]:
     return batches
 
 
-def update(
-    o: Options, decoder, optimizer, reference, prompts, completions, advantages, sampled, keep
-):
+def update(o, decoder, optimizer, reference, prompts, completions, advantages, sampled, keep):
     """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
 
     completions [P][G] are the sampled ids, advantages and keep [P, G], sampled [P, G, C] the
@@ -253,9 +251,9 @@ def grpo_step(
     log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
     updated, count = time.perf_counter(), sum(len(c.tokens) for c in flat)
     names = ("reward", "accuracy", "format", "personalization")
-    metrics = {"step": step + 1}
-    metrics |= {name: sum(part[name] for part in parts) / len(parts) for name in names}
-    metrics |= {
+    metrics = {
+        "step": step + 1,
+        **{name: sum(part[name] for part in parts) / len(parts) for name in names},
         "reward_spread": reward.std(1).mean().item(),
         "zero_spread_groups": (advantages == 0).all(1).float().mean().item(),
         **log,
@@ -325,19 +323,19 @@ def append(path: Path, records: list[dict]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-class Stop:
+def listen() -> list[int]:
     """Ctrl-C and SIGTERM let the loop finish its step, save and leave; a second one is at once."""
+    asked: list[int] = []
 
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, _frame) -> None:
-        if self.signal is not None:
+    def ask(number, _frame) -> None:
+        if asked:
             sys.exit(128 + number)
-        self.signal = number
+        asked.append(number)
         print("\nstopping after this step (again: at once)", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return asked
 
 
 def draw_curves(out: Path, before: float) -> None:
@@ -385,7 +383,7 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
         print(f"going on after step {first}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(out / name, first)
-    prompts, stop = make_prompts(o, tokenizer, train), Stop()
+    prompts, stop = make_prompts(o, tokenizer, train), listen()
     bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
     fixed = reward_model, tokenizer, train, prompts
     for step in bar:
@@ -399,12 +397,12 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
         append(out / "samples.jsonl", samples)
         append(out / "metrics.jsonl", [metrics])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "format")})
-        if done % o.save_every == 0 or last or stop.signal:
+        if done % o.save_every == 0 or last or stop:
             save_state(state, done, decoder, optimizer)
-        if stop.signal and not last:
+        if stop and not last:
             bar.close()
             print(f"stopped after step {done}; the same command goes on", file=sys.stderr)
-            sys.exit(128 + stop.signal)
+            sys.exit(128 + stop[0])
 
 
 def main(o: Options) -> None:
