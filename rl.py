@@ -419,28 +419,22 @@ def main(o: Options) -> None:
         reward_model = load_reward_model(o.reward_model, device)
     elif o.personalization:
         reward_model = obtain_reward_model(o, decoder, tokenizer, train, out / "reward")
-
-    def score(name: str, k: int) -> dict[str, str]:
-        """Adds the scores of `name`, greedy and at T = 0.7; returns the greedy answers."""
+    file = out / "scores.json"
+    scores = prlm.read_json(file) if file.is_file() else {}
+    for name, k in (("no_profile", 0), ("before", o.k), ("after", o.k)):
+        if name in scores:
+            continue
+        if name == "after":
+            train_policy(o, out, decoder, tokenizer, reward_model, train, held)
         how = decoder, tokenizer, held, dataclasses.replace(o, k=k)
         sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
         greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")
         scores[name] = greedy | {f"{key}_sampled": value for key, value in sampled.items()}
-        return answers
-
-    file = out / "scores.json"
-    scores = prlm.read_json(file) if file.is_file() else {}
-    for name, k in (("no_profile", 0), ("before", o.k)):
-        if name not in scores:
-            score(name, k)
-            prlm.write_json(file, scores)
-    if "after" not in scores:
-        train_policy(o, out, decoder, tokenizer, reward_model, train, held)
-        answers = score("after", o.k)
-        prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
-        write_predictions(out / "predictions.json", o.task, answers)
-        draw_curves(out, scores["before"]["rouge-l"])
-        prlm.write_json(file, scores)  # last: it says that the run is complete
+        if name == "after":
+            prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
+            write_predictions(out / "predictions.json", o.task, answers)
+            draw_curves(out, scores["before"]["rouge-l"])
+        prlm.write_json(file, scores)  # with "after", and so last: the run is complete
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
     print(table({row: {c: scores[key][c] for c in columns} for row, key in rows.items()}))
