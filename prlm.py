@@ -773,7 +773,8 @@ class Encoder(nn.Module):
         eps, inner = size("layer_norm_eps", 1e-12, float), size("intermediate_size")
         keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         self.dropout = [size(key, 0.1, float, least=0) for key in keys]
-        self.raw, self.hidden, self.tokenizer = raw, hidden, None
+        self.raw = {"type_vocab_size": 2} | raw
+        self.hidden, self.tokenizer = hidden, None
         self.max_length = size("max_position_embeddings")
         self.words = nn.Embedding(size("vocab_size"), hidden)
         self.places = nn.Embedding(self.max_length, hidden)
