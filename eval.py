@@ -112,9 +112,9 @@ def extract_answer(completion: str, task: str) -> str:
     """
     kind = task_of(task)
     text = completion.rpartition("</think>")[2]
-    text = text.partition("<answer>")[2] or text
     if "<think>" in text:
         return ""
+    text = text.partition("<answer>")[2] or text
     values = []
     for key in re.finditer(rf"""(?<!\w)(?P<q>['"]?){kind.answer}(?P=q)\s*:\s*""", text):
         rest = text[key.end() :].split("</answer>")[0]

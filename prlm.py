@@ -56,6 +56,8 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -278,7 +280,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(isinstance(kinds, list | None), "layer_types must be a list")
     windows = any(kind != "full_attention" for kind in kinds or [])
     if flag("use_sliding_window") and kinds is None:
-        windows = size("max_window_layers", 1) < size("num_hidden_layers")
+        windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")  # some layers do
     need(not windows, "sliding-window attention is not implemented")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
@@ -1005,6 +1007,7 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
             how = {"type": inner[0] if inner else kind}  # X of "X | None"
         text = f"{comments[name]} (default: {default})".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+    parser.error = lambda text: parser.exit(2, f"error: {text} (--help lists the options)\n")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))
     debug = parsed.pop("debug")
@@ -1017,10 +1020,13 @@ def command(main, options: type, description: str) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what a terminal cannot show
     try:
         main(chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        less = "--tokens-per-micro-batch, --batch-size or --group-size"
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        text = f"the GPU's memory is full: lower {less}" if out_of_memory else error
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 

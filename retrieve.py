@@ -131,8 +131,10 @@ def _find(directory: Path, task: str, split: str) -> Path:
 
 
 def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
-    if split == "test" and not path.is_file():  # LaMP withholds them
-        return None
+    if not path.is_file():
+        if split == "test":  # LaMP withholds them
+            return None
+        raise FileNotFoundError(f"{path}: no such file, and only the test split may lack outputs")
     content = read_json(path)
     if str(content.get("task", task)).replace("_", "-") != task:
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")

@@ -23,13 +23,17 @@ same command, started again, goes on. No dropout anywhere; the ids that were sam
 
 import copy
 import dataclasses
+import errno
 import json
 import math
+import os
+import pickle
 import random
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -217,7 +221,7 @@ def update(o, decoder, optimizer, reference, prompts, completions, advantages, s
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), o.grad_clip)
         log["grad_norm"] = norm.item()
         if not math.isfinite(log["grad_norm"] + log["loss"]):
-            raise ValueError(f"loss {log['loss']}, gradient norm {norm}: the step was not applied")
+            raise FloatingPointError(f"the loss is {log['loss']}, the gradient's norm {norm}")
         optimizer.step()
         optimizer.zero_grad()
     return log | {"gap": gap}
@@ -248,7 +252,14 @@ def grpo_step(
     ids = [[completion.tokens for completion in group] for group in groups]
     keep = finished | (not o.mask_truncated)
     tensors = (tensor.to(device) for tensor in (advantages, sampled, keep))
-    log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
+    try:
+        if not reward.isfinite().all():
+            raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
+        log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
+    except FloatingPointError as error:
+        where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
+        advice = "it was not applied; go on from the last state with a lower --lr"
+        raise ValueError(f"{where}: {error}; {advice}") from None
     updated, count = time.perf_counter(), sum(len(c.tokens) for c in flat)
     names = ("reward", "accuracy", "format", "personalization")
     metrics = {
@@ -293,21 +304,48 @@ def open_run(o: Options) -> Path:
     else:
         out.mkdir(parents=True, exist_ok=True)
         prlm.write_json(config, mine)
+    for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        left.unlink()
     return out
+
+
+@contextmanager
+def alone(out: Path):
+    """Holds the run directory for this process; however that ends, the system lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / f".{out.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is working in {out}") from None
+        yield
 
 
 def save_state(path: Path, step: int, decoder: Decoder, optimizer) -> None:
     state = {"step": step, "model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
     with prlm.replacing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"not written, is the disk full? {error}") from None
 
 
 def load_state(path: Path, decoder: Decoder, optimizer) -> int:
     """Puts a saved state back; the number of steps that were done."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    decoder.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        decoder.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        text = f"{path}: not a state of this run ({reason}); --overwrite starts anew"
+        raise ValueError(text) from None
 
 
 def rewind(path: Path, steps: int) -> None:
@@ -321,21 +359,29 @@ def append(path: Path, records: list[dict]) -> None:
     """Adds whole lines in one write: a kill leaves all of them or none."""
     with open(path, "ab", buffering=0) as file:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        os.fsync(file.fileno())
 
 
-def listen() -> list[int]:
-    """Ctrl-C and SIGTERM let the loop finish its step, save and leave; a second one is at once."""
-    asked: list[int] = []
+class Stop:
+    """Ctrl-C and SIGTERM end the process, with status 130 and 143; nothing that is saved is lost.
 
-    def ask(number, _frame) -> None:
-        if asked:
-            sys.exit(128 + number)
-        asked.append(number)
+    Within the loop they wait for the step to be finished and saved; a second one does not.
+    """
+
+    def __init__(self):
+        self.signal, self.in_loop = None, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _frame) -> None:
+        if self.signal is not None or not self.in_loop:
+            self.leave(number)
+        self.signal = number
         print("\nstopping after this step (again: at once)", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
-    return asked
+    def leave(self, number) -> None:
+        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def draw_curves(out: Path, before: float) -> None:
@@ -370,10 +416,11 @@ def check(o: Options) -> None:
         for name in names.split():
             if not bound <= getattr(o, name) < math.inf:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must be at least {bound}, not {getattr(o, name)}")
+                at_least = "above 0" if bound < 1e-6 and bound else f"at least {bound}"
+                raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
 
 
-def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train, held) -> None:
+def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_model, train, held):
     """The loop: a step, its lines in the logs, now and then a look at held-out users and a save."""
     reference = copy.deepcopy(decoder).requires_grad_(False) if o.beta else None
     optimizer = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0)
@@ -383,7 +430,7 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
         print(f"going on after step {first}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(out / name, first)
-    prompts, stop = make_prompts(o, tokenizer, train), listen()
+    prompts, stop.in_loop = make_prompts(o, tokenizer, train), True
     bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
     fixed = reward_model, tokenizer, train, prompts
     for step in bar:
@@ -397,16 +444,22 @@ def train_policy(o: Options, out: Path, decoder, tokenizer, reward_model, train,
         append(out / "samples.jsonl", samples)
         append(out / "metrics.jsonl", [metrics])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "format")})
-        if done % o.save_every == 0 or last or stop:
+        if done % o.save_every == 0 or last or stop.signal:
             save_state(state, done, decoder, optimizer)
-        if stop and not last:
+        if stop.signal and not last:
             bar.close()
-            print(f"stopped after step {done}; the same command goes on", file=sys.stderr)
-            sys.exit(128 + stop[0])
+            stop.leave(stop.signal)
+    stop.in_loop = False
 
 
 def main(o: Options) -> None:
     check(o)
+    with alone(Path(o.out)):
+        run(o, Stop())
+
+
+def run(o: Options, stop: Stop) -> None:
+    """Everything a run is made of, each part skipped where the run directory has it already."""
     device, train = prlm.pick_device(o.device), load_lamp(o.data, o.task, "train")
     held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
@@ -425,7 +478,7 @@ def main(o: Options) -> None:
         if name in scores:
             continue
         if name == "after":
-            train_policy(o, out, decoder, tokenizer, reward_model, train, held)
+            train_policy(o, out, stop, decoder, tokenizer, reward_model, train, held)
         how = decoder, tokenizer, held, dataclasses.replace(o, k=k)
         sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
         greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")

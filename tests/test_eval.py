@@ -165,11 +165,16 @@ class TestExtractAnswer:
         for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>"):
             assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
 
+    def test_the_answer_tags_come_before_talk_about_them(self):
+        text = "hm</think>\nThe title: should be short.\n<answer>\n{'title': 'Yes'}\n</answer>"
+        assert extract_answer(text, "LaMP-4") == "Yes"
+
     @pytest.mark.parametrize("completion", [
         "", " \n", "A Start", "title", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
         "{'tweet': 'no'}", "{'subtitle': 'no'}", "subtitle: no", "<think>", "<think>\n</think>\n",
         "<think>\n{'title': 'no'}", "<think>\n{'title': 'no'}\n</think>\nno idea", "a</think>",
         "{'title': 'no'}\n</think>", "<think>a</think>\n<think>\n{'title': 'no'}",
+        "<think>\nhm\n<answer>\n{'title': 'no'}\n</answer>",
     ])  # fmt: skip
     def test_nothing_there(self, completion):
         """A thought is no answer, and neither is one that never ends."""

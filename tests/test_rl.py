@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -392,3 +393,36 @@ class TestRun:
         done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+    def test_a_number_gone_wrong_stops_the_run_before_it_is_applied(
+        self, world, tmp_path, monkeypatch
+    ):
+        real = rl.grpo_loss
+        monkeypatch.setattr(rl, "grpo_loss", lambda *a: real(*a) * math.nan)
+        with pytest.raises(ValueError, match=r"step 1, records 30\d, 30\d: the loss is nan"):
+            rl.main(tiny(world, tmp_path / "run"))
+        assert not (tmp_path / "run" / "trainer.pt").exists()
+
+    def test_a_broken_state_is_named(self, world, tmp_path):
+        o = tiny(world, tmp_path / "run", steps=2, personalization=0.0)
+        rl.main(o)
+        (tmp_path / "run" / "scores.json").unlink()
+        whole = (tmp_path / "run" / "trainer.pt").read_bytes()
+        for broken in (b"", whole[: len(whole) // 2], b"not a state", pickle.dumps(open)):
+            (tmp_path / "run" / "trainer.pt").write_bytes(broken)
+            with pytest.raises(ValueError, match=r"trainer\.pt: not a state"):
+                rl.main(o)
+
+    def test_a_full_disk_is_named_and_the_old_state_stays(self, tmp_path, monkeypatch):
+        path, decoder = tmp_path / "trainer.pt", torch.nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(decoder.parameters())
+        rl.save_state(path, 1, decoder, optimizer)
+        before = path.read_bytes()
+
+        def full(*args):
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"disk full.*trainer\.pt"):
+            rl.save_state(path, 2, decoder, optimizer)
+        assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
