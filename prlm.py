@@ -245,8 +245,8 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
     return module
 
 
-def number(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
-    """raw[key] as an int or a float; the default where it is absent or null."""
+def positive(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
+    """The number raw[key] of a config, or the default where it is absent or null."""
     value = default if raw.get(key) is None else raw[key]
     good = isinstance(value, int | kind) and not isinstance(value, bool)
     if not good or not least <= value < 1e18:
@@ -273,7 +273,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
         return bool(value)
 
-    size = partial(number, raw, where)
+    size = partial(positive, raw, where)
     family, kinds = raw.get("model_type"), raw.get("layer_types")
     need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
@@ -305,8 +305,8 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
-        theta=number(rope, where, "rope_theta", kind=float),
-        scaling=[number(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
+        theta=positive(rope, where, "rope_theta", kind=float),
+        scaling=[positive(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
     )
     whole = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
     need(whole, "heads must be a multiple of key-value heads, head_dim must be even")
@@ -768,7 +768,7 @@ class Encoder(nn.Module):
         for key, wanted in {"model_type": "bert", **assumed}.items():
             if (assumed | raw).get(key) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
-        size = partial(number, raw, where)
+        size = partial(positive, raw, where)
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         if hidden % heads:
             raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
@@ -897,13 +897,13 @@ class Tokenizer:
         self.hidden_ids = {i for i, token in added if token.special and token.content not in think}
         self.opening = "<think>\n" if R1_USER in self.vocabulary else ""  # opened by the prompt
 
-    def split(self, text: str):
+    def encoding(self, text: str):
         """The library's encoding of the text alone: no BOS, no [CLS]."""
         return self.backend.encode(whole(text), add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS]."""
-        return self.split(text).ids
+        return self.encoding(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
@@ -935,7 +935,7 @@ class Tokenizer:
     def cut(self, text: str, tokens: int) -> str:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
         tokens = max(tokens, 0)
-        while len(offsets := self.split(text).offsets) > tokens:
+        while len(offsets := self.encoding(text).offsets) > tokens:
             text = text[: offsets[tokens][0]]  # where the first token too many begins
         return text
 
