@@ -31,6 +31,7 @@ import sys
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,8 +73,6 @@ def write_json(path, value) -> None:
 
 def read_json(path, kind: type = dict):
     """The JSON of a file whose top level is a `kind`; ValueError names the file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -106,8 +105,6 @@ def read_safetensors(path) -> dict[str, Tensor]:
             raise ValueError("a key stands twice in the header")
         return dict(pairs)
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -121,11 +118,9 @@ def read_safetensors(path) -> dict[str, Tensor]:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    tensors = {}
+    tensors, data = {}, torch.frombuffer(data, dtype=torch.uint8)
     for name, (begin, end, dtype, shape) in ranges.items():
-        flat = torch.empty(0, dtype=torch.uint8)
-        if end > begin:
-            flat = torch.frombuffer(data, dtype=flat.dtype, count=end - begin, offset=start + begin)
+        flat = data[start + begin : start + end]
         if (start + begin) % dtype.itemsize:  # the format does not promise alignment
             flat = flat.clone()
         tensors[name] = flat.view(dtype).view(shape)
@@ -213,8 +208,28 @@ def read_checkpoint(directory) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], directory) -> None:
-    """Copies each tensor of a checkpoint into the module's view of its name, each exactly once."""
+def checkpoint_views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+    """A checkpoint's weight names, each with the part of a parameter that holds it.
+
+    `names` translates each step of a parameter's path. A fused matrix has several names, one for
+    each block of its rows: its `rows` say where they are cut, without it they are equal.
+    """
+    found = {}
+    for path, parameter in module.named_parameters():
+        *outer, own, kind = path.split(".")
+        prefix = "".join(f"{names.get(step, step)}." for step in outer)
+        fused = names[own].split()
+        linear = module.get_submodule(".".join([*outer, own]))
+        blocks = parameter.detach().split(getattr(linear, "rows", len(parameter) // len(fused)))
+        found |= {f"{prefix}{name}.{kind}": b for name, b in zip(fused, blocks, strict=True)}
+    return found
+
+
+def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
+    """make() with a checkpoint's weights: allocated once, each view of it written exactly once."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device=device).eval()
     views = module.views()
     missing, left = views.keys() - tensors.keys(), tensors.keys() - views.keys()
     for problem, names in (("lacks", missing), ("has weights that do not belong here:", left)):
@@ -228,22 +243,16 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], directory) -> None:
             kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
             raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
         view.copy_(found)
+    return module
 
 
-def unread(make, device, dtype) -> nn.Module:
-    """A module whose weights are about to be read: allocated once, never initialised."""
-    with torch.device("meta"):
-        module = make()
-    return module.to(dtype).to_empty(device=device).eval()
-
-
-def parts(module: nn.Module, names: list[str], sizes: list[int]) -> dict[str, Tensor]:
-    """The names of a checkpoint for the row blocks of a linear layer, weight and bias."""
-    views = {}
-    for kind, parameter in module.named_parameters():
-        blocks = parameter.split(sizes)
-        views |= {f"{name}.{kind}": b for name, b in zip(names, blocks, strict=True)}
-    return views
+def positive(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
+    """The number raw[key] of a config, or the default where it is absent or null."""
+    value = default if raw.get(key) is None else raw[key]
+    good = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not good or not least <= value < 1e18:
+        raise ValueError(f"{where}: {key!r} must be a number above 0, not {value!r}")
+    return kind(value)
 
 
 # ---- The decoder ----------------------------------------------------------------------------
@@ -260,54 +269,45 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         if not condition:
             raise ValueError(f"{where}: {message}")
 
-    def number(key, default=None, source=raw, kind=int):
-        value = default if source.get(key) is None else source[key]
-        good = isinstance(value, int | kind) and not isinstance(value, bool)
-        need(good and 0 < value < 1e18, f"{key!r} must be a number above 0, not {value!r}")
-        return kind(value)
-
     def flag(key) -> bool:
         value = raw.get(key)
         need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
         return bool(value)
 
-    family = raw.get("model_type")
+    size = partial(positive, raw, where)
+    family, kinds = raw.get("model_type"), raw.get("layer_types")
     need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
-    kinds, rope = (
-        raw.get("layer_types"),
-        raw.get("rope_parameters") or raw.get("rope_scaling") or {},
-    )
     need(isinstance(kinds, list | None), "layer_types must be a list")
-    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
     windows = any(kind != "full_attention" for kind in kinds or [])
     if flag("use_sliding_window") and kinds is None:
         windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")  # some layers do
     need(not windows, "sliding-window attention is not implemented")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
     rope = {"rope_theta": raw.get("rope_theta")} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
-    partial = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    need(partial == 1, "partial rotary embeddings are not implemented")
+    shares = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    need(shares == 1, "partial rotary embeddings are not implemented")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
-    bias = flag("attention_bias")
+    hidden, heads, bias = size("hidden_size"), size("num_attention_heads"), flag("attention_bias")
     config = SimpleNamespace(
-        vocabulary=number("vocab_size"),
+        vocabulary=size("vocab_size"),
         hidden=hidden,
-        intermediate=number("intermediate_size"),
-        layers=number("num_hidden_layers"),
+        intermediate=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
-        eps=number("rms_norm_eps", 1e-6, kind=float),
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", 128 if family == "qwen3" else hidden // heads),
+        eps=size("rms_norm_eps", 1e-6, float),
         tied=flag("tie_word_embeddings"),  # the output head is the embedding
         qkv_bias=bias or family == "qwen2",
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
-        theta=number("rope_theta", source=rope, kind=float),
-        scaling=[number(k, source=rope, kind=float) for k in llama3] if kind == "llama3" else None,
+        theta=positive(rope, where, "rope_theta", kind=float),
+        scaling=[positive(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
     )
     whole = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
     need(whole, "heads must be a multiple of key-value heads, head_dim must be even")
@@ -341,11 +341,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
-    mask = None if visible is None else visible[:, None]
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    how = {"is_causal": True} if visible is None else {"attn_mask": visible[:, None]}
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
 
 
@@ -357,15 +354,11 @@ class Layer(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.c, self.rows = (
-            c,
-            [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim],
-        )
-        self.attention_norm, self.mlp_norm = (
-            nn.RMSNorm(c.hidden, c.eps),
-            nn.RMSNorm(c.hidden, c.eps),
-        )
-        self.qkv = nn.Linear(c.hidden, sum(self.rows), c.qkv_bias)
+        self.c, self.heads = c, [c.heads, c.kv_heads, c.kv_heads]
+        self.attention_norm = nn.RMSNorm(c.hidden, c.eps)
+        self.mlp_norm = nn.RMSNorm(c.hidden, c.eps)
+        self.qkv = nn.Linear(c.hidden, sum(self.heads) * c.head_dim, c.qkv_bias)
+        self.qkv.rows = [heads * c.head_dim for heads in self.heads]
         self.o = nn.Linear(c.heads * c.head_dim, c.hidden, c.o_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.eps), nn.RMSNorm(c.head_dim, c.eps)
@@ -374,26 +367,21 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.c.head_dim))
-        q, k, v = heads.split(
-            [self.c.heads, self.c.kv_heads, self.c.kv_heads], -2
-        )  # [.., heads, D]
+        q, k, v = heads.split(self.heads, -2)  # [.., heads, D]
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         x = x + self.o(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))  # [.., H]
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
-    def views(self) -> dict[str, Tensor]:
-        c, qkv = self.c, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-        views = parts(self.qkv, qkv, self.rows) | parts(self.o, ["self_attn.o_proj"], [c.hidden])
-        views |= parts(self.gate_up, ["mlp.gate_proj", "mlp.up_proj"], [c.intermediate] * 2)
-        views |= parts(self.down, ["mlp.down_proj"], [c.hidden])
-        views |= parts(self.attention_norm, ["input_layernorm"], [c.hidden])
-        views |= parts(self.mlp_norm, ["post_attention_layernorm"], [c.hidden])
-        if c.qk_norm:
-            views |= parts(self.q_norm, ["self_attn.q_norm"], [c.head_dim])
-            views |= parts(self.k_norm, ["self_attn.k_norm"], [c.head_dim])
-        return views
+
+DECODER_NAMES = {
+    "embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
+    "layers": "model.layers", "attention_norm": "input_layernorm",
+    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "down": "mlp.down_proj",
+    "mlp_norm": "post_attention_layernorm", "gate_up": "mlp.gate_proj mlp.up_proj",
+}  # fmt: skip
 
 
 class Decoder(nn.Module):
@@ -441,28 +429,20 @@ class Decoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """Hugging Face's weight names, each with the part of our parameters that holds it."""
-        views = {
-            "model.embed_tokens.weight": self.embed.weight,
-            "model.norm.weight": self.norm.weight,
-        }
-        if self.lm_head is not None:
-            views["lm_head.weight"] = self.lm_head.weight
-        for n, layer in enumerate(self.layers):
-            views |= {f"model.layers.{n}.{name}": view for name, view in layer.views().items()}
-        return {name: view.detach() for name, view in views.items()}
+        return checkpoint_views(self, DECODER_NAMES)
 
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
     directory = Path(directory)
     raw, tensors = read_json(directory / "config.json"), {}
-    decoder = unread(lambda: Decoder(raw, directory / "config.json"), device, dtype)
     for name, tensor in read_checkpoint(directory).items():
         if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
             whole = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
             tensors[name if whole else "model." + name] = tensor
-    head = tensors.pop("lm_head.weight", None) if decoder.config.tied else None
-    fill(decoder, tensors, directory)
+    head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
+    make = partial(Decoder, raw, directory / "config.json")
+    decoder = filled(make, tensors, directory, device, dtype)
     if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
         raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
     if (directory / "tokenizer.json").is_file():
@@ -494,18 +474,14 @@ class Ragged:
     """
 
     def __init__(self, sequences: list[list[int]], device="cpu"):
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.long)
-        self.shape = (len(sequences), max(map(len, sequences), default=0))
-        self.lengths = lengths.to(device)
-        self.mask = (torch.arange(self.shape[1]) < lengths[:, None]).to(device)  # [rows, T]
-        self.cells = self.mask.flatten().nonzero()[:, 0]  # [N] each token's place in the grid
-        self.rows = torch.arange(self.shape[0], device=device).repeat_interleave(
-            self.lengths
-        )  # [N]
-        self.starts = self.lengths.cumsum(0) - self.lengths  # [rows] each one's first token
-        self.positions = self.cells - self.rows * self.shape[1]  # [N]
         tokens = [token for sequence in sequences for token in sequence]
-        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)
+        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)  # [N]
+        self.lengths = torch.tensor([*map(len, sequences)], dtype=torch.long, device=device)
+        self.starts = self.lengths.cumsum(0) - self.lengths  # [rows] each one's first token
+        self.shape = (len(sequences), max(map(len, sequences), default=0))
+        self.mask = torch.arange(self.shape[1], device=device) < self.lengths[:, None]  # [rows, T]
+        self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
+        self.cells = self.rows * self.shape[1] + self.positions  # [N] places in the grid
 
     def grid(self, x: Tensor) -> Tensor:
         """[N, ..] to [rows, T, ..], zeros behind each row's end."""
@@ -773,17 +749,15 @@ class EncoderLayer(nn.Module):
         x = self.attention_norm(x + F.dropout(self.o(out.transpose(1, 2).flatten(2)), outputs))
         return self.mlp_norm(x + F.dropout(self.down(F.gelu(self.up(x))), outputs))
 
-    def views(self) -> dict[str, Tensor]:
-        h, inner = self.o.out_features, self.up.out_features
-        qkv = [f"attention.self.{name}" for name in ("query", "key", "value")]
-        views = parts(self.qkv, qkv, [h] * 3) | parts(self.o, ["attention.output.dense"], [h])
-        views |= parts(self.attention_norm, ["attention.output.LayerNorm"], [h])
-        views |= parts(self.up, ["intermediate.dense"], [inner])
-        return (
-            views
-            | parts(self.down, ["output.dense"], [h])
-            | parts(self.mlp_norm, ["output.LayerNorm"], [h])
-        )
+
+ENCODER_NAMES = {
+    "words": "embeddings.word_embeddings", "places": "embeddings.position_embeddings",
+    "segments": "embeddings.token_type_embeddings", "norm": "embeddings.LayerNorm",
+    "layers": "encoder.layer", "o": "attention.output.dense",
+    "qkv": "attention.self.query attention.self.key attention.self.value",
+    "attention_norm": "attention.output.LayerNorm", "up": "intermediate.dense",
+    "down": "output.dense", "mlp_norm": "output.LayerNorm", "pooler": "pooler.dense",
+}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -791,41 +765,32 @@ class Encoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json", pooler: bool = True):
         super().__init__()
-        known = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for key, value in [("model_type", raw.get("model_type")), *known.items()]:
-            wanted = known.get(key, "bert")
-            if raw.get(key, value) != wanted:
+        assumed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+        for key, wanted in {"model_type": "bert", **assumed}.items():
+            if (assumed | raw).get(key) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
-        sizes = ["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"]
-        sizes += ["vocab_size", "max_position_embeddings", "type_vocab_size"]
-        raw = {"type_vocab_size": 2} | raw
-        for key in sizes:
-            if type(raw.get(key)) is not int or raw[key] < 1:
-                raise ValueError(f"{where}: {key!r} must be a number above 0, not {raw.get(key)!r}")
-        hidden, heads, inner, layers, vocabulary, self.max_length, types = (
-            raw[key] for key in sizes
-        )
+        size = partial(positive, raw, where)
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
         if hidden % heads:
             raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
-        self.raw, self.hidden, self.tokenizer = raw, hidden, None
-        for key in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not isinstance(raw.get(key, 0.0), int | float):
-                raise ValueError(f"{where}: {key!r} must be a number, not {raw[key]!r}")
-        eps, keys = (
-            raw.get("layer_norm_eps", 1e-12),
-            ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-        )
-        self.dropout = [raw.get(key, 0.1) for key in keys]
-        self.words, self.places = (
-            nn.Embedding(vocabulary, hidden),
-            nn.Embedding(self.max_length, hidden),
-        )
-        self.segments = nn.Embedding(types, hidden)
+        eps, inner = size("layer_norm_eps", 1e-12, float), size("intermediate_size")
+        keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        self.dropout = [size(key, 0.1, float, least=0) for key in keys]
+        self.raw = {"type_vocab_size": 2} | raw
+        self.hidden, self.tokenizer = hidden, None
+        self.max_length = size("max_position_embeddings")
+        self.words = nn.Embedding(size("vocab_size"), hidden)
+        self.places = nn.Embedding(self.max_length, hidden)
+        self.segments = nn.Embedding(size("type_vocab_size", 2), hidden)
         self.norm = nn.LayerNorm(hidden, eps)
-        blocks = (EncoderLayer(hidden, heads, inner, eps, self.dropout) for _ in range(layers))
-        self.layers = nn.ModuleList(blocks)
+        shape, count = (hidden, heads, inner, eps, self.dropout), size("num_hidden_layers")
+        self.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
         self.pooler = nn.Linear(hidden, hidden) if pooler else None
-        self.apply(initialise)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
@@ -845,25 +810,7 @@ class Encoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """BERT's weight names, each with the part of our parameters that holds it."""
-        views = {
-            "embeddings.word_embeddings.weight": self.words.weight,
-            "embeddings.position_embeddings.weight": self.places.weight,
-            "embeddings.token_type_embeddings.weight": self.segments.weight,
-            **parts(self.norm, ["embeddings.LayerNorm"], [self.hidden]),
-        }
-        if self.pooler is not None:
-            views |= parts(self.pooler, ["pooler.dense"], [self.hidden])
-        for n, layer in enumerate(self.layers):
-            views |= {f"encoder.layer.{n}.{name}": view for name, view in layer.views().items()}
-        return {name: view.detach() for name, view in views.items()}
-
-
-def initialise(module: nn.Module) -> None:
-    """BERT's initialisation of a linear layer or an embedding."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
+        return checkpoint_views(self, ENCODER_NAMES)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
@@ -879,8 +826,8 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
             raise ValueError(f"{directory}: {name} stands in the checkpoint under two names")
         tensors[name] = tensor
     pooler = "pooler.dense.weight" in tensors
-    encoder = unread(lambda: Encoder(raw, directory / "config.json", pooler), device, dtype)
-    fill(encoder, tensors, directory)
+    make = partial(Encoder, raw, directory / "config.json", pooler)
+    encoder = filled(make, tensors, directory, device, dtype)
     if (directory / "tokenizer.json").is_file():
         encoder.tokenizer = load_tokenizer(directory)
     return encoder
@@ -911,26 +858,23 @@ def render_chat(messages: list[dict], known) -> str | None:
             text += R1_USER + content if role == "user" else answer
         return text + R1_ASSISTANT + "<think>\n"
     if "<|im_start|>" in known:
-        qwen3 = "<think>" in known
+        begin, head, end = "", "<|im_start|>{}\n", "<|im_end|>\n"
         default = QWEN_SYSTEM if "<tool_call>" in known else SMOLLM_SYSTEM * ("<gh_stars>" in known)
-        if default and not qwen3 and turns == others:
+        if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
+            ends = [content.split("</think>")[-1].lstrip("\n") for _, content in turns]
+            turns = [(r, e if r == "assistant" else c) for (r, c), e in zip(turns, ends)]
+        elif default and turns == others:
             turns = [("system", default), *turns]
-        if qwen3:  # earlier answers lose their reasoning
-            turns = [
-                (r, c.split("</think>")[-1].lstrip("\n") if r == "assistant" else c)
-                for r, c in turns
-            ]
-        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-        return text + "<|im_start|>assistant\n"
-    if "<|start_header_id|>" in known:
-        turns = [(role, content.strip()) for role, content in turns]
+    elif "<|start_header_id|>" in known:
+        head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
+        begin, turns = "<|begin_of_text|>", [(role, content.strip()) for role, content in turns]
         if "<|eom_id|>" in known:  # Llama 3.1 and later always open with two dates
             rest = [turn for turn in turns if turn[0] != "system"]
             turns = [("system", LLAMA_DATES + system.strip()), *rest]
-        head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-        text = "".join(head.format(role) + content + "<|eot_id|>" for role, content in turns)
-        return "<|begin_of_text|>" + text + head.format("assistant")
-    return None
+    else:
+        return None
+    text = "".join(head.format(role) + content + end for role, content in turns)
+    return begin + text + head.format("assistant")
 
 
 def whole(text: str) -> str:
@@ -954,9 +898,13 @@ class Tokenizer:
         self.hidden_ids = {i for i, token in added if token.special and token.content not in think}
         self.opening = "<think>\n" if R1_USER in self.vocabulary else ""  # opened by the prompt
 
+    def encoding(self, text: str):
+        """The library's encoding of the text alone: no BOS, no [CLS]."""
+        return self.backend.encode(whole(text), add_special_tokens=False)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS]."""
-        return self.backend.encode(whole(text), add_special_tokens=False).ids
+        return self.encoding(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
@@ -988,10 +936,7 @@ class Tokenizer:
     def cut(self, text: str, tokens: int) -> str:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
         tokens = max(tokens, 0)
-        while (
-            len(offsets := self.backend.encode(whole(text), add_special_tokens=False).offsets)
-            > tokens
-        ):
+        while len(offsets := self.encoding(text).offsets) > tokens:
             text = text[: offsets[tokens][0]]  # where the first token too many begins
         return text
 
@@ -1004,37 +949,33 @@ class Tokenizer:
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         backend = Backend.from_str(text)
+    except OSError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
-    names = (
-        "generation_config.json",
-        "config.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-    )
-    settings = {name: path.with_name(name) for name in names if path.with_name(name).is_file()}
-    settings = {name: read_json(file) for name, file in settings.items()}
+    kinds = ("generation_config", "config", "tokenizer_config", "special_tokens_map")
+    files = [path.with_name(f"{kind}.json") for kind in kinds]
+    settings = {file: read_json(file) for file in files if file.is_file()}
 
     def ids_of(key: str) -> list[int]:
         found = []
-        for name, content in settings.items():
+        for file, content in settings.items():
             ids, token = content.get(key + "_id"), content.get(key)
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if any(type(i) is not int or i < 0 for i in ids):
-                raise ValueError(f"{path.with_name(name)}: {key}_id {ids} is not a token id")
+                raise ValueError(f"{file}: {key}_id {ids} is not a token id")
             token = token.get("content") if isinstance(token, dict) else token
             known = backend.token_to_id(token) if isinstance(token, str) else None
             found += ids if known is None else [*ids, known]
         return found
 
-    files = {n: json.dumps(c, indent=2) + "\n" for n, c in settings.items() if n != "config.json"}
+    texts = {file.name: json.dumps(content, indent=2) + "\n" for file, content in settings.items()}
+    texts.pop("config.json", None)  # the model's, not the tokenizer's
     pad = next(iter(ids_of("pad_token")), None)
-    return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | files)
+    return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | texts)
 
 
 # ---- The command line, shared by all chapters -----------------------------------------------
@@ -1055,19 +996,18 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     """(options, debug): a dataclass as flags; the comment behind a field is the flag's help."""
     source = "".join(inspect.getsource(c) for c in options.__mro__ if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for field in dataclasses.fields(options):
-        kind, choices = typing.get_type_hints(options)[field.name], None
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    for name, kind in typing.get_type_hints(options).items():
+        default, inner = getattr(options, name), typing.get_args(kind)
         if typing.get_origin(kind) is typing.Literal:
-            kind, choices = str, typing.get_args(kind)
-        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
-        how = {"type": kind, "choices": choices}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        text = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=text, **how)
+            how = {"choices": inner}
+        elif kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": inner[0] if inner else kind}  # X of "X | None"
+        text = f"{comments[name]} (default: {default})".replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     parser.error = lambda text: parser.exit(2, f"error: {text} (--help lists the options)\n")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))

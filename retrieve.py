@@ -20,7 +20,7 @@ with f the count of w in d, |d| the words of d and their mean, n(w) the document
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import prlm
-from prlm import Encoder, Tokenizer, read_json
+from prlm import Encoder, Ragged, Tokenizer, read_json
 
 # ---- Tasks and records -----------------------------------------------------------------------
 
@@ -107,9 +107,9 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     targets = _load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
     examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
     ids = Counter(e.id for e in examples)
-    repeated = [i for i, count in ids.items() if count > 1]
-    if repeated:
-        raise ValueError(f"{path}: record id {repeated[0]!r} stands {ids[repeated[0]]} times")
+    for id, count in ids.most_common(1):
+        if count > 1:
+            raise ValueError(f"{path}: record id {id!r} stands {count} times")
     if targets is None:
         return examples
     odd = sorted(ids.keys() ^ targets.keys())
@@ -138,10 +138,9 @@ def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
     content = read_json(path)
     if str(content.get("task", task)).replace("_", "-") != task:
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")
-    golds = content.get("golds")
+    golds, targets = content.get("golds"), {}
     if not isinstance(golds, list):
         raise ValueError(f"{path}: no list of golds")
-    targets = {}
     for number, gold in enumerate(golds):
         gold = gold if isinstance(gold, dict) else {}
         if "id" not in gold or not isinstance(gold.get("output"), str):
@@ -168,9 +167,9 @@ def _example(record, number: int, task: str, path: Path) -> Example:
         if not all(isinstance(item.get(key), str) for key in kind.fields):
             names = " and ".join(kind.fields)
             raise ValueError(f"{where}: profile item {place} needs {names} (strings)")
-    id, user = str(record["id"]), record.get("user_id")
-    query = text.removeprefix(kind.prefix)
-    return Example(id, id if user is None else str(user), task, query, profile, None)
+    id, user = record["id"], record.get("user_id")
+    user = id if user is None else user
+    return Example(str(id), str(user), task, text.removeprefix(kind.prefix), profile, None)
 
 
 # ---- Retrieval -------------------------------------------------------------------------------
@@ -186,34 +185,28 @@ class BM25:
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
-        self.size, self.k1, self.words = len(corpus), k1, {}  # word -> row number
-        rows = [self.words.setdefault(word, len(self.words)) for text in corpus for word in text]
-        lengths = np.array([len(text) for text in corpus], dtype=np.float64)
-        documents = np.repeat(np.arange(self.size), lengths.astype(np.int64))
-        # One entry for each (word, document) that occurs, ordered by word, then by document.
-        pairs = np.array(rows, dtype=np.int64) * max(self.size, 1) + documents
-        pairs, self.counts = np.unique(pairs, return_counts=True)
-        self.documents = pairs % max(self.size, 1)
-        containing = np.bincount(pairs // max(self.size, 1), minlength=len(self.words))  # n(w)
-        self.starts = np.concatenate([[0], containing.cumsum()])
+        self.k1, self.counts = k1, defaultdict(dict)  # word -> {document: f(w, d)}
+        for number, text in enumerate(corpus):
+            for word, count in Counter(text).items():
+                self.counts[word][number] = count
+        held = np.array([len(found) for found in self.counts.values()])  # n(w)
         if idf == "okapi":
-            self.idf = np.log(self.size - containing + 0.5) - np.log(containing + 0.5)
-            if len(self.words):
-                self.idf = np.where(self.idf < 0, 0.25 * self.idf.mean(), self.idf)
+            weights = np.log(len(corpus) - held + 0.5) - np.log(held + 0.5)
+            weights[weights < 0] = 0.25 * weights.mean() if len(held) else 0.0
         else:
-            self.idf = np.log1p((self.size - containing + 0.5) / (containing + 0.5))
-        average = lengths.mean() if lengths.any() else 1.0
-        self.norm = k1 * (1 - b + b * lengths / average)
+            weights = np.log1p((len(corpus) - held + 0.5) / (held + 0.5))
+        self.idf = dict(zip(self.counts, weights, strict=True))
+        lengths = np.array([len(text) for text in corpus])
+        self.norm = k1 * (1 - b + b * lengths / (lengths.mean() if lengths.any() else 1.0))
 
     def scores(self, query: list[str]) -> np.ndarray:
         """The score of every document [N]; a repeated query word counts each time."""
-        scores = np.zeros(self.size)
+        scores = np.zeros(len(self.norm))
         for word in query:
-            row = self.words.get(word)
-            if row is not None:
-                entries = slice(self.starts[row], self.starts[row + 1])
-                where, count = self.documents[entries], self.counts[entries]
-                scores[where] += self.idf[row] * count * (self.k1 + 1) / (count + self.norm[where])
+            if word in self.counts:
+                found = self.counts[word]
+                where, count = np.array([*found]), np.array([*found.values()])
+                scores[where] += self.idf[word] * count * (self.k1 + 1) / (count + self.norm[where])
         return scores
 
 
@@ -235,18 +228,15 @@ class Dense:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [N, H], batched by length."""
-        limit = min(512, self.encoder.max_length)
-        device = self.encoder.norm.weight.device
+        limit, device = min(512, self.encoder.max_length), self.encoder.norm.weight.device
         rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
         vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[n]) for n in batch], True)
-            lengths = torch.tensor([len(rows[n]) for n in batch])
-            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
-            hidden = self.encoder(tokens.to(device), mask)  # [B, T, H]
-            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            ids = Ragged([rows[n] for n in batch], device)
+            hidden = self.encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
+            mean = (hidden * ids.mask[..., None]).sum(1) / ids.lengths[:, None]
             pooled = mean if self.pooling == "mean" else hidden[:, 0]
             vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return vectors
@@ -274,10 +264,8 @@ def parse_date(item: dict, example: Example) -> tuple[int, ...]:
     date = item.get("date")
     found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(date))
     if not found:
-        where = f"record {example.id!r}, profile item {item.get('id')!r}"
-        said = "no date" if date is None else f"the date {date!r}"
-        advice = "recency needs dates like 2016-03-14 (LaMP's time split has them)"
-        raise ValueError(f"{where}: {said}; {advice}")
+        where = f"record {example.id!r}, profile item {item.get('id')!r}: the date is {date!r}"
+        raise ValueError(f"{where}; recency needs ones like 2016-03-14, as LaMP's time split has")
     return tuple(map(int, found[0].split("-")))
 
 
@@ -329,11 +317,8 @@ def instruction(task: str, personal: bool) -> str:
     """The request of a task; `personal` is whether profile items stand above it."""
     kind = TASKS[task]
     start = WITH_PROFILE + kind.request[0] if personal else kind.request[0].upper()
-    return (
-        start
-        + kind.request[1:]
-        + ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
-    )
+    form = ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
+    return start + kind.request[1:] + form
 
 
 def question(task: str, query: str) -> str:
@@ -427,9 +412,7 @@ def make_ranker(o: PromptOptions):
     return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense, o.idf)
 
 
-def make_prompts(
-    o: PromptOptions, tokenizer: Tokenizer, examples: list[Example]
-) -> list[list[int]]:
+def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The token ids of each example's personalized prompt."""
     rank, prompts = make_ranker(o), []
     for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):

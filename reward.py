@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prlm
 from eval import EvalOptions, complete, extract_answer, is_placeholder, rouge
-from prlm import Decoder, Encoder, Tokenizer
+from prlm import Encoder, Ragged
 from retrieve import Example, load_lamp, make_prompts
 
 # ---- The three parts -----------------------------------------------------------------------------
@@ -60,24 +61,23 @@ def rewards(
     An empty answer, or an echo of the placeholder, earns no accuracy and no personalization. In
     LaMP-4 it loses 10 points of the latter: a learned reward likes such answers, and RL finds out.
     """
-    pairs = list(zip(completions, examples, strict=True))
-    answers = [extract_answer(completion, example.task) for completion, example in pairs]
-    void = [is_placeholder(a, e.task) for a, e in zip(answers, examples, strict=True)]
-    personal = [-10.0 * (v and e.task == "LaMP-4") for v, e in zip(void, examples, strict=True)]
-    judged = [n for n in range(len(pairs)) if not void[n]]
-    if reward_model is None:
-        personal = [0.0] * len(pairs)
-    elif judged:
-        queries = [examples[n].query for n in judged]
-        scores = reward_model.score_all(queries, [answers[n] for n in judged])
-        for n, share in zip(judged, scores.sigmoid().tolist(), strict=True):
-            personal[n] = share
-    rows = []
-    for n, (completion, example) in enumerate(pairs):
-        accuracy = 0.0 if void[n] else accuracy_reward(answers[n], example.target)
-        row = {"answer": answers[n], "accuracy": accuracy, "format": format_reward(completion)}
-        total = accuracy + 0.1 * row["format"] + weight * personal[n]
-        rows.append(row | {"personalization": personal[n], "reward": total})
+    rows, judged = [], []
+    for completion, example in zip(completions, examples, strict=True):
+        answer = extract_answer(completion, example.task)
+        row = {"answer": answer, "accuracy": 0.0, "format": format_reward(completion)}
+        rows.append(row | {"personalization": 0.0})
+        if not is_placeholder(answer, example.task):
+            rows[-1]["accuracy"] = accuracy_reward(answer, example.target)
+            judged.append((rows[-1], example.query, answer))
+        elif reward_model and example.task == "LaMP-4":
+            rows[-1]["personalization"] = -10.0
+    if reward_model and judged:
+        earners, queries, answers = zip(*judged, strict=True)
+        shares = reward_model.score_all(queries, answers).sigmoid().tolist()
+        for row, share in zip(earners, shares, strict=True):
+            row["personalization"] = share
+    for row in rows:
+        row["reward"] = row["accuracy"] + 0.1 * row["format"] + weight * row["personalization"]
     return rows
 
 
@@ -96,9 +96,9 @@ def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> T
 class RewardModel(nn.Module):
     """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer | None = None):
+    def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.tokenizer = encoder, tokenizer or encoder.tokenizer
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
         if self.tokenizer is None:
             raise ValueError("the reward model needs its encoder's tokenizer.json")
         like = encoder.norm.weight
@@ -114,13 +114,9 @@ class RewardModel(nn.Module):
         limit = min(512, self.encoder.max_length)
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), limit) for q, a in pairs]
-        width, device = max(len(ids) for ids, _ in rows), self.classifier.weight.device
-        tokens, segments = torch.zeros(2, len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for n, (ids, types) in enumerate(rows):
-            tokens[n, : len(ids)], segments[n, : len(ids)] = torch.tensor([ids, types])
-            mask[n, : len(ids)] = True
-        hidden = self.encoder(tokens.to(device), mask.to(device), segments.to(device))  # [B, T, H]
+        ids, types = (Ragged(part, self.classifier.weight.device) for part in zip(*rows))
+        segments = types.grid(types.tokens)
+        hidden = self.encoder(ids.grid(ids.tokens), ids.mask, segments)  # [B, T, H]
         pooled = torch.tanh(self.encoder.pooler(hidden[:, 0]))
         pooled = F.dropout(pooled, self.encoder.dropout[0], self.training)
         return self.classifier(pooled)[:, 0].float()
@@ -168,9 +164,7 @@ class RewardOptions(EvalOptions):
     reward_lr: float = 1e-3  # reward model: peak learning rate; the authors' BERT-base has 5e-5
 
 
-def build_pairs(
-    o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example]
-) -> list[dict]:
+def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: answers with the profile against ones without.
 
     Sampled at T = 0.7. Empty answers are dropped; a pair needs a positive and a negative.
@@ -193,18 +187,11 @@ def build_pairs(
 
 def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
     """Scores of the positives [B] and the negatives [B, N], -inf where a pair has fewer than N."""
-    rows = [
-        (pair["query"], text) for pair in pairs for text in (pair["positive"], *pair["negatives"])
-    ]
-    scores = iter(model.score(*zip(*rows, strict=True)).unbind())
-    width = max(len(pair["negatives"]) for pair in pairs)
-    positive, negatives = [], []
-    for pair in pairs:
-        positive.append(next(scores))
-        found = [next(scores) for _ in pair["negatives"]]
-        missing = [positive[0].new_tensor(-math.inf)] * (width - len(found))
-        negatives.append(torch.stack(found + missing))
-    return torch.stack(positive), torch.stack(negatives)
+    texts = [[pair["positive"], *pair["negatives"]] for pair in pairs]
+    queries = [pair["query"] for pair, row in zip(pairs, texts, strict=True) for _ in row]
+    scores = model.score(queries, [text for row in texts for text in row])
+    scores = pad_sequence(scores.split([*map(len, texts)]), True, -math.inf)  # [B, 1+N]
+    return scores[:, 0], scores[:, 1:]
 
 
 @torch.no_grad()
@@ -257,15 +244,13 @@ def probe(model: RewardModel, path) -> float:
     cannot beat chance by much, however good its pair accuracy is.
     """
     triples = prlm.read_json(path, list)
-    columns = ([triple[key] for triple in triples] for key in ("query", "own", "other"))
-    queries, own, other = columns
+    keys = ("query", "own", "other")
+    queries, own, other = ([triple[key] for triple in triples] for key in keys)
     difference = model.score_all(queries, own) - model.score_all(queries, other)
     return ((difference.sign() + 1) / 2).mean().item()
 
 
-def obtain_reward_model(
-    o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example], directory
-) -> RewardModel:
+def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
     directory, device = Path(directory), prlm.pick_device(o.device)
     if not (directory / "report.json").is_file():

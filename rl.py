@@ -185,18 +185,14 @@ def micro_batches(prompts, completions, budget: int) -> list[list[int]]:
     return batches
 
 
-def update(
-    o: Options, decoder, optimizer, reference, prompts, completions, advantages, sampled, keep
-):
+def update(o, decoder, optimizer, reference, prompts, completions, advantages, sampled, keep):
     """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
 
     completions [P][G] are the sampled ids, advantages and keep [P, G], sampled [P, G, C] the
     sampler's log-probabilities. "Old" is the policy of the first pass, before any update.
     """
-    old = torch.zeros_like(sampled)
-    lengths = torch.tensor([[len(ids) for ids in group] for group in completions]).to(keep.device)
-    place = torch.arange(sampled.shape[-1], device=keep.device)
-    trained = (place < lengths[..., None]) & keep[..., None]  # [P, G, C]
+    old, answers = torch.zeros_like(sampled), [ids for group in completions for ids in group]
+    trained = prlm.Ragged(answers, keep.device).mask.view_as(sampled) & keep[..., None]  # [P, G, C]
     size, tokens = loss_size(trained, o.normalizer, o.max_new_tokens), max(trained.sum().item(), 1)
     gap = 0.0
     for turn in range(o.updates_per_rollout):
@@ -266,9 +262,9 @@ def grpo_step(
         raise ValueError(f"{where}: {error}; {advice}") from None
     updated, count = time.perf_counter(), sum(len(c.tokens) for c in flat)
     names = ("reward", "accuracy", "format", "personalization")
-    metrics = {"step": step + 1}
-    metrics |= {name: sum(part[name] for part in parts) / len(parts) for name in names}
-    metrics |= {
+    metrics = {
+        "step": step + 1,
+        **{name: sum(part[name] for part in parts) / len(parts) for name in names},
         "reward_spread": reward.std(1).mean().item(),
         "zero_spread_groups": (advantages == 0).all(1).float().mean().item(),
         **log,
@@ -280,15 +276,9 @@ def grpo_step(
         "seconds_update": updated - rolled,
     }
     samples = []
-    for n, (owner, text, part, c) in enumerate(zip(owners, texts, parts, flat, strict=True)):
-        line = {
-            "step": step + 1,
-            "id": owner.id,
-            "target": owner.target,
-            "completion": text,
-            **part,
-        }
-        line |= {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
+    for n, (owner, part, c) in enumerate(zip(owners, parts, flat, strict=True)):
+        line = {"step": step + 1, "id": owner.id, "target": owner.target, "completion": texts[n]}
+        line |= part | {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
         samples.append(line | {"prompt": tokenizer.decode(batch[n // o.group_size])})
     return metrics, samples
 
@@ -357,9 +347,8 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
         return state["step"]
     except (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path}: not a state of this run ({reason}); --overwrite starts anew"
-        ) from None
+        text = f"{path}: not a state of this run ({reason}); --overwrite starts anew"
+        raise ValueError(text) from None
 
 
 def rewind(path: Path, steps: int) -> None:
@@ -474,11 +463,8 @@ def main(o: Options) -> None:
 
 def run(o: Options, stop: Stop) -> None:
     """Everything a run is made of, each part skipped where the run directory has it already."""
-    device, (train, held) = (
-        prlm.pick_device(o.device),
-        (load_lamp(o.data, o.task, s) for s in ("train", "dev")),
-    )
-    held = held[: o.eval_examples]
+    device, train = prlm.pick_device(o.device), load_lamp(o.data, o.task, "train")
+    held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
@@ -489,28 +475,22 @@ def run(o: Options, stop: Stop) -> None:
         reward_model = load_reward_model(o.reward_model, device)
     elif o.personalization:
         reward_model = obtain_reward_model(o, decoder, tokenizer, train, out / "reward")
-
-    def score(name: str, k: int) -> dict[str, str]:
-        """Adds the scores of `name`, greedy and at T = 0.7; returns the greedy answers."""
+    file = out / "scores.json"
+    scores = prlm.read_json(file) if file.is_file() else {}
+    for name, k in (("no_profile", 0), ("before", o.k), ("after", o.k)):
+        if name in scores:
+            continue
+        if name == "after":
+            train_policy(o, out, stop, decoder, tokenizer, reward_model, train, held)
         how = decoder, tokenizer, held, dataclasses.replace(o, k=k)
         sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
         greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")
         scores[name] = greedy | {f"{key}_sampled": value for key, value in sampled.items()}
-        return answers
-
-    file = out / "scores.json"
-    scores = prlm.read_json(file) if file.is_file() else {}
-    for name, k in (("no_profile", 0), ("before", o.k)):
-        if name not in scores:
-            score(name, k)
-            prlm.write_json(file, scores)
-    if "after" not in scores:
-        train_policy(o, out, stop, decoder, tokenizer, reward_model, train, held)
-        answers = score("after", o.k)
-        prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
-        write_predictions(out / "predictions.json", o.task, answers)
-        draw_curves(out, scores["before"]["rouge-l"])
-        prlm.write_json(file, scores)  # last: it says that the run is complete
+        if name == "after":
+            prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
+            write_predictions(out / "predictions.json", o.task, answers)
+            draw_curves(out, scores["before"]["rouge-l"])
+        prlm.write_json(file, scores)  # with "after", and so last: the run is complete
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
     print(table({row: {c: scores[key][c] for c in columns} for row, key in rows.items()}))
