@@ -389,7 +389,8 @@ class TestRun:
         assert not (tmp_path / "run" / "reward").exists()
 
     def test_the_command_fails_in_one_line(self, tmp_path):
-        run = [sys.executable, str(ROOT / "rl.py"), "--model", str(tmp_path / "no"), "--out", "x"]
+        where = ["--model", str(tmp_path / "no"), "--out", str(tmp_path / "x")]
+        run = [sys.executable, str(ROOT / "rl.py"), *where]
         done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("error: ")
