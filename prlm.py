@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---- Files: never half-written, never trusted -----------------------------------------------
 
@@ -399,6 +400,7 @@ class Decoder(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
         self.frequencies = rope_frequencies(c)
+        self.checkpointing = False  # keep no layer's insides for the backward pass: run it again
 
     @property
     def head(self) -> Tensor:
@@ -411,7 +413,9 @@ class Decoder(nn.Module):
         x, cos, sin = self.embed(tokens), angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for number, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda q, k, v, n=number: attend(n, q, k, v))
+            if self.checkpointing and torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, cos, sin, partial(attend, number))
         return self.norm(x)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -1024,7 +1028,7 @@ def command(main, options: type, description: str) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        less = "--tokens-per-micro-batch, --batch-size or --group-size"
+        less = "--tokens-per-micro-batch, --batch-size or --group-size, or take --checkpointing"
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         text = f"the GPU's memory is full: lower {less}" if out_of_memory else error
         print(f"error: {text}", file=sys.stderr)

@@ -150,6 +150,7 @@ class Options(RewardOptions):
     grad_clip: float = 1.0  # largest gradient norm
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
     tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
+    checkpointing: bool = False  # run each layer again in the backward pass: less memory, slower
     eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
     eval_examples: int = 200  # held-out records to score
     save_every: int = 20  # steps between states to go on from
@@ -426,6 +427,7 @@ def check(o: Options) -> None:
 def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_model, train, held):
     """The loop: a step, its lines in the logs, now and then a look at held-out users and a save."""
     reference = copy.deepcopy(decoder).requires_grad_(False) if o.beta else None
+    decoder.checkpointing = o.checkpointing
     optimizer = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0)
     state, first = out / "trainer.pt", 0
     if state.is_file():

@@ -230,12 +230,13 @@ def bench_memory(decoder, model, prompts, completions) -> None:
     def theirs():
         full_forward_loss(model, prompts, completions, advantages).backward()
 
-    mine = peak_mib(ours)
-    decoder.zero_grad(set_to_none=True)
     other = peak_mib(theirs) if model else float("nan")
     if model:
         model.zero_grad(set_to_none=True)
-    row("update, 4 completions of 512: MiB", mine, other, other / mine)
+    for decoder.checkpointing in (False, True):
+        mine, how = peak_mib(ours), ", --checkpointing" * decoder.checkpointing
+        decoder.zero_grad(set_to_none=True)
+        row(f"update, 4 completions of 512{how}: MiB", mine, other, other / mine)
 
 
 def bench_scaling(decoder) -> None:

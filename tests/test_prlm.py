@@ -213,6 +213,22 @@ class TestTwins:
         for name, parameter in decoder.named_parameters():
             close(shared[name], parameter.grad, 1e-4)
 
+    def test_checkpointing_keeps_less_for_the_same_gradients(self):
+        decoder, found = small(), []
+        prompts, completions = ragged_prompts(), [[[1, 2, 3], [4]]] * 4
+        for decoder.checkpointing in (False, True):
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+            ):
+                logprobs, _ = prlm.token_logprobs(decoder, prompts, completions)
+            logprobs.sum().backward()
+            found.append((sum(kept), [p.grad.clone() for p in decoder.parameters()]))
+            decoder.zero_grad()
+        (much, plain), (little, again) = found
+        assert little < much / 3
+        assert all(map(torch.equal, plain, again))
+
     def test_all_completions_of_one_token(self):
         decoder = small()
         logprobs, _ = prlm.token_logprobs(decoder, [[1, 2]], [[[5], [6]]])
