@@ -149,17 +149,17 @@ def complete(
 ) -> list[list[str]]:  # fmt: skip
     """Completions as text [P][G]; prompts of like length are batched together."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    texts: list[list[str]] = [[] for _ in prompts]
-    size = max(1, o.batch_size // group_size)
-    with tqdm(total=len(prompts), desc=description, disable=None, leave=False) as bar:
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            how = group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, o.seed + start
-            groups = prlm.generate(decoder, [prompts[n] for n in batch], *how)
-            for n, group in zip(batch, groups, strict=True):
-                texts[n] = [tokenizer.opening + tokenizer.decode(c.tokens) for c in group]
-            bar.update(len(batch))
-    return texts
+    texts, size, (rank, world) = {}, max(1, o.batch_size // group_size), prlm.place()
+    mine = range(0, len(order), size)[rank::world]  # several processes take turns
+    for start in tqdm(mine, description, disable=None, leave=False):
+        batch = order[start : start + size]
+        how = group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, o.seed + start
+        groups = prlm.generate(decoder, [prompts[n] for n in batch], *how)
+        for n, group in zip(batch, groups, strict=True):
+            texts[n] = [tokenizer.opening + tokenizer.decode(c.tokens) for c in group]
+    for part in prlm.gather(texts):
+        texts |= part
+    return [texts[n] for n in range(len(prompts))]
 
 
 def score(answers: dict[str, str], examples: list[Example]) -> dict[str, float]:

@@ -22,6 +22,7 @@ end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query
 import argparse
 import dataclasses
 import inspect
+import io
 import json
 import math
 import mmap
@@ -31,11 +32,13 @@ import sys
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
@@ -980,6 +983,48 @@ def load_tokenizer(directory) -> Tokenizer:
     texts.pop("config.json", None)  # the model's, not the tokenizer's
     pad = next(iter(ids_of("pad_token")), None)
     return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | texts)
+
+
+# ---- Several processes, which torchrun starts -----------------------------------------------
+
+
+def place() -> tuple[int, int]:
+    """(rank, world): which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value) -> list:
+    """The value of every process, by rank. All must come here, and each waits for all."""
+    values = [value] * place()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_first(make):
+    """make() in the first process alone; the others wait for its value."""
+    return gather(make() if place()[0] == 0 else None)[0]
+
+
+@contextmanager
+def processes():
+    """Joins the processes that torchrun has started, if it has; a lost one ends them all."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(hours=1))  # the first may train a reward model
+    if dist.get_rank():  # one voice, one progress bar
+        sys.stdout, sys.stderr.isatty = io.StringIO(), lambda: False
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):
+            raise
+        text = "another process of the run has ended; the same command goes on from what is saved"
+        raise ValueError(text) from None
+    dist.destroy_process_group()
 
 
 # ---- The command line, shared by all chapters -----------------------------------------------

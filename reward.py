@@ -253,11 +253,8 @@ def probe(model: RewardModel, path) -> float:
 def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
     directory, device = Path(directory), prlm.pick_device(o.device)
-    if not (directory / "report.json").is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "pairs.json").is_file():  # the slow part is kept
-            pairs = build_pairs(o, decoder, tokenizer, examples)
-            prlm.write_json(directory / "pairs.json", pairs)
+
+    def train() -> None:
         torch.manual_seed(o.seed)
         model = RewardModel(prlm.load_encoder(o.encoder, device))
         report = train_reward_model(o, model, prlm.read_json(directory / "pairs.json", list))
@@ -266,6 +263,13 @@ def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, director
             report["own_over_other_user"] = probe(model, triples)
         save_reward_model(model, directory)
         prlm.write_json(directory / "report.json", report)  # last: it says all is there
+
+    if prlm.on_first(lambda: not (directory / "report.json").is_file()):
+        directory.mkdir(parents=True, exist_ok=True)
+        if prlm.on_first(lambda: not (directory / "pairs.json").is_file()):
+            pairs = build_pairs(o, decoder, tokenizer, examples)  # the slow part is kept
+            prlm.on_first(lambda: prlm.write_json(directory / "pairs.json", pairs))
+        prlm.on_first(train)
     report = prlm.read_json(directory / "report.json")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in report.items())
     print(f"reward model: {shown} (by chance, accuracies are 0.5)")

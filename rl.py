@@ -19,6 +19,7 @@ same command, started again, goes on. No dropout anywhere; the ids that were sam
 
     python rl.py                       # the toy, on a CPU, in minutes
     python rl.py --model DIR --data DIR --task LaMP-5 --lr 1e-6 --prompts-per-step 8 --out runs/5
+    torchrun --nproc-per-node 4 rl.py …    # four GPUs: each takes a share of a step's prompts
 """
 
 import copy
@@ -33,12 +34,14 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -191,11 +194,13 @@ def update(o, decoder, optimizer, reference, prompts, completions, advantages, s
 
     completions [P][G] are the sampled ids, advantages and keep [P, G], sampled [P, G, C] the
     sampler's log-probabilities. "Old" is the policy of the first pass, before any update.
+    Of several processes each has its share of the rollout; sizes and sums are those of all.
     """
     old, answers = torch.zeros_like(sampled), [ids for group in completions for ids in group]
     trained = prlm.Ragged(answers, keep.device).mask.view_as(sampled) & keep[..., None]  # [P, G, C]
-    size, tokens = loss_size(trained, o.normalizer, o.max_new_tokens), max(trained.sum().item(), 1)
-    gap = 0.0
+    world, tokens = prlm.place()[1], max(sum(prlm.gather(trained.sum().item())), 1)
+    size = world * loss_size(trained, o.normalizer, o.max_new_tokens)
+    size, gap = tokens if o.normalizer == "dapo" else size, 0.0
     for turn in range(o.updates_per_rollout):
         log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
         for rows in micro_batches(prompts, completions, o.tokens_per_micro_batch):
@@ -219,23 +224,34 @@ def update(o, decoder, optimizer, reference, prompts, completions, advantages, s
             log["loss"] += loss.item()
             log["entropy"] += entropy[mask].sum().item() / tokens
             log["clip_fraction"] += clip_fraction(now, *terms, o.clip, o.clip_high).item() / tokens
+        if world > 1:
+            # Once an optimizer step, after the last micro-batch: little to overlap, and unlike
+            # DistributedDataParallel it needs no forward() of its own and no second copy.
+            for parameter in decoder.parameters():
+                dist.all_reduce(parameter.grad)
+        each = prlm.gather(log)
+        log = {name: sum(one[name] for one in each) for name in log}
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), o.grad_clip)
         log["grad_norm"] = norm.item()
         if not math.isfinite(log["grad_norm"] + log["loss"]):
             raise FloatingPointError(f"the loss is {log['loss']}, the gradient's norm {norm}")
         optimizer.step()
         optimizer.zero_grad()
-    return log | {"gap": gap}
+    return log | {"gap": max(prlm.gather(gap))}
 
 
 def grpo_step(
     o: Options, step: int, decoder: Decoder, optimizer, reference: Decoder | None,
     reward_model: RewardModel | None, tokenizer: Tokenizer, examples: list[Example], prompts,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
-    """Steps 1 to 4 once: (a line of metrics, the samples that were learned from)."""
-    start, device = time.perf_counter(), decoder.head.device
-    chosen = choose(len(examples), step, o.prompts_per_step, o.seed)
-    batch, seed = [prompts[n] for n in chosen], seed_of(o.seed, "rollout", step)
+    """Steps 1 to 4 once: (a line of metrics, the samples that were learned from).
+
+    Of several processes each rolls out its share of the step's prompts, with noise of its own.
+    """
+    start, device, (rank, world) = time.perf_counter(), decoder.head.device, prlm.place()
+    share = o.prompts_per_step // world
+    chosen = choose(len(examples), step, o.prompts_per_step, o.seed)[rank * share :][:share]
+    batch, seed = [prompts[n] for n in chosen], seed_of(o.seed, "rollout", step) + rank
     how = o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, seed
     groups = prlm.generate(decoder, batch, *how)
     flat = [completion for group in groups for completion in group]  # P*G
@@ -264,7 +280,6 @@ def grpo_step(
     updated, count = time.perf_counter(), sum(len(c.tokens) for c in flat)
     names = ("reward", "accuracy", "format", "personalization")
     metrics = {
-        "step": step + 1,
         **{name: sum(part[name] for part in parts) / len(parts) for name in names},
         "reward_spread": reward.std(1).mean().item(),
         "zero_spread_groups": (advantages == 0).all(1).float().mean().item(),
@@ -272,7 +287,7 @@ def grpo_step(
         "completion_tokens": count / len(flat),
         "truncated": 1 - finished.float().mean().item(),
         "lr": optimizer.param_groups[0]["lr"],
-        "tokens_per_second": (count + sum(map(len, batch))) / (updated - start),
+        "tokens_per_second": world * (count + sum(map(len, batch))) / (updated - start),
         "seconds_rollout": rolled - start,
         "seconds_update": updated - rolled,
     }
@@ -281,7 +296,9 @@ def grpo_step(
         line = {"step": step + 1, "id": owner.id, "target": owner.target, "completion": texts[n]}
         line |= part | {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
         samples.append(line | {"prompt": tokenizer.decode(batch[n // o.group_size])})
-    return metrics, samples
+    each, samples = zip(*prlm.gather((metrics, samples)), strict=True)
+    metrics = {name: sum(one[name] for one in each) / world for name in metrics}
+    return {"step": step + 1} | metrics, [line for part in samples for line in part]
 
 
 # ---- A run: its directory, its states, the loop ---------------------------------------------
@@ -407,7 +424,7 @@ def draw_curves(out: Path, before: float) -> None:
     figure.savefig(out / "reward.png", dpi=120)
 
 
-def check(o: Options) -> None:
+def check(o: Options, world: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     least = {
         0: "k beta eval_every personalization warmup",
@@ -422,6 +439,9 @@ def check(o: Options) -> None:
                 flag = "--" + name.replace("_", "-")
                 at_least = "above 0" if bound < 1e-6 and bound else f"at least {bound}"
                 raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
+    if o.prompts_per_step % world:
+        count = f"a multiple of the {world} processes, not {o.prompts_per_step}"
+        raise ValueError(f"--prompts-per-step must be {count}")
 
 
 def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_model, train, held):
@@ -429,11 +449,11 @@ def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_m
     reference = copy.deepcopy(decoder).requires_grad_(False) if o.beta else None
     decoder.checkpointing = o.checkpointing
     optimizer = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0)
-    state, first = out / "trainer.pt", 0
-    if state.is_file():
+    state, first, rank = out / "trainer.pt", 0, prlm.place()[0]
+    if prlm.on_first(state.is_file):
         first = load_state(state, decoder, optimizer)
         print(f"going on after step {first}")
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl") if rank == 0 else ():
         rewind(out / name, first)
     prompts, stop.in_loop = make_prompts(o, tokenizer, train), True
     bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
@@ -446,21 +466,25 @@ def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_m
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
             found = f"reward {metrics['reward']:.3f}, held-out ROUGE-L {scores['rouge-l']:.3f}"
             bar.write(f"step {done}: {found}")
-        append(out / "samples.jsonl", samples)
-        append(out / "metrics.jsonl", [metrics])
+        if rank == 0:
+            append(out / "samples.jsonl", samples)
+            append(out / "metrics.jsonl", [metrics])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "format")})
-        if done % o.save_every == 0 or last or stop.signal:
-            save_state(state, done, decoder, optimizer)
-        if stop.signal and not last:
+        asked = max(prlm.gather(stop.signal or 0))  # whoever of the processes was
+        if done % o.save_every == 0 or last or asked:
+            prlm.on_first(partial(save_state, state, done, decoder, optimizer))
+        if asked and not last:
             bar.close()
-            stop.leave(stop.signal)
+            stop.leave(asked)
     stop.in_loop = False
 
 
 def main(o: Options) -> None:
-    check(o)
-    with alone(Path(o.out)):
-        run(o, Stop())
+    with prlm.processes():
+        rank, world = prlm.place()
+        check(o, world)
+        with alone(Path(o.out)) if rank == 0 else nullcontext():
+            run(o, Stop())
 
 
 def run(o: Options, stop: Stop) -> None:
@@ -470,15 +494,19 @@ def run(o: Options, stop: Stop) -> None:
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
-    out = open_run(o)
-    print(f"{o.model} on {device}: {o.task}, {len(train)} training users, {len(held)} held out")
+    prlm.on_first(partial(open_run, o))
+    out, (rank, world) = Path(o.out), prlm.place()
+    many = f"{world} x " if world > 1 else ""
+    print(
+        f"{o.model} on {many}{device}: {o.task}, {len(train)} training users, {len(held)} held out"
+    )
     reward_model = None
     if o.personalization and o.reward_model:
         reward_model = load_reward_model(o.reward_model, device)
     elif o.personalization:
         reward_model = obtain_reward_model(o, decoder, tokenizer, train, out / "reward")
     file = out / "scores.json"
-    scores = prlm.read_json(file) if file.is_file() else {}
+    scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
     for name, k in (("no_profile", 0), ("before", o.k), ("after", o.k)):
         if name in scores:
             continue
@@ -488,6 +516,8 @@ def run(o: Options, stop: Stop) -> None:
         sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
         greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")
         scores[name] = greedy | {f"{key}_sampled": value for key, value in sampled.items()}
+        if rank:
+            continue
         if name == "after":
             prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
             write_predictions(out / "predictions.json", o.task, answers)

@@ -18,17 +18,22 @@ import rl
 ROOT = Path(__file__).parent.parent
 
 
-def start(world, out, **changes):
-    """`python rl.py` with the tiny settings, as a process of its own with one thread."""
-    options = vars(tiny(world, out, **dict(steps=24, save_every=3, eval_every=8) | changes))
+def flags_of(options) -> list[str]:
+    """The options as they are written behind a command."""
     flags = []
-    for name, value in options.items():
+    for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             flags += [flag] * value
         elif value is not None:
             flags += [flag, str(value)]
-    command = [sys.executable, str(ROOT / "rl.py"), *flags]
+    return flags
+
+
+def start(world, out, **changes):
+    """`python rl.py` with the tiny settings, as a process of its own with one thread."""
+    options = tiny(world, out, **dict(steps=24, save_every=3, eval_every=8) | changes)
+    command = [sys.executable, str(ROOT / "rl.py"), *flags_of(options)]
     one = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=one)
 
