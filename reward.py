@@ -81,6 +81,20 @@ def rewards(
     return rows
 
 
+def trl_reward(task: str, reward_model: "RewardModel | None" = None, weight: float = 0.1):
+    """`rewards` as a reward function of TRL's GRPOTrainer, for those who outgrow rl.py.
+
+    Its data set needs the columns "query" and "target" beside "prompt".
+    """
+
+    def prlm_reward(completions, query, target, **_) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        examples = [Example("", "", task, q, [], t) for q, t in zip(query, target, strict=True)]
+        return [part["reward"] for part in rewards(texts, examples, reward_model, weight)]
+
+    return prlm_reward
+
+
 # ---- The personalization model -------------------------------------------------------------------
 
 

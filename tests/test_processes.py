@@ -29,7 +29,7 @@ def torchrun(*command, **more):
 
 
 def noise_by_prompt(real):
-    """`generate` with noise that depends on the prompt alone: all process counts sample the same."""
+    """`generate` with noise by prompt alone: any number of processes samples the same."""
 
     def generate(decoder, prompts, *how):
         how = how[:4]  # without the seed

@@ -4,14 +4,17 @@ import copy
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 import prlm
+import retrieve
 import reward
 from retrieve import Example, load_lamp
 
+TOY = Path(__file__).parent.parent / "toy"
 WORDS = ["tennis", "golf", "paris", "oslo", "wins", "today", "zebra"]  # the last is unknown
 
 
@@ -379,3 +382,43 @@ class TestPairs:
         (directory / "report.json").unlink()  # killed before the end: the pairs are kept,
         assert torch.equal(get().score_all(queries, answers), expected)  # the same model comes out
         assert calls[2:] == ["train_reward_model"]
+
+
+class TestTRL:
+    def test_trains_with_our_prompts_and_reward(self, tmp_path):
+        """Two steps of TRL's own trainer on the toy policy; its logged reward is ours."""
+        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        examples = load_lamp(TOY / "lamp", "LaMP-4", "train")[:4]
+        tokenizer = prlm.load_tokenizer(TOY / "policy")
+        messages = [retrieve.build_messages(e, retrieve.retrieve(e, 2)) for e in examples]
+        prompts = [prlm.render_chat(chat, tokenizer.vocabulary) for chat in messages]
+        columns = {"prompt": prompts, "query": [e.query for e in examples]}
+        data = datasets.Dataset.from_dict(columns | {"target": [e.target for e in examples]})
+        paid, ours = [], reward.trl_reward("LaMP-4")
+
+        def watched(completions, **columns):
+            assert all(isinstance(text, str) for text in completions)
+            paid.extend(ours(completions, **columns))
+            return paid[-len(completions) :]
+
+        how = trl.GRPOConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=4,
+            max_completion_length=48, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
+            save_strategy="no", disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(str(TOY / "policy"), watched, how, data)
+        trainer.train()
+        logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+        assert logged == pytest.approx([sum(paid[n : n + 4]) / 4 for n in (0, 4)], rel=1e-4)
+        assert max(paid) > 0.1 and trainer.state.global_step == 2
+
+    def test_columns_and_chats(self):
+        pay = reward.trl_reward("LaMP-4")
+        good = "<think>\nhm\n</think>\n{'title': 'golf in oslo'}"
+        completions = [good, [{"role": "assistant", "content": good}], "no answer"]
+        targets = ["golf in oslo", "golf", "golf"]
+        found = pay(completions, query=["q"] * 3, target=targets, prompt=["p"] * 3)
+        examples = [Example("", "", "LaMP-4", "q", [], target) for target in targets]
+        texts = [good, good, "no answer"]
+        assert found == [part["reward"] for part in reward.rewards(texts, examples)]
+        assert found[0] == pytest.approx(3.1) and found[2] == 0
