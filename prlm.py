@@ -644,12 +644,13 @@ class HeadLogprobs(torch.autograd.Function):
     """log softmax(x W^T / temperature)[target] and the entropy, a chunk of rows at a time.
 
     The logits of a whole batch [N, V] never exist: forward keeps each row's log-sum-exp, backward
-    computes a chunk's logits again. The entropy carries no gradient; it is for the log.
+    computes a chunk's logits again. The entropy carries no gradient; it is for the log. Products
+    are in x's precision, the weight's gradient is summed in the weight's.
     """
 
     @staticmethod
     def chunks(x: Tensor, weight: Tensor, temperature: float):
-        size = max(128, 2**21 // len(weight))  # 8 MiB of float32 logits, or 128 rows
+        weight, size = weight.to(x.dtype), max(128, 2**21 // len(weight))  # 8 MiB, or 128 rows
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             yield rows, F.linear(x[rows], weight).float() / temperature  # [chunk, V]
@@ -676,9 +677,12 @@ class HeadLogprobs(torch.autograd.Function):
         for rows, logits in HeadLogprobs.chunks(x, weight, ctx.temperature):
             slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]  # d logprob / d logit
             slope.scatter_add_(1, targets[rows, None], grad[rows, None])
-            slope = (slope / ctx.temperature).to(weight.dtype)  # [chunk, V]
-            grad_x[rows] = slope @ weight
-            grad_weight.addmm_(slope.T, x[rows])
+            slope = (slope / ctx.temperature).to(x.dtype)  # [chunk, V]
+            grad_x[rows] = slope @ weight.to(x.dtype)
+            if x.dtype == weight.dtype:
+                grad_weight.addmm_(slope.T, x[rows])
+            else:
+                grad_weight += slope.T @ x[rows]
         return grad_x, grad_weight, None, None
 
 
@@ -718,6 +722,8 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
     before = N + fed.starts[target.rows] + target.positions - 1
     x = x.index_select(0, torch.where(target.positions == 0, first, before))
+    if torch.is_autocast_enabled(device.type):
+        x = x.to(torch.get_autocast_dtype(device.type))
     limit, ids = decoder.vocab_limit, target.tokens
     weight = decoder.head[:limit]
     logprobs, entropy = HeadLogprobs.apply(x, weight, ids.clamp(max=limit - 1), temperature)

@@ -53,6 +53,7 @@ from reward import RewardModel, RewardOptions, load_reward_model, obtain_reward_
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 Scale = Literal["std", "none"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 # ---- The algorithm --------------------------------------------------------------------------
 
@@ -152,6 +153,7 @@ class Options(RewardOptions):
     updates_per_rollout: int = 1  # with one, the ratio is 1 and the clip never acts
     grad_clip: float = 1.0  # largest gradient norm
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
+    precision: Precision = "auto"  # of products; weights stay float32; auto: bfloat16 on CUDA
     tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
     checkpointing: bool = False  # run each layer again in the backward pass: less memory, slower
     eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
@@ -189,6 +191,24 @@ def micro_batches(prompts, completions, budget: int) -> list[list[int]]:
     return batches
 
 
+def in_half(o: Options, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16: half the memory and, on a GPU, faster."""
+    return o.precision == "bfloat16" or (o.precision == "auto" and device.type == "cuda")
+
+
+def make_sampler(o: Options, decoder: Decoder) -> Decoder:
+    """What generates: the policy itself, or a bfloat16 copy of its float32 master weights."""
+    half = in_half(o, decoder.head.device)
+    return copy.deepcopy(decoder).bfloat16().requires_grad_(False) if half else decoder
+
+
+@torch.no_grad()
+def refresh(sampler: Decoder, decoder: Decoder) -> None:
+    if sampler is not decoder:
+        for copied, parameter in zip(sampler.parameters(), decoder.parameters(), strict=True):
+            copied.copy_(parameter)
+
+
 def update(o, decoder, optimizer, reference, prompts, completions, advantages, sampled, keep):
     """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
 
@@ -201,18 +221,21 @@ def update(o, decoder, optimizer, reference, prompts, completions, advantages, s
     world, tokens = prlm.place()[1], max(sum(prlm.gather(trained.sum().item())), 1)
     size = world * loss_size(trained, o.normalizer, o.max_new_tokens)
     size, gap = tokens if o.normalizer == "dapo" else size, 0.0
+    device = decoder.head.device
+    half = torch.autocast(device.type, torch.bfloat16, in_half(o, device))
     for turn in range(o.updates_per_rollout):
         log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
         for rows in micro_batches(prompts, completions, o.tokens_per_micro_batch):
             batch = [prompts[n] for n in rows], [completions[n] for n in rows], o.temperature
-            logprobs, entropy, mask = prlm.score_completions(decoder, *batch)
+            with half:
+                logprobs, entropy, mask = prlm.score_completions(decoder, *batch)
             now, width, ref = logprobs.detach(), logprobs.shape[-1], None
             if turn == 0:
                 old[rows, :, :width] = now
                 gap = max(gap, (now - sampled[rows, :, :width])[mask].abs().max().item())
             mask = trained[rows, :, :width]
             if reference is not None:
-                with torch.no_grad():
+                with torch.no_grad(), half:
                     ref, _ = prlm.token_logprobs(reference, *batch)
                 log["kl"] += k3(now, ref)[mask].sum().item() / tokens
             terms = old[rows, :, :width], advantages[rows], mask
@@ -241,8 +264,9 @@ def update(o, decoder, optimizer, reference, prompts, completions, advantages, s
 
 
 def grpo_step(
-    o: Options, step: int, decoder: Decoder, optimizer, reference: Decoder | None,
-    reward_model: RewardModel | None, tokenizer: Tokenizer, examples: list[Example], prompts,
+    o: Options, step: int, decoder: Decoder, sampler: Decoder, optimizer,
+    reference: Decoder | None, reward_model: RewardModel | None, tokenizer: Tokenizer,
+    examples: list[Example], prompts,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Steps 1 to 4 once: (a line of metrics, the samples that were learned from).
 
@@ -253,7 +277,7 @@ def grpo_step(
     chosen = choose(len(examples), step, o.prompts_per_step, o.seed)[rank * share :][:share]
     batch, seed = [prompts[n] for n in chosen], seed_of(o.seed, "rollout", step) + rank
     how = o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, seed
-    groups = prlm.generate(decoder, batch, *how)
+    groups = prlm.generate(sampler, batch, *how)
     flat = [completion for group in groups for completion in group]  # P*G
     texts = [tokenizer.opening + tokenizer.decode(c.tokens) for c in flat]
     owners = [examples[n] for n in chosen for _ in range(o.group_size)]
@@ -273,6 +297,7 @@ def grpo_step(
         if not reward.isfinite().all():
             raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
         log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
+        refresh(sampler, decoder)
     except FloatingPointError as error:
         where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
         advice = "it was not applied; go on from the last state with a lower --lr"
@@ -444,25 +469,28 @@ def check(o: Options, world: int) -> None:
         raise ValueError(f"--prompts-per-step must be {count}")
 
 
-def train_policy(o: Options, out: Path, stop: Stop, decoder, tokenizer, reward_model, train, held):
+def train_policy(
+    o: Options, out: Path, stop: Stop, decoder, sampler, tokenizer, reward_model, train, held
+) -> None:  # fmt: skip
     """The loop: a step, its lines in the logs, now and then a look at held-out users and a save."""
-    reference = copy.deepcopy(decoder).requires_grad_(False) if o.beta else None
+    reference = copy.deepcopy(sampler).requires_grad_(False) if o.beta else None
     decoder.checkpointing = o.checkpointing
     optimizer = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0)
     state, first, rank = out / "trainer.pt", 0, prlm.place()[0]
     if prlm.on_first(state.is_file):
         first = load_state(state, decoder, optimizer)
+        refresh(sampler, decoder)
         print(f"going on after step {first}")
     for name in ("metrics.jsonl", "samples.jsonl") if rank == 0 else ():
         rewind(out / name, first)
     prompts, stop.in_loop = make_prompts(o, tokenizer, train), True
     bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
-    fixed = reward_model, tokenizer, train, prompts
+    policy = decoder, sampler, optimizer, reference, reward_model
     for step in bar:
-        metrics, samples = grpo_step(o, step, decoder, optimizer, reference, *fixed)
+        metrics, samples = grpo_step(o, step, *policy, tokenizer, train, prompts)
         done, last = step + 1, step + 1 == o.steps
         if o.eval_every and (done % o.eval_every == 0 or last):
-            scores, _ = evaluate(decoder, tokenizer, held, o, description="held-out users")
+            scores, _ = evaluate(sampler, tokenizer, held, o, description="held-out users")
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
             found = f"reward {metrics['reward']:.3f}, held-out ROUGE-L {scores['rouge-l']:.3f}"
             bar.write(f"step {done}: {found}")
@@ -492,27 +520,27 @@ def run(o: Options, stop: Stop) -> None:
     device, train = prlm.pick_device(o.device), load_lamp(o.data, o.task, "train")
     held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
+    sampler = make_sampler(o, decoder)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
     prlm.on_first(partial(open_run, o))
     out, (rank, world) = Path(o.out), prlm.place()
     many = f"{world} x " if world > 1 else ""
-    print(
-        f"{o.model} on {many}{device}: {o.task}, {len(train)} training users, {len(held)} held out"
-    )
+    where = f"{many}{device}, {str(sampler.head.dtype).removeprefix('torch.')} products"
+    print(f"{o.model} on {where}: {o.task}, {len(train)} training users, {len(held)} held out")
     reward_model = None
     if o.personalization and o.reward_model:
         reward_model = load_reward_model(o.reward_model, device)
     elif o.personalization:
-        reward_model = obtain_reward_model(o, decoder, tokenizer, train, out / "reward")
+        reward_model = obtain_reward_model(o, sampler, tokenizer, train, out / "reward")
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
     for name, k in (("no_profile", 0), ("before", o.k), ("after", o.k)):
         if name in scores:
             continue
         if name == "after":
-            train_policy(o, out, stop, decoder, tokenizer, reward_model, train, held)
-        how = decoder, tokenizer, held, dataclasses.replace(o, k=k)
+            train_policy(o, out, stop, decoder, sampler, tokenizer, reward_model, train, held)
+        how = sampler, tokenizer, held, dataclasses.replace(o, k=k)
         sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
         greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")
         scores[name] = greedy | {f"{key}_sampled": value for key, value in sampled.items()}

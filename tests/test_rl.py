@@ -248,6 +248,20 @@ class TestUpdate:
         for name in log:
             assert log[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
 
+    def test_half_precision_is_close_and_the_weights_stay_whole(self, world):
+        start = torch.cat(
+            [p.detach().flatten() for p in prlm.load_decoder(world / "policy").parameters()]
+        )
+        for checkpointing in (False, True):
+            how = dict(beta=0.1, updates_per_rollout=2, checkpointing=checkpointing)
+            whole, log = self.one_update(world, precision="float32", **how)
+            half, other = self.one_update(world, precision="bfloat16", **how)
+            moved, expected = half - start, whole - start
+            assert half.dtype == torch.float32 and not torch.equal(moved, expected)
+            assert (moved - expected).norm() < 0.05 * expected.norm()
+            assert other["entropy"] == pytest.approx(log["entropy"], rel=1e-2)
+            assert log["gap"] < 1e-4 < other["gap"] < 0.2  # float32's sampler, bfloat16's update
+
     def test_equals_one_plain_step(self, world):
         """The same update from full rows, the naive way."""
         got, log = self.one_update(world, grad_clip=1e9)
@@ -387,6 +401,26 @@ class TestRun:
     def test_a_saved_reward_model_is_used(self, world, finished, tmp_path):
         rl.main(tiny(world, tmp_path / "run", steps=1, reward_model=str(finished / "reward")))
         assert not (tmp_path / "run" / "reward").exists()
+
+    def test_half_precision_samples_from_a_copy_that_follows(self, world, tmp_path, monkeypatch):
+        sampled, real = [], prlm.generate
+
+        def generate(decoder, *how):
+            sampled.append(torch.cat([p.flatten() for p in decoder.parameters()]))
+            return real(decoder, *how)
+
+        monkeypatch.setattr(prlm, "generate", generate)
+        o = tiny(world, tmp_path, precision="bfloat16", personalization=0.0, beta=0.1)
+        rl.main(o)
+        assert all(weights.dtype == torch.bfloat16 for weights in sampled)
+        saved = prlm.load_decoder(tmp_path / "checkpoint")
+        assert saved.head.dtype == torch.float32
+        last = torch.cat([p.detach().flatten() for p in saved.parameters()])
+        assert torch.equal(sampled[-1], last.bfloat16()) and not torch.equal(
+            sampled[0], sampled[-1]
+        )
+        gaps = [line["gap"] for line in lines(tmp_path / "metrics.jsonl")]
+        assert all(0 < gap < 0.5 for gap in gaps)
 
     def test_the_command_fails_in_one_line(self, tmp_path):
         where = ["--model", str(tmp_path / "no"), "--out", str(tmp_path / "x")]
