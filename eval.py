@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import prlm
 from prlm import Decoder, Tokenizer
-from retrieve import Example, PromptOptions, Split, load_lamp, make_prompts, task_of
+from retrieve import Example, PromptOptions, Split, load_lamp, make_prompts, opening, task_of
 
 # ---- Metrics of two texts -------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def complete(
         how = group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, o.seed + start
         groups = prlm.generate(decoder, [prompts[n] for n in batch], *how)
         for n, group in zip(batch, groups, strict=True):
-            texts[n] = [tokenizer.opening + tokenizer.decode(c.tokens) for c in group]
+            texts[n] = [opening(o, tokenizer) + tokenizer.decode(c.tokens) for c in group]
     for part in prlm.gather(texts):
         texts |= part
     return [texts[n] for n in range(len(prompts))]

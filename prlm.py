@@ -1048,7 +1048,10 @@ def pick_device(name: str) -> str:
 
 
 def parse_options(options: type, description: str, arguments: list[str] | None = None):
-    """(options, debug): a dataclass as flags; the comment behind a field is the flag's help."""
+    """(options, debug): a dataclass as flags; the comment behind a field is the flag's help.
+
+    Where it has `presets` {name: values}, `--preset name` puts its values in place of the defaults.
+    """
     source = "".join(inspect.getsource(c) for c in options.__mro__ if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     layout = argparse.RawDescriptionHelpFormatter
@@ -1066,6 +1069,9 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     parser.error = lambda text: parser.exit(2, f"error: {text} (--help lists the options)\n")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))
+    if "preset" in parsed:
+        parser.set_defaults(**options.presets[parsed["preset"]])
+        parsed = vars(parser.parse_args(arguments))
     debug = parsed.pop("debug")
     return options(**parsed), debug
 

@@ -309,6 +309,7 @@ SYSTEM = (
     "step by step as an inner monologue, then answer. Reply in exactly this form:\n"
     "<think>\nyour reasoning\n</think>\n<answer>\nyour answer\n</answer>"
 )
+CLOSED = "<think>\n\n</think>\n\n"  # reasoning that is over before it began: answer at once
 WITH_PROFILE = "Based on the historical profiles provided, "
 ANSWER_FORMAT = " Answer in English as {{'{answer}': '{placeholder}'}}, without any explanation."
 
@@ -399,6 +400,7 @@ class PromptOptions:
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
     query_prefix: str = ""  # what the dense retriever puts before a query (bge models want one)
     max_prompt_tokens: int = 512  # longer prompts lose the ends of their items
+    reasoning: bool = True  # without it the prompt closes the reasoning: answer at once
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cuda, mps or cpu
 
@@ -412,12 +414,18 @@ def make_ranker(o: PromptOptions):
     return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense, o.idf)
 
 
+def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:
+    """What the prompt has already said of the assistant's turn: the completion goes on from it."""
+    return tokenizer.opening if o.reasoning else CLOSED
+
+
 def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The token ids of each example's personalized prompt."""
     rank, prompts = make_ranker(o), []
+    said = tokenizer.encode(opening(o, tokenizer).removeprefix(tokenizer.opening))
     for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):
-        messages = build_messages(example, rank(example, o.k), tokenizer, o.max_prompt_tokens)
-        prompts.append(tokenizer.chat(messages))
+        items, budget = rank(example, o.k), o.max_prompt_tokens - len(said)
+        prompts.append(tokenizer.chat(build_messages(example, items, tokenizer, budget)) + said)
     return prompts
 
 

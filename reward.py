@@ -251,17 +251,20 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     return {"pairs": len(pairs), "loss": loss.item(), "pair_accuracy": pair_accuracy(model, held)}
 
 
-def probe(model: RewardModel, path) -> float:
-    """How often the user's own answer outscores the same answer in another user's style.
+def probe(model: RewardModel, path) -> dict[str, float]:
+    """How often the user's own answer outscores a rival's, by the rival's name; chance is 0.5.
 
-    The file lists {"query", "own", "other"}; chance is 0.5. A model that is blind to the profile
-    cannot beat chance by much, however good its pair accuracy is.
+    The file lists {"query", "own", and any rivals}: "other" is the same answer in another user's
+    style, "plain" in nobody's. A model that is blind to the profile cannot beat chance by much on
+    "other", however good its pair accuracy is.
     """
-    triples = prlm.read_json(path, list)
-    keys = ("query", "own", "other")
-    queries, own, other = ([triple[key] for triple in triples] for key in keys)
-    difference = model.score_all(queries, own) - model.score_all(queries, other)
-    return ((difference.sign() + 1) / 2).mean().item()
+    rows = prlm.read_json(path, list)
+    queries, own = ([row[key] for row in rows] for key in ("query", "own"))
+    scores, shares = model.score_all(queries, own), {}
+    for rival in [key for key in rows[0] if key not in ("query", "own")]:
+        difference = scores - model.score_all(queries, [row[rival] for row in rows])
+        shares[f"own_over_{rival}"] = ((difference.sign() + 1) / 2).mean().item()
+    return shares
 
 
 def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, directory) -> RewardModel:
@@ -272,9 +275,9 @@ def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, director
         torch.manual_seed(o.seed)
         model = RewardModel(prlm.load_encoder(o.encoder, device))
         report = train_reward_model(o, model, prlm.read_json(directory / "pairs.json", list))
-        triples = Path(o.data) / "probe.json"
-        if triples.is_file():
-            report["own_over_other_user"] = probe(model, triples)
+        rivals = Path(o.data) / o.task.replace("-", "_") / "probe.json"
+        if rivals.is_file():
+            report |= probe(model, rivals)
         save_reward_model(model, directory)
         prlm.write_json(directory / "report.json", report)  # last: it says all is there
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import prlm
 from eval import evaluate, table, write_predictions
 from prlm import Decoder, Tokenizer
-from retrieve import Example, load_lamp, make_prompts
+from retrieve import Example, load_lamp, make_prompts, opening
 from reward import RewardModel, RewardOptions, load_reward_model, obtain_reward_model, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
@@ -135,8 +135,22 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 # ---- One step -------------------------------------------------------------------------------
 
 
+# What the authors trained with (README: the paper's recipe); 10 x 500 are their 5,000 pairs.
+PAPER = {
+    "k": 5, "retriever": "bm25", "max_prompt_tokens": 512, "max_new_tokens": 768,
+    "train_examples": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4,
+    "temperature": 0.7, "lr": 1e-6, "warmup": 0.1, "beta": 0.04, "clip": 0.2, "scale": "std",
+    "normalizer": "grpo", "updates_per_rollout": 1, "personalization": 0.1, "negatives": 1,
+    "pairs_per_query": 10, "reward_epochs": 3, "reward_lr": 5e-5, "precision": "auto",
+    "checkpointing": True, "eval_every": 500, "save_every": 100,
+}  # fmt: skip
+
+
 @dataclass
 class Options(RewardOptions):
+    presets = {"toy": {}, "paper": PAPER}  # noqa: RUF012
+    preset: Literal["toy", "paper"] = "toy"  # whose values are the defaults of the other options
+    train_examples: int = 0  # only the first training records; 0 takes all
     reward_model: str | None = None  # a trained one; without it one is trained into --out
     personalization: float = 0.1  # weight of the learned reward; 0 does without a reward model
     steps: int = 120  # rollouts, each with its update
@@ -279,7 +293,7 @@ def grpo_step(
     how = o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, seed
     groups = prlm.generate(sampler, batch, *how)
     flat = [completion for group in groups for completion in group]  # P*G
-    texts = [tokenizer.opening + tokenizer.decode(c.tokens) for c in flat]
+    texts = [opening(o, tokenizer) + tokenizer.decode(c.tokens) for c in flat]
     owners = [examples[n] for n in chosen for _ in range(o.group_size)]
     parts = rewards(texts, owners, reward_model, o.personalization)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
@@ -320,6 +334,7 @@ def grpo_step(
     for n, (owner, part, c) in enumerate(zip(owners, parts, flat, strict=True)):
         line = {"step": step + 1, "id": owner.id, "target": owner.target, "completion": texts[n]}
         line |= part | {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
+        line |= {"tokens": c.tokens, "logprobs": [round(x, 4) for x in c.logprobs]}
         samples.append(line | {"prompt": tokenizer.decode(batch[n // o.group_size])})
     each, samples = zip(*prlm.gather((metrics, samples)), strict=True)
     metrics = {name: sum(one[name] for one in each) / world for name in metrics}
@@ -452,7 +467,7 @@ def draw_curves(out: Path, before: float) -> None:
 def check(o: Options, world: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     least = {
-        0: "k beta eval_every personalization warmup",
+        0: "k beta eval_every personalization warmup train_examples",
         1: "steps prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
         "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs",
         2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
@@ -507,17 +522,19 @@ def train_policy(
     stop.in_loop = False
 
 
-def main(o: Options) -> None:
+def main(o: Options, reward_model: RewardModel | None = None) -> None:
+    """The run that the options describe; `reward_model` takes the place of the one they name."""
     with prlm.processes():
         rank, world = prlm.place()
         check(o, world)
         with alone(Path(o.out)) if rank == 0 else nullcontext():
-            run(o, Stop())
+            run(o, Stop(), reward_model)
 
 
-def run(o: Options, stop: Stop) -> None:
+def run(o: Options, stop: Stop, reward_model: RewardModel | None = None) -> None:
     """Everything a run is made of, each part skipped where the run directory has it already."""
-    device, train = prlm.pick_device(o.device), load_lamp(o.data, o.task, "train")
+    device = prlm.pick_device(o.device)
+    train = load_lamp(o.data, o.task, "train")[: o.train_examples or None]
     held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
     sampler = make_sampler(o, decoder)
@@ -528,10 +545,9 @@ def run(o: Options, stop: Stop) -> None:
     many = f"{world} x " if world > 1 else ""
     where = f"{many}{device}, {str(sampler.head.dtype).removeprefix('torch.')} products"
     print(f"{o.model} on {where}: {o.task}, {len(train)} training users, {len(held)} held out")
-    reward_model = None
     if o.personalization and o.reward_model:
         reward_model = load_reward_model(o.reward_model, device)
-    elif o.personalization:
+    elif o.personalization and reward_model is None:
         reward_model = obtain_reward_model(o, sampler, tokenizer, train, out / "reward")
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import prlm
+import rl
 
 transformers = pytest.importorskip("transformers")
 
@@ -793,6 +794,12 @@ class TestOptions:
         expected = prlm.Options(group_size=3, temperature=0.5)
         assert prlm.parse_options(prlm.Options, "", given) == (expected, True)
         assert prlm.parse_options(prlm.Options, "", []) == (prlm.Options(), False)
+
+    def test_a_preset_changes_the_defaults_and_no_more(self):
+        given = ["--preset", "paper", "--k", "3", "--no-checkpointing"]
+        values = rl.PAPER | {"preset": "paper", "k": 3, "checkpointing": False}
+        assert prlm.parse_options(rl.Options, "", given)[0] == rl.Options(**values)
+        assert prlm.parse_options(rl.Options, "", [])[0] == rl.Options()
 
     @pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
     def test_a_bad_file_is_one_line_and_status_2(self, tmp_path, monkeypatch, capsys, broken):

@@ -531,6 +531,19 @@ class TestPrompt:
             prompts.add(tuple(prompt))
         assert len(prompts) == 7
 
+    @pytest.mark.parametrize("opens", [False, True])
+    def test_without_reasoning_the_prompt_closes_it(self, toy_tokenizer, opens):
+        """Whether the chat format has opened the reasoning block already or not."""
+        toy_tokenizer.opening = "<think>\n" if opens else ""
+        e, items = ask("query", ("b", "B"), ("x " * 100, "Title"))
+        o = module.PromptOptions(k=2, max_prompt_tokens=700, reasoning=False)
+        (prompt,) = module.make_prompts(o, toy_tokenizer, [replace(e, profile=items)])
+        said = "\n</think>\n\n" if opens else "<think>\n\n</think>\n\n"
+        assert prompt[-len(said) :] == toy_tokenizer.encode(said)
+        assert 690 < len(prompt) <= 700
+        assert module.opening(o, toy_tokenizer) == "<think>\n\n</think>\n\n"
+        assert module.opening(replace(o, reasoning=True), toy_tokenizer) == "<think>\n" * opens
+
 
 def test_command_writes_whole_rankings(tmp_path):
     profile = [ITEM | {"id": str(n), "text": text} for n, text in enumerate("abcd")]

@@ -340,11 +340,13 @@ class TestPairs:
         assert all(pair["positive"] and all(pair["negatives"]) for pair in pairs)
 
     def test_probe_counts_a_tie_as_a_half(self, tmp_path):
-        rows = [("a", "b"), ("b", "a"), ("a", "c"), ("b", "b")]
-        triples = [{"query": "q", "own": own, "other": other} for own, other in rows]
-        (tmp_path / "probe.json").write_text(json.dumps(triples))
-        assert reward.probe(Fake(dict(a=2, b=1, c=0)), tmp_path / "probe.json") == 2.5 / 4
-        assert reward.probe(Fake(dict(a=1, b=1, c=1)), tmp_path / "probe.json") == 0.5
+        rows = [("a", "b", "c"), ("b", "a", "c"), ("a", "c", "b"), ("b", "b", "c")]
+        keys, path = ("query", "own", "other", "plain"), tmp_path / "probe.json"
+        path.write_text(json.dumps([dict(zip(keys, ("q", *row), strict=True)) for row in rows]))
+        shares = reward.probe(Fake(dict(a=2, b=1, c=0)), path)
+        assert shares == {"own_over_other": 2.5 / 4, "own_over_plain": 1.0}
+        shares = reward.probe(Fake(dict(a=1, b=1, c=1)), path)
+        assert shares == {"own_over_other": 0.5, "own_over_plain": 0.5}
 
     def test_a_reward_model_is_made_once(self, world, tmp_path, monkeypatch):
         calls = []
@@ -361,7 +363,8 @@ class TestPairs:
         spy("build_pairs", contrast(40))
         spy("train_reward_model")
         triples = [{"query": "wins", "own": "golf wins", "other": "oslo wins"}]
-        (tmp_path / "probe.json").write_text(json.dumps(triples))
+        (tmp_path / "LaMP_4").mkdir()
+        (tmp_path / "LaMP_4" / "probe.json").write_text(json.dumps(triples))
         options = reward.RewardOptions(
             encoder=str(world / "encoder"), data=str(tmp_path), reward_epochs=1, device="cpu"
         )
@@ -373,7 +376,7 @@ class TestPairs:
         first = get()
         assert calls == ["build_pairs", "train_reward_model"]
         report = json.loads((directory / "report.json").read_text())
-        assert report.keys() >= {"pairs", "pair_accuracy", "own_over_other_user"}
+        assert report.keys() >= {"pairs", "pair_accuracy", "own_over_other"}
         second = get()
         assert len(calls) == 2
         queries, answers = random_texts(5, seed=1), random_texts(5, seed=2)

@@ -398,6 +398,14 @@ class TestRun:
         assert not (tmp_path / "run" / "reward").exists()
         assert any(m["kl"] != 0 for m in lines(tmp_path / "run" / "metrics.jsonl"))
 
+    def test_without_reasoning_the_first_two_users(self, world, tmp_path):
+        changes = {"reasoning": False, "train_examples": 2, "personalization": 0.0}
+        rl.main(tiny(world, tmp_path / "run", steps=1, **changes))
+        samples = lines(tmp_path / "run" / "samples.jsonl")
+        assert {s["id"] for s in samples} == {"300", "301"}
+        assert all(s["completion"].startswith("<think>\n\n</think>\n\n") for s in samples)
+        assert all(len(s["tokens"]) == len(s["logprobs"]) > 0 for s in samples)
+
     def test_a_saved_reward_model_is_used(self, world, finished, tmp_path):
         rl.main(tiny(world, tmp_path / "run", steps=1, reward_model=str(finished / "reward")))
         assert not (tmp_path / "run" / "reward").exists()

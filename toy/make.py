@@ -580,7 +580,8 @@ def main(o: Options) -> None:
     counts = {"train": o.train_users, "dev": o.dev_users}
     users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
     write_lamp(users, out / "lamp")
-    write_probe(random.Random(f"{o.seed} probe"), users["dev"], out / "lamp" / "probe.json")
+    rng = random.Random(f"{o.seed} probe")
+    write_probe(rng, users["dev"], out / "lamp" / TASK.replace("-", "_") / "probe.json")
     print(f"{out / 'lamp'}: {o.train_users} training and {o.dev_users} held-out users")
 
     save_encoder(train_encoder(o.seed, users["train"], o.encoder_steps), out / "encoder")
