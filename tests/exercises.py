@@ -1,0 +1,1492 @@
+"""Exercises: one function of the project is blanked, its ordinary tests say when it is right again.
+
+    python tests/exercises.py list
+    python tests/exercises.py start 24 ../mine     # a copy of the repository, grpo_loss blanked
+    python tests/exercises.py check 24 ../mine     # what passes, the points, a hint
+    python tests/exercises.py bug 24 ../broken     # a copy with one typical mistake in grpo_loss ...
+    python tests/exercises.py bug 24 ../broken --line 117    # ... which stands on this line
+    python tests/exercises.py selftest             # are the graders any good?
+
+The files of the project are the solutions, and nothing in them is marked up. A grader is a few of
+the repository's own tests, so it is only as good as they are. `selftest` finds out: they have to
+pass the reference and a second solution that is written differently, and to fail the blank, each of
+the typical mistakes below, a function that answers zero, one that repeats its first answer, and,
+for each argument, one that ignores it.
+
+Standard library only, but for what the tests themselves import.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import faulthandler
+import functools
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import xml.etree.ElementTree
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("prlm.py", "retrieve.py", "eval.py", "reward.py", "rl.py")
+ANSWERS = ("tests/exercises.py", "tests/test_exercises.py")  # not in any student's copy
+LIMIT = 180  # seconds for the tests of one exercise, after which a loop is taken to be endless
+
+
+class Mutant(NamedTuple):
+    """A typical mistake: `old`, which the function's body holds once, becomes `new`."""
+
+    name: str
+    symptom: str  # what somebody who trains with it would see
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Exercise:
+    number: int
+    title: str
+    file: str
+    function: str  # or Class.method
+    points: int
+    equation: str
+    tests: list[str]  # pytest's names of what grades it
+    hint: str
+    mutants: list[Mutant]
+    solution: str  # another body that is right as well
+
+
+# ---- The exercises ---------------------------------------------------------------------------
+# fmt: off
+
+EXERCISES = [
+    # Retrieval
+    Exercise(
+        1, "BM25: the index and the weight of a word", "retrieve.py", "BM25.__init__", 4,
+        "idf(w) = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one becomes 0.25 x the mean idf",
+        ["tests/test_retrieve.py::TestBM25"],
+        "Compute the idf of each word of [['a'], ['b', 'b', 'c'], ['b']] by hand: in how many "
+        "documents does it stand? What happens to a word that stands in most of them?",
+        [
+            Mutant("idf without + 0.5",
+                   "Scores are a little off from rank_bm25's, for rare words most of all.",
+                   "np.log(len(corpus) - held + 0.5) - np.log(held + 0.5)",
+                   "np.log(len(corpus) / held)"),
+            Mutant("a negative idf is kept",
+                   "Of two equal items, the one that also holds a frequent query word ranks lower.",
+                   "weights[weights < 0] = 0.25 * weights.mean() if len(held) else 0.0",
+                   "weights[np.isnan(weights)] = 0.0"),
+            Mutant("a negative idf becomes 0",
+                   "On small profiles, many queries score every item exactly 0.",
+                   "0.25 * weights.mean() if len(held) else 0.0", "0.0"),
+            Mutant("n(w) counts occurrences, not documents",
+                   "A word that a single item repeats ten times hardly counts for that item.",
+                   "len(found) for found", "sum(found.values()) for found"),
+            Mutant("the two roles of b are swapped",
+                   "Raising b makes the length of an item matter less.",
+                   "(1 - b + b *", "(b + (1 - b) *"),
+        ],
+        """
+        if idf not in ("okapi", "lucene"):
+            raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
+        self.k1, self.counts, self.idf = k1, {}, {}
+        for number, text in enumerate(corpus):
+            for word in text:
+                found = self.counts.setdefault(word, {})
+                found[number] = found.get(number, 0) + 1
+        for word, found in self.counts.items():
+            odds = (len(corpus) - len(found) + 0.5) / (len(found) + 0.5)
+            self.idf[word] = float(np.log(odds if idf == "okapi" else 1 + odds))
+        mean = sum(self.idf.values()) / max(len(self.idf), 1)
+        self.idf = {w: value if value >= 0 else mean / 4 for w, value in self.idf.items()}
+        total = sum(map(len, corpus))
+        shares = [len(text) * len(corpus) / total if total else 0.0 for text in corpus]
+        self.norm = np.array([k1 * (1 - b) + k1 * b * share for share in shares])
+        """,
+    ),
+    Exercise(
+        2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3,
+        "score(d) = sum over query words of idf(w) f(w,d) (k1 + 1) / (f(w,d) + norm(d))",
+        ["tests/test_retrieve.py::TestBM25"],
+        "Score one document by hand, word by word. What does a query word that is asked twice "
+        "add, and what does one that no document holds?",
+        [
+            Mutant("a repeated query word counts once",
+                   "Scores equal rank_bm25's, except for queries that repeat a word.",
+                   "for word in query:", "for word in dict.fromkeys(query):"),
+            Mutant("the factor k1 + 1 is forgotten",
+                   "The ranking is right, but all scores are too small by the same factor.",
+                   " * (self.k1 + 1)", ""),
+            Mutant("the count does not saturate",
+                   "An item that repeats one query word beats an item that holds all of them.",
+                   "(count + self.norm[where])", "(1 + self.norm[where])"),
+            Mutant("the last word replaces the sum",
+                   "Only the end of a query seems to matter.",
+                   "scores[where] +=", "scores[where] ="),
+            Mutant("the lengths of other documents",
+                   "An item's score changes when the profile is put into another order.",
+                   "self.norm[where]", "self.norm[: len(where)]"),
+        ],
+        """
+        def score(number: int, word: str) -> float:
+            count = self.counts[word].get(number, 0) if word in self.counts else 0
+            if not count:
+                return 0.0
+            return self.idf[word] * count * (self.k1 + 1) / (count + self.norm[number])
+
+        documents = range(len(self.norm))
+        return np.array([sum(score(n, word) for word in query) for n in documents], dtype=float)
+        """,
+    ),
+    Exercise(
+        3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
+        "order = stable argsort of -score: what ties keeps the profile's order",
+        ["tests/test_retrieve.py::TestRetrieve", "tests/test_retrieve.py::TestDense"],
+        "Look at what comes back when all scores are equal, for each retriever; and whether the "
+        "random draw depends on anything but the seed and the record.",
+        [
+            Mutant("the worst items come first",
+                   "More retrieved items help, but the first one almost never does.",
+                   "np.argsort(-scores, kind=\"stable\")", "np.argsort(scores, kind=\"stable\")"),
+            Mutant("ties go to the higher index",
+                   "Rankings equal rank_bm25's, except among items with equal scores.",
+                   "np.argsort(-scores, kind=\"stable\")",
+                   "np.argsort(scores, kind=\"stable\")[::-1]"),
+            Mutant("the oldest items come first",
+                   "Recency retrieves what the user wrote years ago.",
+                   ", reverse=True)  # stable", ")  # stable"),
+            Mutant("the same draw for every user",
+                   "Random retrieval takes the same places of every profile.",
+                   "random.Random(f\"{seed} {example.id}\")", "random.Random(seed)"),
+            Mutant("the query is ranked as letters",
+                   "BM25 ranks hardly better than random; its scores are mostly 0.",
+                   ".scores(example.query.split())", ".scores(list(example.query))"),
+        ],
+        """
+        if k < 0:
+            raise ValueError(f"k must be at least 0, not {k}")
+        if retriever not in ("none", "random", "recency", "bm25", "dense"):
+            raise ValueError(f"there is no retriever {retriever!r}")
+        profile = example.profile
+        if not k or not profile or retriever == "none":
+            return []
+        if retriever == "random":
+            places = list(range(len(profile)))
+            random.Random(f"{example.id}/{seed}").shuffle(places)
+            return [profile[place] for place in places[:k]]
+        if retriever == "recency":
+            keys = [parse_date(item, example) for item in profile]
+        else:
+            texts = [show(item, example.task) for item in profile]
+            if retriever == "dense" and dense is None:
+                raise ValueError("dense retrieval needs an encoder")
+            if retriever == "dense":
+                keys = dense.scores(example.query.strip(), texts).tolist()
+            else:
+                index = BM25([text.split() for text in texts], idf=idf)
+                keys = index.scores(example.query.split()).tolist()
+        best = []
+        for place, key in enumerate(keys):  # insertion: behind all that are at least as good
+            at = next((n for n, other in enumerate(best) if keys[other] < key), len(best))
+            best.insert(at, place)
+        return [profile[place] for place in best[:k]]
+        """,
+    ),
+    Exercise(
+        4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 6,
+        "|chat(system, items + instruction + query)| <= max_prompt_tokens; only items and, if it "
+        "must be, the query are cut",
+        ["tests/test_retrieve.py::TestPrompt"],
+        "Count the tokens of the chat as it is sent, not of its parts. Who gets the tokens that "
+        "a short item leaves? `_cut_item` shortens one item.",
+        [
+            Mutant("the chat format is not counted",
+                   "Prompts are over the budget by the same few tokens, whatever they hold.",
+                   "return len(tokenizer.chat(chat)) - max_prompt_tokens",
+                   "return sum(len(tokenizer.encode(m[\"content\"])) for m in chat) "
+                   "- max_prompt_tokens"),
+            Mutant("one token over the budget",
+                   "Once in a while a prompt is a token too long.",
+                   "if over(chat) <= 0:", "if over(chat) <= 1:"),
+            Mutant("profiles are spoken of where there are none",
+                   "The baseline without a profile answers as if it had lost something.",
+                   "instruction(example.task, bool(shown))", "instruction(example.task, True)"),
+            Mutant("what short items leave is lost",
+                   "Prompts stay far under the budget whenever one item is short.",
+                   "left // (len(items) - n) - 1", "room // len(items) - 1"),
+            Mutant("the items are in the opposite order",
+                   "Retrieval's best item stands next to the query instead of on top.",
+                   "\"\\n\".join([*shown, request", "\"\\n\".join([*shown[::-1], request"),
+        ],
+        """
+        def chat(shown: list[str], query: str) -> list[dict]:
+            lines = [text for text in shown if text]
+            lines.append(instruction(example.task, len(lines) > 0))
+            lines.append(question(example.task, query))
+            user = {"role": "user", "content": "\\n".join(lines)}
+            return [{"role": "system", "content": SYSTEM}, user]
+
+        def size(messages: list[dict]) -> int:
+            return len(tokenizer.chat(messages))
+
+        whole = chat([show(item, example.task) for item in items], example.query)
+        limit = max_prompt_tokens
+        if tokenizer is None or limit is None or size(whole) <= limit:
+            return whole
+        if size(chat([], "")) > limit:
+            least = size(chat([], ""))
+            raise ValueError(f"max_prompt_tokens {limit}: the bare instruction needs {least}")
+        query, allowed = example.query, limit - size(chat([], ""))
+        while size(chat([], query)) > limit:
+            query = tokenizer.cut(example.query.strip(), allowed)
+            allowed -= 1
+        allowed = limit - size(chat([], query))
+        while True:
+            shown, rest = [], allowed
+            for waiting in range(len(items), 0, -1):
+                item = items[len(items) - waiting]
+                shown.append(_cut_item(item, example.task, tokenizer, rest // waiting - 1))
+                if shown[-1]:
+                    rest -= 1 + len(tokenizer.encode(shown[-1]))
+            if size(chat(shown, query)) <= limit:
+                return chat(shown, query)
+            allowed -= 1
+        """,
+    ),
+    # Scores
+    Exercise(
+        5, "Matching n-grams", "eval.py", "common", 2,
+        "sum over n-grams g of min(count of g in a, count of g in b)",
+        ["tests/test_eval.py::TestRouge", "tests/test_eval.py::TestBleu"],
+        "What should ['the', 'the'] against ['the', 'cat'] give, and against ['the', 'the']?",
+        [
+            Mutant("sets instead of counts",
+                   "Titles that repeat a word get another ROUGE than rouge_score gives them.",
+                   "(ngrams[0] & ngrams[1]).total()", "len(ngrams[0] & ngrams[1])"),
+            Mutant("counts are not clipped",
+                   "'the the the the' scores a perfect precision.",
+                   "(ngrams[0] & ngrams[1]).total()",
+                   "sum(n for gram, n in ngrams[0].items() if gram in ngrams[1])"),
+            Mutant("n-grams do not overlap",
+                   "ROUGE-1 is right; ROUGE-2 of a text and itself is about a half.",
+                   "tokens[i:] for i in range(n)", "tokens[i::n] for i in range(n)"),
+            Mutant("one word fewer in each n-gram",
+                   "ROUGE-2 is almost as high as ROUGE-1.",
+                   "for i in range(n)), strict=False", "for i in range(max(n - 1, 1))), strict=False"),
+        ],
+        """
+        grams = [tuple(b[i : i + n]) for i in range(len(b) - n + 1)]
+        matches = 0
+        for i in range(len(a) - n + 1):
+            if tuple(a[i : i + n]) in grams:
+                grams.remove(tuple(a[i : i + n]))  # each may be matched once
+                matches += 1
+        return matches
+        """,
+    ),
+    Exercise(
+        6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence", 3,
+        "L(i, j) = L(i-1, j-1) + 1 where a_i = b_j, else max(L(i-1, j), L(i, j-1))",
+        ["tests/test_eval.py::TestLongestCommonSubsequence",
+         "tests/test_eval.py::TestRouge::test_golden_values"],
+        "A subsequence may leave words out but not change their order. The plain table is a "
+        "correct answer; the bits are only faster.",
+        [
+            Mutant("only the last occurrence of a word is known",
+                   "Headlines that repeat a word get too low a ROUGE-L.",
+                   "matches.get(token, 0) | 1 << place", "1 << place"),
+            Mutant("a step keeps its old place",
+                   "ROUGE-L is too low for most pairs, and 0 for many that share words.",
+                   "row + found | row - found", "row + found | row"),
+            Mutant("the carry beyond the last column is counted",
+                   "ROUGE-L is now and then too low, and can be negative.",
+                   "(row + found | row - found) & everything", "(row + found | row - found)"),
+            Mutant("a substring, not a subsequence",
+                   "One word inserted in the middle of a headline halves its ROUGE-L.",
+                   "return len(b) - row.bit_count()",
+                   "pieces = {tuple(b[i:j]) for j in range(len(b) + 1) for i in range(j)}\n"
+                   "    return max((j - i for j in range(len(a) + 1) for i in range(j)\n"
+                   "                if tuple(a[i:j]) in pieces), default=0)"),
+            Mutant("the order does not count",
+                   "ROUGE-L equals ROUGE-1.",
+                   "return len(b) - row.bit_count()",
+                   "return (Counter(a) & Counter(b)).total()"),
+        ],
+        """
+        lengths = [0] * (len(b) + 1)
+        for x in a:
+            before = 0  # the table's value above and to the left
+            for j, y in enumerate(b, 1):
+                above = lengths[j]
+                lengths[j] = before + 1 if x == y else max(above, lengths[j - 1])
+                before = above
+        return lengths[-1]
+        """,
+    ),
+    Exercise(
+        7, "The answer in a completion", "eval.py", "extract_answer", 4,
+        "the value of 'title' (or 'tweet') behind the last </think>, \"\" where there is none",
+        ["tests/test_eval.py::TestExtractAnswer"],
+        "Print the completions that fail. Is the text a thought? Does the value hold a quote? Is "
+        "it the placeholder?",
+        [
+            Mutant("thoughts without an answer behind them count",
+                   "A completion that stops right after </think> earns accuracy.",
+                   "completion.rpartition(\"</think>\")[2]",
+                   "completion.partition(\"</think>\")[2] or completion"),
+            Mutant("a thought that never closes counts",
+                   "Completions cut off in the middle of a thought earn accuracy.",
+                   "    if \"<think>\" in text:\n        return \"\"\n", ""),
+            Mutant("a value ends at the first quote",
+                   "Answers such as \"It's a start\" come out as \"It\".",
+                   r"""\s*(?:\}|\n|$|,\s*['"])""", ""),
+            Mutant("the last value counts",
+                   "Afterthoughts and second attempts replace the answer.",
+                   "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
+            Mutant("the placeholder counts",
+                   "A model that repeats the form before it fills it in earns nothing.",
+                   "if value and not is_placeholder(value, task)", "if value"),
+            Mutant("the key may be the end of another word",
+                   "'subtitle: ...' is read as an answer.",
+                   r"(?<!\w)(?P<q>", "(?P<q>"),
+        ],
+        r'''
+        name, quotes = task_of(task).answer, ("'", '"')
+        text = completion.split("</think>")[-1]
+        if "<think>" in text:
+            return ""
+        text = text[text.index("<answer>") + 8 :] or text if "<answer>" in text else text
+        values = []
+        for key in re.finditer(rf"""(?<!\w)(?:'{name}'|"{name}"|{name})\s*:\s*""", text):
+            rest = text[key.end() :].partition("</answer>")[0]
+            value = None
+            for end in range(1, len(rest)):
+                if rest[0] in quotes and rest[end] == rest[0]:
+                    tail = rest[end + 1 :].lstrip()
+                    blanks = rest[end + 1 : len(rest) - len(tail)]
+                    comma = tail[:1] == "," and tail[1:].lstrip()[:1] in quotes
+                    if not tail or tail[0] == "}" or "\n" in blanks or comma:
+                        value = rest[1:end]
+                        break
+            if value is None:
+                value = rest.partition("\n")[0].partition("}")[0].strip()
+                value = value.strip(value[0]) if value.startswith(quotes) else value
+            values.append(value.replace("\\'", "'").replace('\\"', '"').strip())
+        for value in values:
+            if value and not is_placeholder(value, task):
+                return value
+        return values[0] if values else ""
+        ''',
+    ),
+    # The language model
+    Exercise(
+        8, "Reading safetensors", "prlm.py", "read_safetensors", 4,
+        "8 bytes little-endian header length, the JSON header, then the bytes of every tensor",
+        ["tests/test_files.py::TestSafetensors"],
+        "Write a file with two small tensors with `write_safetensors` and look at its bytes. From "
+        "where are data_offsets counted? `_ranges` checks them for you.",
+        [
+            Mutant("offsets counted without the length field",
+                   "Weights load without a complaint, and the model writes noise.",
+                   "data[start + begin : start + end]", "data[start - 8 + begin : start - 8 + end]"),
+            Mutant("big-endian",
+                   "Every file is refused: \"ends before its header\".",
+                   "\"little\"", "\"big\""),
+            Mutant("alignment checked without the header",
+                   "Some files of other libraries fail with an error about a storage offset.",
+                   "if (start + begin) % dtype.itemsize:", "if begin % dtype.itemsize:"),
+            Mutant("a key that stands twice is accepted",
+                   "Of two tensors of the same name, one is silently lost.",
+                   ", object_pairs_hook=unique", ""),
+            Mutant("the shape is read backwards",
+                   "Square matrices come out scrambled, the others are refused.",
+                   ".view(shape)", ".view(shape[::-1])"),
+        ],
+        """
+        content = Path(path).read_bytes()
+        try:
+            length = int.from_bytes(content[:8], "little")
+            if len(content) < 8 or length > min(len(content) - 8, 100_000_000):
+                raise ValueError("there is no whole header")
+
+            def once(pairs):
+                if len({key for key, _ in pairs}) < len(pairs):
+                    raise ValueError("the header repeats a key")
+                return dict(pairs)
+
+            text = str(content[8 : 8 + length], "utf-8")
+            header = json.loads(text, object_pairs_hook=once)
+            if type(header) is not dict:
+                raise ValueError("the header is no object")
+            ranges = _ranges(header, len(content) - 8 - length)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        tensors = {}
+        for name, (begin, end, dtype, shape) in ranges.items():
+            piece = bytearray(content[8 + length + begin : 8 + length + end])
+            empty = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.frombuffer(piece, dtype=dtype).view(shape) if piece else empty
+        return tensors
+        """,
+    ),
+    Exercise(
+        9, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
+        "theta^(-2i/D), i = 0 .. D/2 - 1; llama3 divides the slow ones by `factor`",
+        ["tests/test_prlm.py::TestRope", "tests/test_files.py::TestConfig::test_both_rope_layouts"],
+        "The first frequency is 1 and the last is just above 1/theta. For llama3, how often does "
+        "a pair turn within the original context, and which of them are to be left alone?",
+        [
+            Mutant("the exponent runs twice as fast",
+                   "Logits are near those of transformers for the first tokens, then drift off.",
+                   ".float() / config.head_dim", ".float() / (config.head_dim / 2)"),
+            Mutant("consecutive exponents",
+                   "Logits are near those of transformers for the first tokens, then drift off.",
+                   "torch.arange(0, config.head_dim, 2, device=\"cpu\")",
+                   "torch.arange(config.head_dim // 2, device=\"cpu\")"),
+            Mutant("the fast ones are slowed down instead of the slow ones",
+                   "Qwen2 is right; Llama 3.1 confuses neighbouring words.",
+                   "keep * frequencies + (1 - keep) * frequencies / factor",
+                   "(1 - keep) * frequencies + keep * frequencies / factor"),
+            Mutant("radians taken for turns",
+                   "Qwen2 is right; Llama 3.1 is slightly off on every prompt.",
+                   " / (2 * math.pi)", ""),
+            Mutant("the blend is not limited",
+                   "Qwen2 is right; Llama 3.1 writes nonsense.",
+                   ".clamp(0, 1)", ""),
+        ],
+        """
+        found = []
+        for i in range(config.head_dim // 2):
+            frequency = config.theta ** (-2 * i / config.head_dim)
+            if config.scaling:
+                factor, low, high, context = config.scaling
+                turns = context * frequency / (2 * math.pi)
+                if turns < low:
+                    frequency /= factor
+                elif turns < high:
+                    share = (turns - low) / (high - low)
+                    frequency *= share + (1 - share) / factor
+            found.append(frequency)
+        return torch.tensor(found)
+        """,
+    ),
+    Exercise(
+        10, "RoPE: the rotation", "prlm.py", "rotate", 2,
+        "(x_i, x_{i+D/2}) -> (x_i cos - x_{i+D/2} sin, x_{i+D/2} cos + x_i sin)",
+        ["tests/test_prlm.py::TestRope"],
+        "Rotate (1, 0, 0, 0) by hand: which channel receives the sine? The minus sign is already "
+        "in `sin`.",
+        [
+            Mutant("neighbouring channels are paired",
+                   "The checkpoint loads, but every text it writes is word salad.",
+                   "x.roll(x.shape[-1] // 2, -1)",
+                   "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
+            Mutant("rolled by one channel",
+                   "The checkpoint loads, but every text it writes is word salad.",
+                   "x.roll(x.shape[-1] // 2, -1)", "x.roll(1, -1)"),
+            Mutant("rotated backwards",
+                   "Short texts look plausible; order within the prompt is mixed up.",
+                   "+ x.roll", "- x.roll"),
+            Mutant("heads are rolled instead of channels",
+                   "A model with one head is right, all others are wrong.",
+                   "// 2, -1)", "// 2, -2)"),
+        ],
+        """
+        half = x.shape[-1] // 2
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = cos[..., :half], sin[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        """,
+    ),
+    Exercise(
+        11, "Grouped-query attention", "prlm.py", "attention", 4,
+        "softmax(q k^T / sqrt(D)) v, query head h with key-value head h // (heads / kv_heads)",
+        ["tests/test_prlm.py::TestAttention"],
+        "Compare one query position of one head with a loop over the keys it may see. Which "
+        "key-value head belongs to query head 1?",
+        [
+            Mutant("not causal",
+                   "The training loss falls to almost nothing, samples are nonsense.",
+                   "{\"is_causal\": True}", "{}"),
+            Mutant("key-value heads are tiled, not repeated",
+                   "Right with as many key-value heads as heads, word salad with fewer.",
+                   "for x in (q, k, v))  # [B, heads, T, D]",
+                   "for x in (q, k, v))\n"
+                   "    k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))"),
+            Mutant("not scaled",
+                   "Every head looks at a single token; logits are far from transformers'.",
+                   ", **how)", ", scale=1.0, **how)"),
+            Mutant("the mask is turned round",
+                   "Right without a mask; with one, every token sees only what it must not.",
+                   "visible[:, None]", "~visible[:, None]"),
+            Mutant("reshaped instead of transposed",
+                   "One head is right; with more, positions and heads are mixed.",
+                   "return out.transpose(1, 2)",
+                   "return out.reshape(len(out), out.shape[2], -1, out.shape[3])"),
+        ],
+        """
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
+        if visible is None:
+            size = (q.shape[1], k.shape[1])
+            visible = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None]
+        scores = scores.masked_fill(~visible[:, None], -math.inf)
+        return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+        """,
+    ),
+    Exercise(
+        12, "Causal masks and padding", "prlm.py", "Decoder.forward", 4,
+        "token t sees the real tokens s <= t; padding is neither seen nor counted as a place",
+        ["tests/test_prlm.py::TestDecoder::test_padding_on_either_side_changes_nothing",
+         "tests/test_prlm.py::TestDecoder::test_logits_equal_transformers",
+         "tests/test_prlm.py::TestDecoder::test_no_token_sees_the_future"],
+        "Put the same prompt alone, left-padded and right-padded: from which position do its "
+        "logits differ? A softmax over nothing is not a number.",
+        [
+            Mutant("the causal mask is off by one",
+                   "In padded batches the loss is far too low: each token sees the next one.",
+                   "(positions <= positions[:, None])", "(positions <= positions[:, None] + 1)"),
+            Mutant("padding is attended",
+                   "A prompt answers differently when a longer one is in its batch.",
+                   "& mask[:, None]", "& torch.ones_like(mask)[:, None]"),
+            Mutant("queries are masked, not keys",
+                   "Left-padded batches are wrong, right-padded ones are right.",
+                   "& mask[:, None]", "& mask[:, :, None]"),
+            Mutant("padding sees nothing",
+                   "NaN as soon as a batch is padded on the left.",
+                   "            visible |= torch.eye(tokens.shape[1], dtype=torch.bool, "
+                   "device=tokens.device)\n", ""),
+        ],
+        """
+        T, device = tokens.shape[1], tokens.device
+        mask = torch.ones_like(tokens) if mask is None else mask.long()
+        visible = torch.zeros(len(tokens), T, T, dtype=torch.bool, device=device)
+        for t in range(T):
+            visible[:, t, : t + 1] = mask[:, : t + 1] == 1
+            visible[:, t, t] = True
+        places = torch.zeros_like(tokens)
+        for t in range(1, T):
+            places[:, t] = mask[:, :t].sum(1) * mask[:, t]
+        look = lambda layer, q, k, v: attention(q, k, v, visible)
+        return self.run(tokens * mask, places, look) @ self.head.T
+        """,
+    ),
+    Exercise(
+        13, "Grouped-query attention with a cache", "prlm.py", "Cache.read_next", 6,
+        "softmax(q [prompt keys, own keys]^T / sqrt(D)) [prompt values, own values]",
+        ["tests/test_prlm.py::TestCache",
+         "tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
+         "tests/test_prlm.py::TestDecoder::test_greedy_generate_equals_transformers"],
+        "Build the whole list of keys that one row sees, prompt and completion, and compare with "
+        "plain attention over it. Where does the new token's own key go?",
+        [
+            Mutant("the prompts' padding is attended",
+                   "A prompt answers well alone and badly beside a longer one.",
+                   "torch.baddbmm(self.hide.flatten(0, 1), q, keys.mT)", "torch.bmm(q, keys.mT)"),
+            Mutant("not scaled",
+                   "Samples are dull and `gap` is large from the second token on.",
+                   " * self.scale", ""),
+            Mutant("two softmaxes instead of one",
+                   "`gap` is large; completions lose the thread of the prompt.",
+                   "scores.softmax(-1, dtype=torch.float32)",
+                   "torch.cat([x.softmax(-1, dtype=torch.float32)\n"
+                   "                             for x in scores.split([keys.shape[1], n], -1)], -1)"),
+            Mutant("the newest value overwrites the one before it",
+                   "`gap` is 0 for two tokens, then grows with every token.",
+                   "self.own[layer, 1, ..., n - 1, :]", "self.own[layer, 1, ..., max(n - 2, 0), :]"),
+            Mutant("query heads go to the wrong key-value head",
+                   "Right with a single key-value head, word salad with more.",
+                   "q.view(P, G, K, R, D).transpose(1, 2)",
+                   "q.view(P, G, R, K, D).permute(0, 3, 1, 2, 4)"),
+        ],
+        """
+        P, K, G, _, D = self.own.shape[2:]
+        for place, new in ((0, k), (1, v)):
+            grid = new.view(P, G, K, D)
+            for g in range(G):
+                self.own[layer, place, :, :, g, self.filled] = grid[:, g]
+        rows, n = [], self.filled + 1
+        for p in range(P):
+            seen = (self.hide[p, 0, 0] == 0).nonzero()[:, 0]  # the prompt's real tokens
+            for g in range(G):
+                keys, values = (
+                    torch.cat([shared[p][:, seen], own[p, :, g, :n]], 1)  # [K, T+n, D]
+                    for shared, own in zip(self.shared[layer], self.own[layer])
+                )
+                one = q[p * G + g].view(K, -1, D)  # [K, R, D]
+                weights = (one @ keys.mT * self.scale).softmax(-1)
+                rows.append((weights @ values).flatten(0, 1))
+        return torch.stack(rows)
+        """,
+    ),
+    Exercise(
+        14, "One sampler step", "prlm.py", "sample", 3,
+        "id ~ softmax(logits / T), and log softmax(logits / T)[id]; T = 0: the likeliest id",
+        ["tests/test_prlm.py::TestSample"],
+        "Draw 10,000 times from three logits and count. Whose probability is returned, and at "
+        "which temperature? Does every row draw for itself?",
+        [
+            Mutant("temperature forgotten",
+                   "--temperature changes nothing in the samples, and `gap` is large unless it is 1.",
+                   "(logits.float() / (temperature or 1.0))", "logits.float()"),
+            Mutant("multiplied by the temperature",
+                   "A higher temperature makes the samples duller.",
+                   "/ (temperature or 1.0)", "* (temperature or 1.0)"),
+            Mutant("one random number for all rows",
+                   "All completions of a group are equal; zero_spread_groups is 1.",
+                   "torch.rand(len(sums), 1,", "torch.rand(1, 1,"),
+            Mutant("the likeliest id's probability is reported",
+                   "Log-probabilities look too good and `gap` is large.",
+                   "probabilities.gather(-1, ids)", "probabilities.amax(-1, keepdim=True)"),
+            Mutant("an id of probability 0 can be drawn",
+                   "Once in millions of tokens, an impossible token and an infinite `gap`.",
+                   "right=True", "right=False"),
+        ],
+        """
+        logprobs = (logits.float() / (temperature if temperature else 1.0)).log_softmax(-1)
+        if temperature:
+            ids = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+        else:
+            ids = logprobs.max(-1).indices
+        return ids, logprobs[torch.arange(len(ids), device=ids.device), ids]
+        """,
+    ),
+    Exercise(
+        15, "Sampling groups of completions", "prlm.py", "generate", 6,
+        "o_t ~ pi(. | prompt, o_1 .. o_{t-1}) until an end-of-sequence id, which belongs to o",
+        ["tests/test_prlm.py::TestTwins", "tests/test_prlm.py::TestGenerate"],
+        "The prompt's last hidden state predicts the first token, which stands one place behind "
+        "the prompt. `cache.filled` counts the tokens that the cache holds of each completion.",
+        [
+            Mutant("the end-of-sequence id is cut off, so it is never trained",
+                   "Over the training, completions grow until all of them are truncated.",
+                   "enumerate(ids, 1)", "enumerate(ids)"),
+            Mutant("prompts tiled instead of repeated",
+                   "Right with one prompt or one completion, `gap` is large otherwise.",
+                   "positions = rows.lengths.repeat_interleave(G)",
+                   "positions = rows.lengths.repeat(G)"),
+            Mutant("positions stand still",
+                   "The first two tokens are right, then `gap` grows.",
+                   "cache.filled + 1, positions + 1", "cache.filled + 1, positions"),
+            Mutant("the first token is read off one place too early",
+                   "Completions begin by repeating the end of the prompt.",
+                   "rows.starts + rows.lengths - 1", "rows.starts + (rows.lengths - 2).clamp(min=0)"),
+            Mutant("only one of the end-of-sequence ids stops",
+                   "Some completions run past their end and make up the user's next turn.",
+                   "stop, completions = set(eos_ids), []",
+                   "stop, completions = set(sorted(eos_ids)[:1]), []"),
+            Mutant("ids that the tokenizer does not have are sampled",
+                   "Now and then a completion holds a token that decodes to nothing.",
+                   "head[: decoder.vocab_limit]", "head"),
+        ],
+        """
+        if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
+            raise ValueError("group_size and max_new_tokens are at least 1, temperature is not < 0")
+        check_ids(decoder, prompts)
+        if not prompts:
+            return []
+        device, stop = decoder.head.device, set(eos_ids)
+        noise = None if seed is None else torch.Generator(device).manual_seed(seed)
+        rows = Ragged(prompts, device)
+        cache = Cache(decoder, rows, group_size, max_new_tokens)
+        hidden = decoder.run(rows.tokens, rows.positions, cache.read_prompts)
+        ends = (rows.starts + rows.lengths - 1).tolist()
+        hidden = torch.stack([hidden[end] for end in ends for _ in range(group_size)])
+        groups = [[Completion([], [], False) for _ in range(group_size)] for _ in prompts]
+        writing = [[(p, g) for g in range(group_size)] for p in range(len(prompts))]
+        while True:
+            logits = hidden @ decoder.head[: decoder.vocab_limit].T
+            ids, chosen = sample(logits, temperature, noise)
+            places = [place for row in writing for place in row]
+            for (p, g), token, logprob in zip(places, ids.tolist(), chosen.tolist()):
+                one = groups[p][g]
+                if not one.finished:
+                    one.tokens.append(token)
+                    one.logprobs.append(logprob)
+                    one.finished = token in stop
+            todo = [[n for n, (p, g) in enumerate(row) if not groups[p][g].finished]
+                    for row in writing]
+            if not any(todo) or cache.filled + 1 == max_new_tokens:
+                return groups
+            alive, width = [n for n, row in enumerate(todo) if row], max(map(len, todo))
+            if len(alive) * width <= 0.75 * len(places):
+                size = len(writing[0])
+                members = [sorted(range(size), key=lambda n, row=row: n not in todo[row])[:width]
+                           for row in alive]
+                cache.keep(torch.tensor(alive, device=device), torch.tensor(members, device=device))
+                ids = ids[[row * size + n for row, own in zip(alive, members) for n in own]]
+                writing = [[writing[row][n] for n in own] for row, own in zip(alive, members)]
+            behind = [len(prompts[p]) + cache.filled for row in writing for p, _ in row]
+            hidden = decoder.run(ids, torch.tensor(behind, device=device), cache.read_next)
+            cache.filled += 1
+        """,
+    ),
+    Exercise(
+        16, "The gradient of a log-probability", "prlm.py", "HeadLogprobs.backward", 5,
+        "d log p(y) / d logit_v = ([v = y] - p(v)) / T, chained to x and to W",
+        ["tests/test_prlm.py::TestTwins::test_chunked_head_equals_the_full_one",
+         "tests/test_prlm.py::TestTwins::test_gradients_equal_the_naive_ones"],
+        "Let autograd differentiate log_softmax(x W^T / T) and compare entry by entry. Rows come "
+        "in chunks: what is summed over chunks, and what is not?",
+        [
+            Mutant("the target's own term is missing",
+                   "Every sampled token becomes less likely, whatever its advantage.",
+                   "            slope.scatter_add_(1, targets[rows, None], grad[rows, None])\n", ""),
+            Mutant("the temperature's factor is forgotten",
+                   "At --temperature 1 all is well; at 0.5 gradients are half as large as they are.",
+                   "(slope / ctx.temperature)", "slope"),
+            Mutant("only the last chunk counts for the weight",
+                   "Right on a small vocabulary; on a large one the head hardly learns.",
+                   "grad_weight.addmm_(slope.T, x[rows])", "grad_weight = slope.T @ x[rows]"),
+            Mutant("the advantage reaches one term only",
+                   "Loss and reward fall apart within a few steps.",
+                   "* -grad[rows, None]", "* -grad.sign()[rows, None]"),
+        ],
+        """
+        x, weight, targets, lse = ctx.saved_tensors
+        grad_x, grad_weight = [], torch.zeros_like(weight)
+        for row, target, up, total in zip(x.split(50), targets.split(50), grad.split(50), lse.split(50)):
+            logits = row.float() @ weight.float().T / ctx.temperature
+            probabilities = torch.exp(logits - total[:, None])
+            wanted = F.one_hot(target, len(weight)).float()
+            slope = (wanted - probabilities) * (up / ctx.temperature)[:, None]
+            grad_x.append((slope @ weight.float()).to(x.dtype))
+            grad_weight += (slope.T @ row.float()).to(weight.dtype)
+        return torch.cat(grad_x), grad_weight, None, None
+        """,
+    ),
+    Exercise(
+        17, "Token log-probabilities through the shared prompt", "prlm.py", "score_completions", 6,
+        "log pi(o_t | prompt, o_1 .. o_{t-1}) for G completions of a prompt that is run once",
+        ["tests/test_prlm.py::TestTwins"],
+        "Compare with one row at a time, prompt and completion in full. Which hidden state "
+        "predicts the first token of a completion, and which the last?",
+        [
+            Mutant("end-of-sequence not trained",
+                   "Over the training, completions grow until all of them are truncated.",
+                   "target.grid(entropy), target.mask",
+                   "target.grid(entropy), F.pad(target.mask[:, 1:], (0, 1))"),
+            Mutant("the causal mask is off by one",
+                   "`gap` is large, and entropy falls although the reward does not rise.",
+                   ".tril()", ".tril(1)"),
+            Mutant("completions start at place 0",
+                   "`gap` is large from the second token on, more so behind long prompts.",
+                   "behind + fed.positions", "fed.positions"),
+            Mutant("prompts tiled instead of repeated",
+                   "Right with prompts of one length, `gap` is large otherwise.",
+                   "prompt.mask.repeat_interleave(G, 0)", "prompt.mask.repeat(G, 1)"),
+            Mutant("no gradient through the prompt's keys",
+                   "`gap` is 0, but the policy learns slowly to use what it retrieves.",
+                   "[prompt_k.repeat_interleave", "[prompt_k.detach().repeat_interleave"),
+            Mutant("temperature forgotten",
+                   "`gap` is 0 at --temperature 1 and large at any other.",
+                   "ids.clamp(max=limit - 1), temperature", "ids.clamp(max=limit - 1), 1.0"),
+        ],
+        """
+        if not 0 < temperature < math.inf:
+            raise ValueError("the temperature must be above 0")
+        sizes = {len(group) for group in completions}
+        if len(prompts) != len(completions) or len(sizes) > 1:
+            raise ValueError("each prompt needs a group of completions, all groups of one size")
+        check_ids(decoder, prompts, completions)
+        device, limit, groups = decoder.head.device, decoder.vocab_limit, []
+        width = max((len(answer) for group in completions for answer in group), default=0)
+        for prompt, group in zip(prompts, completions):
+            for answer in group:
+                row = torch.tensor([[*prompt, *answer]], device=device)
+                logits = decoder(row)[0, len(prompt) - 1 : -1, :limit].float() / temperature
+                logprobs = logits.log_softmax(-1)
+                entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
+                ids = row[0, len(prompt) :]
+                own = logprobs.gather(1, ids.clamp(max=limit - 1)[:, None])[:, 0]
+                own = own.masked_fill(ids >= limit, -math.inf)
+                real = torch.ones(len(answer), dtype=torch.bool, device=device)
+                behind = (0, width - len(answer))
+                groups.append([F.pad(x, behind) for x in (own, entropy, real)])
+        shape = (len(prompts), max(sizes, default=0), width)
+        return tuple(torch.stack(grids).view(shape) for grids in zip(*groups))
+        """,
+    ),
+    # The reward
+    Exercise(
+        18, "InfoNCE", "reward.py", "info_nce", 3,
+        "-log exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t)), the mean over pairs",
+        ["tests/test_reward.py::TestInfoNCE"],
+        "With one negative and t = 1 it is -log sigmoid(s+ - s-). What does exp(30000) give?",
+        [
+            Mutant("the positive is missing below the line",
+                   "The loss falls below 0 and never stops falling.",
+                   "scores.logsumexp(1)", "scores[:, 1:].logsumexp(1)"),
+            Mutant("the sum over pairs instead of the mean",
+                   "A larger batch needs a smaller learning rate.",
+                   ".mean()", ".sum()"),
+            Mutant("multiplied by the temperature",
+                   "A lower temperature makes the contrast softer.",
+                   "/ temperature", "* temperature"),
+            Mutant("the exponentials overflow",
+                   "The loss is inf or nan once the scores have grown.",
+                   "scores.logsumexp(1)", "scores.exp().sum(1).log()"),
+            Mutant("the opposite sign",
+                   "Pair accuracy falls below one half.",
+                   "scores.logsumexp(1) - scores[:, 0]", "scores[:, 0] - scores.logsumexp(1)"),
+        ],
+        """
+        logits = torch.cat([negatives, positive[:, None]], 1) / temperature
+        target = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
+        return F.cross_entropy(logits, target)
+        """,
+    ),
+    Exercise(
+        19, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 4,
+        "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b",
+        ["tests/test_reward.py::TestRewardModel"],
+        "Score a short pair alone and beside a long one. BERT gets ids, a mask and segments: "
+        "what belongs to which?",
+        [
+            Mutant("padding is attended",
+                   "A pair's score depends on what else is in its batch.",
+                   ", ids.mask, segments)", ", None, segments)"),
+            Mutant("no segments",
+                   "Scores are close to transformers', but not equal.",
+                   ", ids.mask, segments)", ", ids.mask)"),
+            Mutant("the mean over all places, padding too",
+                   "A pair's score depends on what else is in its batch.",
+                   "hidden[:, 0]))", "hidden.mean(1)))"),
+            Mutant("query and answer swapped",
+                   "Training works, but a saved model scores otherwise in transformers.",
+                   "encode_pair(q.strip(), a.strip(), limit)",
+                   "encode_pair(a.strip(), q.strip(), limit)"),
+            Mutant("dropout while scoring",
+                   "The same pair scores differently each time.",
+                   ", self.training)", ", True)"),
+        ],
+        """
+        scores, limit = [], min(512, self.encoder.max_length)
+        for query, answer in zip(queries, answers, strict=True):
+            ids, segments = self.tokenizer.encode_pair(query.strip(), answer.strip(), limit)
+            ids, segments = (torch.tensor([x], device=self.classifier.weight.device)
+                             for x in (ids, segments))
+            first = self.encoder(ids, segments=segments)[:, 0]
+            first = F.dropout(self.encoder.pooler(first).tanh(), self.encoder.dropout[0], self.training)
+            scores.append(self.classifier(first).flatten().float())
+        return torch.cat(scores)
+        """,
+    ),
+    Exercise(
+        20, "The reward of a completion", "reward.py", "rewards", 4,
+        "R = accuracy + 0.1 format + w sigmoid(s); an empty answer earns format alone",
+        ["tests/test_reward.py::TestRewards"],
+        "Take three completions, the second of them without an answer, and follow each score to "
+        "its completion.",
+        [
+            Mutant("the raw score instead of its sigmoid",
+                   "Personalization outgrows accuracy; answers stop resembling the target.",
+                   ".sigmoid().tolist()", ".tolist()"),
+            Mutant("format weighs as much as accuracy",
+                   "Reward rises at once and stays: completions close their thoughts, no more.",
+                   "0.1 * row[\"format\"]", "row[\"format\"]"),
+            Mutant("scores go to the wrong completion",
+                   "Behind an empty answer in a batch, each completion earns its neighbour's share.",
+                   "zip(earners, shares, strict=True)", "zip(rows, shares, strict=False)"),
+            Mutant("the placeholder earns",
+                   "The policy learns to answer 'generated title'.",
+                   "if not is_placeholder(answer, example.task):", "if answer:"),
+            Mutant("the guard of LaMP-4 in every task",
+                   "On LaMP-5 and LaMP-7 a few rewards are -1, and `reward_spread` is huge.",
+                   "elif reward_model and example.task == \"LaMP-4\":", "elif reward_model:"),
+        ],
+        """
+        rows = []
+        for completion, example in zip(completions, examples, strict=True):
+            answer = extract_answer(completion, example.task)
+            answered = not is_placeholder(answer, example.task)
+            accuracy, personal = 0.0, 0.0
+            if answered:
+                accuracy = accuracy_reward(answer, example.target)
+            if reward_model and answered:
+                score = float(reward_model.score_all([example.query], [answer])[0])
+                personal = 1 / (1 + math.exp(-score))
+            elif reward_model and example.task == "LaMP-4":
+                personal = -10.0
+            shaped = format_reward(completion)
+            total = accuracy + shaped / 10 + weight * personal
+            rows.append({"answer": answer, "accuracy": accuracy, "format": shaped,
+                         "personalization": personal, "reward": total})
+        return rows
+        """,
+    ),
+    # GRPO
+    Exercise(
+        21, "Group advantages", "rl.py", "group_advantages", 3,
+        "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1",
+        ["tests/test_rl.py::TestAdvantages"],
+        "Two groups with very different rewards: do they influence each other? And a group "
+        "whose rewards are all 0.1: is the mean exactly 0.1?",
+        [
+            Mutant("the mean over the batch",
+                   "Easy prompts push all of their completions up, hard ones all of theirs down.",
+                   "rewards.mean(1, keepdim=True)", "rewards.mean()"),
+            Mutant("no 1e-4 below the line",
+                   "Groups with almost equal rewards get advantages as large as the others'.",
+                   "(std + 1e-4)", "std.clamp(min=1e-30)"),
+            Mutant("divided by G instead of G - 1",
+                   "All advantages are too large by the same factor, for G = 2 by 1.41.",
+                   "(rewards.shape[1] - 1)", "rewards.shape[1]"),
+            Mutant("rounding counts as spread",
+                   "zero_spread_groups stays 0, even when all completions earn the same.",
+                   "    centred = centred.masked_fill(centred.abs().amax(1, keepdim=True) <= rounding, "
+                   "0.0)\n", ""),
+            Mutant("the standard deviation over the batch",
+                   "One prompt with wide rewards makes the updates of all others small.",
+                   "centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)",
+                   "centred.square().sum() / (rewards.numel() - 1)"),
+        ],
+        """
+        if scale not in ("std", "none"):
+            raise ValueError(f"scale {scale!r} is neither std nor none")
+        rows, eps = [], torch.finfo(rewards.dtype).eps
+        for row in rewards.tolist():
+            mean = math.fsum(row) / len(row)
+            gains = [r - mean for r in row]
+            if max(map(abs, gains)) <= 8 * eps * max(map(abs, row)):
+                gains = [0.0] * len(row)
+            if scale == "std" and len(row) > 1:
+                std = math.sqrt(math.fsum(gain**2 for gain in gains) / (len(row) - 1))
+                gains = [gain / (std + 1e-4) for gain in gains]
+            rows.append(gains)
+        return torch.tensor(rows, dtype=rewards.dtype, device=rewards.device)
+        """,
+    ),
+    Exercise(
+        22, "The k3 estimate of the KL divergence", "rl.py", "k3", 2,
+        "exp(d) - d - 1, d = log ref - log pi",
+        ["tests/test_rl.py::TestK3"],
+        "Its mean over tokens that the policy samples must be the KL divergence, and no single "
+        "token's value is below 0.",
+        [
+            Mutant("policy and reference swapped",
+                   "`kl` is off, and far too large where the policy has become sure.",
+                   "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
+            Mutant("the plain difference",
+                   "`kl` is negative in some steps.",
+                   "difference.exp() - difference - 1", "-difference"),
+            Mutant("half the square",
+                   "`kl` is right while it is small, then too large or too small.",
+                   "difference.exp() - difference - 1", "difference.square() / 2"),
+            Mutant("the sign of the KL",
+                   "`kl` is negative, and the policy is rewarded for leaving the reference.",
+                   "difference.exp() - difference - 1", "1 + difference - difference.exp()"),
+        ],
+        """
+        ratio = torch.exp(ref_logprobs - logprobs)
+        return (ratio - 1) - (ref_logprobs - logprobs)
+        """,
+    ),
+    Exercise(
+        23, "The three normalisers", "rl.py", "loss_size", 2,
+        "grpo: P G completions; dapo: all tokens; dr_grpo: P G max_new_tokens",
+        ["tests/test_rl.py::TestLossSize", "tests/test_rl.py::TestLoss"],
+        "Which of the three may depend on how long the completions are, and which on padding?",
+        [
+            Mutant("prompts counted instead of completions",
+                   "The loss is larger by the factor --group-size.",
+                   "mask.shape[0] * mask.shape[1]", "mask.shape[0]"),
+            Mutant("padding counts as tokens",
+                   "With dapo, the loss changes when one completion gets longer.",
+                   "mask.sum().item()", "mask.numel()"),
+            Mutant("the longest completion instead of max_new_tokens",
+                   "With dr_grpo, the loss changes when one completion gets longer.",
+                   "completions * max_new_tokens", "completions * mask.shape[2]"),
+            Mutant("no tokens, no size",
+                   "A step in which all completions are masked ends the run.",
+                   "max(mask.sum().item(), 1)", "mask.sum().item()"),
+        ],
+        """
+        groups, members, _ = mask.shape
+        if normalizer == "grpo":
+            return groups * members
+        if normalizer == "dapo":
+            return max(int(mask.sum()), 1)
+        if normalizer != "dr_grpo":
+            raise ValueError(f"there is no normalizer {normalizer!r}")
+        if not max_new_tokens:
+            raise ValueError("dr_grpo needs max_new_tokens")
+        return groups * members * max_new_tokens
+        """,
+    ),
+    Exercise(
+        24, "The clipped surrogate", "rl.py", "grpo_loss", 5,
+        "-min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta k3, averaged as the normaliser says",
+        ["tests/test_rl.py::TestLoss"],
+        "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where is "
+        "the loss flat? And what lies behind the mask?",
+        [
+            Mutant("mean over tokens instead of sequences",
+                   "Long completions count more than short ones, as if dapo had been asked for.",
+                   "loss / mask.sum(-1).clamp(min=1)", "loss * (size / mask.sum().clamp(min=1))"),
+            Mutant("the larger of the two instead of the smaller",
+                   "With --updates-per-rollout above 1, training falls apart.",
+                   "-torch.min(", "-torch.max("),
+            Mutant("clipped on both sides",
+                   "With --updates-per-rollout above 1, a step in the wrong direction stays.",
+                   "-torch.min(ratio * gain, clipped * gain)", "-clipped * gain"),
+            Mutant("padding counts",
+                   "The loss changes when one completion of the batch gets longer.",
+                   "loss.masked_fill(outside, 0.0).sum(-1)", "loss.sum(-1)"),
+            Mutant("the sign of the KL",
+                   "With --beta, `kl` grows without bound.",
+                   "loss + beta * k3", "loss - beta * k3"),
+            Mutant("the opposite sign",
+                   "The reward falls from the first step on.",
+                   "loss = -torch.min(", "loss = torch.min("),
+        ],
+        """
+        size = loss_size(mask, normalizer, max_new_tokens)
+        if beta and ref_logprobs is None:
+            raise ValueError("beta needs ref_logprobs")
+        high, total = clip if clip_high is None else clip_high, logprobs.new_zeros(())
+        for p in range(mask.shape[0]):
+            for g in range(mask.shape[1]):
+                real, gain = mask[p, g].bool(), advantages[p, g]
+                new, old = logprobs[p, g][real], old_logprobs[p, g][real]
+                ratio = (new - old).exp()
+                bound = ratio.clamp(max=1 + high) if gain > 0 else ratio.clamp(min=1 - clip)
+                terms = -gain * bound
+                if beta:
+                    terms = terms + beta * k3(new, ref_logprobs[p, g][real])
+                count = max(len(terms), 1) if normalizer == "grpo" else 1
+                total = total + terms.sum() / count
+        return total / size
+        """,
+    ),
+    Exercise(
+        25, "The learning rate", "rl.py", "learning_rate", 1,
+        "rising linearly to the peak, then a cosine down to a tenth of it",
+        ["tests/test_rl.py::TestSchedule"],
+        "Plot it for 10 steps. What are the first rate, the rate right after the warm-up and the "
+        "last one?",
+        [
+            Mutant("the first step has rate 0",
+                   "The first rollout changes nothing.",
+                   "peak * (step + 1) / rising", "peak * step / rising"),
+            Mutant("down to 0 instead of a tenth",
+                   "The last steps change almost nothing.",
+                   "(0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)",
+                   "((1 + math.cos(math.pi * progress)) / 2)"),
+            Mutant("the decay starts at step 0",
+                   "The rate jumps down at the end of the warm-up.",
+                   "(step - rising) / max(1, steps - 1 - rising)", "step / max(1, steps - 1)"),
+            Mutant("half a cosine",
+                   "In the middle of the run the rate is higher than it should be.",
+                   "(1 + math.cos(math.pi * progress)) / 2", "math.cos(math.pi * progress / 2)"),
+        ],
+        """
+        rising = max(1, round(steps * warmup))
+        if step < rising:
+            return peak * (step + 1) / rising
+        share = min(1.0, (step - rising) / max(steps - 1 - rising, 1))
+        low = peak / 10
+        return low + (peak - low) * math.cos(math.pi * share / 2) ** 2
+        """,
+    ),
+]
+
+# fmt: on
+
+
+# ---- A function's place in a file ------------------------------------------------------------
+
+
+def cut(text: str, function: str) -> tuple[str, str, str, str]:
+    """(what is above, signature and docstring, body, what is below) a function of a module."""
+    nodes = ast.parse(text).body
+    for name in function.split("."):
+        node = next(n for n in nodes if getattr(n, "name", None) == name)
+        nodes = node.body
+    lines = text.splitlines(keepends=True)
+    above = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+    body = node.body[0].lineno - 1
+    if ast.get_docstring(node) is not None:
+        body = node.body[0].end_lineno
+    places = (0, above, body, node.end_lineno, len(lines))
+    return tuple("".join(lines[a:b]) for a, b in pairwise(places))
+
+
+def with_body(text: str, function: str, body: str) -> str:
+    """The module with another body, given without indentation, under the same signature."""
+    above, head, _, below = cut(text, function)
+    indent = " " * 4 * (1 + function.count("."))
+    return above + head + textwrap.indent(textwrap.dedent(body).strip("\n"), indent) + "\n" + below
+
+
+def blank(text: str, e: Exercise) -> str:
+    return with_body(
+        text, e.function, f'raise NotImplementedError("exercise {e.number}: {e.title}")'
+    )
+
+
+def mutated(text: str, e: Exercise, mutant: Mutant) -> str:
+    above, head, body, below = cut(text, e.function)
+    if body.count(mutant.old) != 1 or mutant.new == mutant.old:
+        count = body.count(mutant.old)
+        raise ValueError(f"{e.file}: {e.function} holds {mutant.old!r} {count} times, not once")
+    return above + head + body.replace(mutant.old, mutant.new) + below
+
+
+def reference(e: Exercise) -> str:
+    return (ROOT / e.file).read_text(encoding="utf-8")
+
+
+# ---- Copies of the repository ----------------------------------------------------------------
+
+
+def repository_files() -> list[str]:
+    """What git tracks, or all but runs and caches where there is no git; less the answers."""
+    try:
+        run = ["git", "-C", str(ROOT), "ls-files", "-z"]
+        names = subprocess.run(run, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    if "rl.py" not in names:
+        paths = [p.relative_to(ROOT) for p in ROOT.rglob("*")]
+        skipped = {"runs", "venv", "__pycache__"}
+        names = [
+            p.as_posix()
+            for p in paths
+            if not any(part in skipped or part.startswith(".") for part in p.parts)
+        ]
+    return [name for name in names if name not in ANSWERS and (ROOT / name).is_file()]
+
+
+def copy_repository(target: Path, changed: dict[str, str]) -> None:
+    """The repository in `target`, some of its modules with another text."""
+    for name in repository_files():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+    for name, text in changed.items():
+        (target / name).write_text(text, encoding="utf-8")
+
+
+def start(e: Exercise, target: Path, text: str) -> None:
+    """A copy of the repository in which the exercise's file has `text`."""
+    if target.is_dir() and any(target.iterdir()) or target.is_file():
+        raise ValueError(f"{target} is not empty: name a new directory")
+    copy_repository(target, {e.file: text})
+
+
+# ---- Grading ---------------------------------------------------------------------------------
+
+FLAGS = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temporary"]
+
+
+def submitted(directory: Path) -> dict[str, str]:
+    """The modules that a directory holds: one is enough, the others are the reference's."""
+    found = {
+        n: (directory / n).read_text(encoding="utf-8") for n in MODULES if (directory / n).is_file()
+    }
+    if not found:
+        raise ValueError(f"{directory} holds none of {', '.join(MODULES)}")
+    return found
+
+
+def grade(e: Exercise, directory: Path) -> dict:
+    """Gradescope's results: the exercise with its points, then every test of it, passed or not.
+
+    The tests are the reference's own, whatever the directory's are. The points are for all of
+    them: a constant may pass a test or two, and a function is right or it is not.
+    """
+    tests = defaultdict(list)  # name -> the message of each case, "" where it passed
+    with tempfile.TemporaryDirectory() as folder:
+        copy_repository(Path(folder), submitted(directory))
+        run = [sys.executable, "-m", "pytest", *FLAGS, "--junitxml=results.xml", *e.tests]
+        try:
+            done = subprocess.run(run, capture_output=True, text=True, cwd=folder, timeout=LIMIT)
+            said = (done.stdout + done.stderr).strip()
+            cases = xml.etree.ElementTree.parse(f"{folder}/results.xml").iter("testcase")
+        except subprocess.TimeoutExpired:
+            cases, said = [], f"no end after {LIMIT} seconds: does a loop run for ever?"
+        except (OSError, xml.etree.ElementTree.ParseError):
+            cases = []
+        for case in cases:
+            if case.find("skipped") is None:
+                problem = next(iter(case), None)
+                message = "" if problem is None else problem.get("message") or "error"
+                tests[case.get("name").split("[")[0]].append(message)
+    right = bool(tests) and done.returncode == 0
+    output = "" if right else f"hint: {e.hint}"
+    if not tests:  # nothing ran: say why
+        output = f"{said.splitlines()[-1] if said else 'the tests did not start'}\n{output}"
+    results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * right}]
+    results[0] |= {"max_score": e.points, "output": output}
+    for name, messages in tests.items():
+        wrong = [message for message in messages if message]
+        share = f"{len(messages) - len(wrong)} of {len(messages)} cases pass"
+        first = wrong[0].strip().splitlines()[0][:200] if wrong else ""
+        one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if wrong else "passed"}
+        results.append(one | {"output": f"{share}. {first}".strip()})
+    return {"score": e.points * right, "tests": results}
+
+
+# ---- Find the bug ----------------------------------------------------------------------------
+
+
+def is_the_line(e: Exercise, directory: Path, line: int) -> tuple[bool, Mutant]:
+    """Whether the bug that `bug` has put into the directory stands on this line of the file."""
+    found, right = (directory / e.file).read_text(encoding="utf-8"), reference(e)
+    for mutant in e.mutants:
+        if found == mutated(right, e, mutant):
+            before, after = right.splitlines(), found.splitlines()
+            changes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+            lines = {
+                place + 1
+                for kind, _, _, first, last in changes
+                for place in range(first - (first == last), last + (first == last))
+                if kind != "equal"
+            }
+            return line in lines, mutant
+    raise ValueError(f"{directory / e.file} is not as `bug {e.number}` has left it")
+
+
+# ---- The graders, graded ---------------------------------------------------------------------
+
+
+def nothing(value):
+    """A value of the same kind, shape and length that says nothing: zeros, empty texts."""
+    if isinstance(value, dict):
+        return {key: nothing(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(nothing, value))
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **nothing(vars(value)))
+    if hasattr(value, "nan_to_num"):  # a tensor, which keeps its place in the graph
+        return value.nan_to_num(0, 0, 0) * 0
+    return value if value is None else type(value)(value * 0)
+
+
+def cheat(owner, name: str, how: str) -> None:
+    """Replaces owner.name by one that answers "0", its "first" answer, or ignores argument `how`.
+
+    A method that returns None answers by what it leaves in its object.
+    """
+    static, first = isinstance(inspect.getattr_static(owner, name), staticmethod), {}
+    real = getattr(owner, name)
+    signature = inspect.signature(real)
+
+    @functools.wraps(real)
+    def cheater(*given, **named):
+        bound = signature.bind(*given, **named)
+        bound.apply_defaults()
+        if how in bound.arguments:
+            default, seen = signature.parameters[how].default, bound.arguments[how]
+            seen = first.setdefault("seen", seen)
+            bound.arguments[how] = seen if default is inspect.Parameter.empty else default
+        result = real(*bound.args, **bound.kwargs)
+        answer = vars(given[0]) if result is None else result
+        answer = nothing(answer) if how == "0" else answer
+        answer = first.setdefault("answer", answer) if how == "first" else answer
+        return vars(given[0]).update(answer) if result is None else answer
+
+    setattr(owner, name, staticmethod(cheater) if static else cheater)
+
+
+@dataclass
+class Variant:
+    """A version of an exercise's file that its tests have to pass, or to fail."""
+
+    exercise: Exercise
+    kind: str  # reference, second solution, blank, mutant or cheat
+    name: str
+    text: str
+    how: str = ""  # of a cheat
+
+    @property
+    def right(self) -> bool:
+        return self.kind in ("reference", "second solution")
+
+
+def variants(e: Exercise):
+    text = reference(e)
+    yield Variant(e, "reference", "", text)
+    yield Variant(e, "second solution", "", with_body(text, e.function, e.solution))
+    yield Variant(e, "blank", "", blank(text, e))
+    for mutant in e.mutants:
+        yield Variant(e, "mutant", mutant.name, mutated(text, e, mutant))
+    given = ast.parse(textwrap.dedent("".join(cut(text, e.function)[1:3]))).body[0].args.args
+    given = [a.arg for a in given if a.arg not in ("self", "ctx", "_")]
+    for name, how in {"answers zero": "0", "repeats its first answer": "first"}.items():
+        yield Variant(e, "cheat", name, text, how)
+    for how in given:
+        yield Variant(e, "cheat", f"ignores {how}", text, how)
+
+
+def preload() -> None:
+    """Imports once what the tests import, so that a fork of this process starts in no time."""
+    for library in ("OMP", "OPENBLAS", "MKL"):  # a fork would miss the threads of a pool
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    models = (f"transformers.models.{m}.modeling_{m}" for m in ("qwen2", "qwen3", "llama", "bert"))
+    for module in (
+        "torch", "pytest", "tqdm", "hypothesis.extra.numpy", "safetensors.torch", "rank_bm25",
+        "rouge_score.rouge_scorer", "nltk.translate.bleu_score", *models, "trl.trainer.grpo_trainer",
+    ):  # fmt: skip
+        importlib.import_module(module)
+    sys.modules["torch"].set_num_threads(1)
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "tests"]
+
+
+def fork(v: Variant, folder: Path) -> int:
+    """The variant's tests in a child of this process: its id. It exits as pytest does."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.chdir(folder)
+        log = os.open("log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1), os.dup2(log, 2)
+        faulthandler.dump_traceback_later(LIMIT, exit=True)  # a loop that never ends
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(folder))
+        if v.how:
+            owner, _, name = v.exercise.function.rpartition(".")
+            module = importlib.import_module(Path(v.exercise.file).stem)
+            cheat(getattr(module, owner) if owner else module, name, v.how)
+        status = int(sys.modules["pytest"].main([*FLAGS, "-x", *v.exercise.tests]))
+    finally:
+        os._exit(status)
+
+
+def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
+    """Runs every variant of the exercises and prints the counts; whether all were as expected."""
+    begun, running, expected, all_of = time.perf_counter(), {}, Counter(), Counter()
+    for e in exercises:
+        text = reference(e)
+        if with_body(blank(text, e), e.function, cut(text, e.function)[2]) != text:
+            raise ValueError(f"exercise {e.number}: the old body does not undo the blank")
+    waiting = [variant for e in exercises for variant in variants(e)]
+    preload()
+    with tempfile.TemporaryDirectory() as base:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                v, folder = waiting.pop(0), Path(base, str(len(waiting)))
+                start(v.exercise, folder, v.text)
+                running[fork(v, folder)] = v, folder, time.perf_counter()
+            pid, status = os.wait()
+            v, folder, since = running.pop(pid)
+            status, seconds = os.waitstatus_to_exitcode(status), time.perf_counter() - since
+            good = status == (0 if v.right else 1)  # 1: tests failed; any other: they did not run
+            expected[v.kind] += good
+            all_of[v.kind] += 1
+            if verbose or not good:
+                said = "as expected" if good else f"NOT AS EXPECTED, pytest exits with {status}"
+                name = f"exercise {v.exercise.number}, {v.kind} {v.name}".strip()
+                print(f"{name}: {said} ({seconds:.1f} s)", flush=True)
+            if not good:
+                print((folder / "log").read_text()[-2000:], flush=True)
+            shutil.rmtree(folder)
+    print(f"{len(exercises)} exercises in {time.perf_counter() - begun:.0f} s")
+    words = {"reference": "pass", "second solution": "pass"}
+    for kind, count in all_of.items():
+        print(f"{kind}: {expected[kind]} of {count} {words.get(kind, 'caught')}")
+    return expected == all_of
+
+
+# ---- The command -----------------------------------------------------------------------------
+
+
+def main() -> int:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {
+        name: commands.add_parser(name, help=text, description=text)
+        for name, text in {
+            "list": "the exercises with their points",
+            "start": "copy the repository to DIR, one function blanked",
+            "check": "grade DIR: 0 full marks, 1 not yet, 2 wrong use",
+            "bug": "copy the repository to DIR, with a mistake to be found",
+            "selftest": "run the graders on right and on wrong answers",
+        }.items()
+    }
+    for name in ("start", "check", "bug"):
+        parsers[name].add_argument("number", type=int, metavar="N", help="the exercise")
+        parsers[name].add_argument("directory", type=Path, metavar="DIR")
+    parsers["check"].add_argument("--json", action="store_true", help="in Gradescope's format")
+    parsers["bug"].add_argument("--seed", type=int, default=0, help="another seed, another bug")
+    parsers["bug"].add_argument("--line", type=int, help="is it this line of the file in DIR?")
+    parsers["selftest"].add_argument("number", type=int, nargs="*", metavar="N", help="all if none")
+    parsers["selftest"].add_argument("--jobs", type=int, default=2, help="variants at a time")
+    parsers["selftest"].add_argument("--verbose", action="store_true", help="name every variant")
+    for one in (parser, *parsers.values()):
+        one.error = lambda text: parser.exit(2, f"error: {text} (--help lists what there is)\n")
+    o = parser.parse_args()
+    known = {e.number: e for e in EXERCISES}
+    try:
+        if o.command == "list":
+            for e in EXERCISES:
+                print(f"{e.number:2}  {e.points} points  {e.title} ({e.file}: {e.function})")
+            return 0
+        numbers = o.number if o.command == "selftest" else [o.number]
+        for number in numbers:
+            if number not in known:
+                raise ValueError(f"there is no exercise {number}: `list` shows them")
+        if o.command == "selftest":
+            chosen = [known[number] for number in numbers] or EXERCISES
+            return 0 if selftest(chosen, max(o.jobs, 1), o.verbose) else 1
+        return {"start": run_start, "check": run_check, "bug": run_bug}[o.command](
+            known[o.number], o
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_start(e: Exercise, o) -> int:
+    start(e, o.directory, blank(reference(e), e))
+    print(f"exercise {e.number}, {e.points} points: {e.title}")
+    print(f"write the body of {e.function} in {o.directory / e.file}:")
+    print(f"  {e.equation}")
+    print(f"try it in {o.directory} with: python -m pytest {' '.join(e.tests)}")
+    return 0
+
+
+def run_check(e: Exercise, o) -> int:
+    results = grade(e, o.directory)
+    first, *tests = results["tests"]
+    if o.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(first["name"])
+        for test in tests:
+            print(f"  {test['status']:6}  {test['name']}: {test['output']}")
+        print(f"{results['score']} of {e.points} points")
+        print(first["output"], end="\n" * bool(first["output"]))
+    return 0 if results["score"] == e.points else 1
+
+
+def run_bug(e: Exercise, o) -> int:
+    if o.line is None:
+        mutant = e.mutants[o.seed % len(e.mutants)]
+        start(e, o.directory, mutated(reference(e), e, mutant))
+        print(f"{o.directory / e.file} has a bug in {e.function}. What one sees:")
+        print(f"  {mutant.symptom}")
+        print(f"Which line? bug {e.number} {o.directory} --line K")
+        return 0
+    found, mutant = is_the_line(e, o.directory, o.line)
+    print(f"line {o.line}: yes, {mutant.name}" if found else f"line {o.line} is not it")
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
