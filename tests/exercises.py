@@ -3,8 +3,8 @@
     python tests/exercises.py list
     python tests/exercises.py start 24 ../mine     # a copy of the repository, grpo_loss blanked
     python tests/exercises.py check 24 ../mine     # what passes, the points, a hint
-    python tests/exercises.py bug 24 ../broken     # a copy with one typical mistake in grpo_loss ...
-    python tests/exercises.py bug 24 ../broken --line 117    # ... which stands on this line
+    python tests/exercises.py bug 24 ../broken     # a copy with a typical mistake in grpo_loss,
+    python tests/exercises.py bug 24 ../broken --line 117    # which stands on this line: or not
     python tests/exercises.py selftest             # are the graders any good?
 
 The files of the project are the solutions, and nothing in them is marked up. A grader is a few of
@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -284,7 +285,8 @@ EXERCISES = [
                    "tokens[i:] for i in range(n)", "tokens[i::n] for i in range(n)"),
             Mutant("one word fewer in each n-gram",
                    "ROUGE-2 is almost as high as ROUGE-1.",
-                   "for i in range(n)), strict=False", "for i in range(max(n - 1, 1))), strict=False"),
+                   "for i in range(n)), strict=False",
+                   "for i in range(max(n - 1, 1))), strict=False"),
         ],
         """
         grams = [tuple(b[i : i + n]) for i in range(len(b) - n + 1)]
@@ -400,7 +402,8 @@ EXERCISES = [
         [
             Mutant("offsets counted without the length field",
                    "Weights load without a complaint, and the model writes noise.",
-                   "data[start + begin : start + end]", "data[start - 8 + begin : start - 8 + end]"),
+                   "data[start + begin : start + end]",
+                   "data[start - 8 + begin : start - 8 + end]"),
             Mutant("big-endian",
                    "Every file is refused: \"ends before its header\".",
                    "\"little\"", "\"big\""),
@@ -444,7 +447,7 @@ EXERCISES = [
     Exercise(
         9, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
         "theta^(-2i/D), i = 0 .. D/2 - 1; llama3 divides the slow ones by `factor`",
-        ["tests/test_prlm.py::TestRope", "tests/test_files.py::TestConfig::test_both_rope_layouts"],
+        ["tests/test_prlm.py::TestRope::test_frequencies_equal_the_formula"],
         "The first frequency is 1 and the last is just above 1/theta. For llama3, how often does "
         "a pair turn within the original context, and which of them are to be left alone?",
         [
@@ -485,7 +488,8 @@ EXERCISES = [
     Exercise(
         10, "RoPE: the rotation", "prlm.py", "rotate", 2,
         "(x_i, x_{i+D/2}) -> (x_i cos - x_{i+D/2} sin, x_{i+D/2} cos + x_i sin)",
-        ["tests/test_prlm.py::TestRope"],
+        ["tests/test_prlm.py::TestRope::test_channels_turn_as_complex_numbers",
+         "tests/test_prlm.py::TestRope::test_scores_depend_on_the_distance_alone"],
         "Rotate (1, 0, 0, 0) by hand: which channel receives the sine? The minus sign is already "
         "in `sin`.",
         [
@@ -601,11 +605,12 @@ EXERCISES = [
             Mutant("two softmaxes instead of one",
                    "`gap` is large; completions lose the thread of the prompt.",
                    "scores.softmax(-1, dtype=torch.float32)",
-                   "torch.cat([x.softmax(-1, dtype=torch.float32)\n"
-                   "                             for x in scores.split([keys.shape[1], n], -1)], -1)"),
+                   "torch.cat([part.softmax(-1, dtype=torch.float32)\n"
+                   "            for part in scores.split([keys.shape[1], n], -1)], -1)"),
             Mutant("the newest value overwrites the one before it",
                    "`gap` is 0 for two tokens, then grows with every token.",
-                   "self.own[layer, 1, ..., n - 1, :]", "self.own[layer, 1, ..., max(n - 2, 0), :]"),
+                   "self.own[layer, 1, ..., n - 1, :]",
+                   "self.own[layer, 1, ..., max(n - 2, 0), :]"),
             Mutant("query heads go to the wrong key-value head",
                    "Right with a single key-value head, word salad with more.",
                    "q.view(P, G, K, R, D).transpose(1, 2)",
@@ -639,7 +644,7 @@ EXERCISES = [
         "which temperature? Does every row draw for itself?",
         [
             Mutant("temperature forgotten",
-                   "--temperature changes nothing in the samples, and `gap` is large unless it is 1.",
+                   "--temperature changes nothing in the samples; `gap` is large unless it is 1.",
                    "(logits.float() / (temperature or 1.0))", "logits.float()"),
             Mutant("multiplied by the temperature",
                    "A higher temperature makes the samples duller.",
@@ -666,7 +671,7 @@ EXERCISES = [
     Exercise(
         15, "Sampling groups of completions", "prlm.py", "generate", 6,
         "o_t ~ pi(. | prompt, o_1 .. o_{t-1}) until an end-of-sequence id, which belongs to o",
-        ["tests/test_prlm.py::TestTwins", "tests/test_prlm.py::TestGenerate"],
+        ["tests/test_prlm.py::TestTwins"],
         "The prompt's last hidden state predicts the first token, which stands one place behind "
         "the prompt. `cache.filled` counts the tokens that the cache holds of each completion.",
         [
@@ -682,7 +687,8 @@ EXERCISES = [
                    "cache.filled + 1, positions + 1", "cache.filled + 1, positions"),
             Mutant("the first token is read off one place too early",
                    "Completions begin by repeating the end of the prompt.",
-                   "rows.starts + rows.lengths - 1", "rows.starts + (rows.lengths - 2).clamp(min=0)"),
+                   "rows.starts + rows.lengths - 1",
+                   "rows.starts + (rows.lengths - 2).clamp(min=0)"),
             Mutant("only one of the end-of-sequence ids stops",
                    "Some completions run past their end and make up the user's next turn.",
                    "stop, completions = set(eos_ids), []",
@@ -743,9 +749,9 @@ EXERCISES = [
         [
             Mutant("the target's own term is missing",
                    "Every sampled token becomes less likely, whatever its advantage.",
-                   "            slope.scatter_add_(1, targets[rows, None], grad[rows, None])\n", ""),
+                   "slope.scatter_add_(1, targets[rows, None], grad[rows, None])", "pass"),
             Mutant("the temperature's factor is forgotten",
-                   "At --temperature 1 all is well; at 0.5 gradients are half as large as they are.",
+                   "At --temperature 1 all is well; at 0.5 gradients are half of what is right.",
                    "(slope / ctx.temperature)", "slope"),
             Mutant("only the last chunk counts for the weight",
                    "Right on a small vocabulary; on a large one the head hardly learns.",
@@ -757,7 +763,7 @@ EXERCISES = [
         """
         x, weight, targets, lse = ctx.saved_tensors
         grad_x, grad_weight = [], torch.zeros_like(weight)
-        for row, target, up, total in zip(x.split(50), targets.split(50), grad.split(50), lse.split(50)):
+        for row, target, up, total in zip(*(given.split(50) for given in (x, targets, grad, lse))):
             logits = row.float() @ weight.float().T / ctx.temperature
             probabilities = torch.exp(logits - total[:, None])
             wanted = F.one_hot(target, len(weight)).float()
@@ -879,7 +885,8 @@ EXERCISES = [
             ids, segments = (torch.tensor([x], device=self.classifier.weight.device)
                              for x in (ids, segments))
             first = self.encoder(ids, segments=segments)[:, 0]
-            first = F.dropout(self.encoder.pooler(first).tanh(), self.encoder.dropout[0], self.training)
+            first = self.encoder.pooler(first).tanh()
+            first = F.dropout(first, self.encoder.dropout[0], self.training)
             scores.append(self.classifier(first).flatten().float())
         return torch.cat(scores)
         """,
@@ -898,7 +905,7 @@ EXERCISES = [
                    "Reward rises at once and stays: completions close their thoughts, no more.",
                    "0.1 * row[\"format\"]", "row[\"format\"]"),
             Mutant("scores go to the wrong completion",
-                   "Behind an empty answer in a batch, each completion earns its neighbour's share.",
+                   "Behind an empty answer, completions earn what their neighbours should.",
                    "zip(earners, shares, strict=True)", "zip(rows, shares, strict=False)"),
             Mutant("the placeholder earns",
                    "The policy learns to answer 'generated title'.",
@@ -946,8 +953,8 @@ EXERCISES = [
                    "(rewards.shape[1] - 1)", "rewards.shape[1]"),
             Mutant("rounding counts as spread",
                    "zero_spread_groups stays 0, even when all completions earn the same.",
-                   "    centred = centred.masked_fill(centred.abs().amax(1, keepdim=True) <= rounding, "
-                   "0.0)\n", ""),
+                   "centred.abs().amax(1, keepdim=True) <= rounding",
+                   "centred.abs().amax(1, keepdim=True) <= 0"),
             Mutant("the standard deviation over the batch",
                    "One prompt with wide rewards makes the updates of all others small.",
                    "centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)",
@@ -1120,6 +1127,7 @@ def cut(text: str, function: str) -> tuple[str, str, str, str]:
     body = node.body[0].lineno - 1
     if ast.get_docstring(node) is not None:
         body = node.body[0].end_lineno
+        body += not lines[body].strip()  # a blank line stays with the docstring
     places = (0, above, body, node.end_lineno, len(lines))
     return tuple("".join(lines[a:b]) for a, b in pairwise(places))
 
@@ -1181,7 +1189,7 @@ def copy_repository(target: Path, changed: dict[str, str]) -> None:
 
 def start(e: Exercise, target: Path, text: str) -> None:
     """A copy of the repository in which the exercise's file has `text`."""
-    if target.is_dir() and any(target.iterdir()) or target.is_file():
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} is not empty: name a new directory")
     copy_repository(target, {e.file: text})
 
@@ -1333,15 +1341,18 @@ def variants(e: Exercise):
 
 def preload() -> None:
     """Imports once what the tests import, so that a fork of this process starts in no time."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for library in ("OMP", "OPENBLAS", "MKL"):  # a fork would miss the threads of a pool
         os.environ[f"{library}_NUM_THREADS"] = "1"
     models = (f"transformers.models.{m}.modeling_{m}" for m in ("qwen2", "qwen3", "llama", "bert"))
     for module in (
-        "torch", "pytest", "tqdm", "hypothesis.extra.numpy", "safetensors.torch", "rank_bm25",
-        "rouge_score.rouge_scorer", "nltk.translate.bleu_score", *models, "trl.trainer.grpo_trainer",
+        "torch", "pytest", "tqdm", "hypothesis.extra.numpy", "safetensors.torch", *models,
+        "rank_bm25", "rouge_score.rouge_scorer", "nltk.translate.bleu_score",
+        "trl.trainer.grpo_trainer",
     ):  # fmt: skip
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through again in every fork
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "tests"]
 
 
@@ -1362,7 +1373,9 @@ def fork(v: Variant, folder: Path) -> int:
             owner, _, name = v.exercise.function.rpartition(".")
             module = importlib.import_module(Path(v.exercise.file).stem)
             cheat(getattr(module, owner) if owner else module, name, v.how)
-        status = int(sys.modules["pytest"].main([*FLAGS, "-x", *v.exercise.tests]))
+        status = int(
+            sys.modules["pytest"].main([*FLAGS, "-x", "--assert=plain", *v.exercise.tests])
+        )
     finally:
         os._exit(status)
 

@@ -1,7 +1,9 @@
 """The language model equals transformers, sampling equals scoring, and the prompt runs once."""
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +93,77 @@ def close(a, b, relative=1e-4):
     assert (a - b).abs().max() / scale < relative, float((a - b).abs().max() / scale)
 
 
+def naive_attention(q, k, v, sees):
+    """One query of one head at a time, [B, T, heads, D]; sees(b, t, s): may t look at s?"""
+    out, share = torch.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, t, h in itertools.product(*map(range, q.shape[:3])):
+        places = [s for s in range(k.shape[1]) if sees(b, t, s)]
+        scores = [float(q[b, t, h] @ k[b, s, h // share]) / math.sqrt(q.shape[3]) for s in places]
+        total = sum(math.exp(score) for score in scores)
+        for s, score in zip(places, scores, strict=True):
+            out[b, t, h] += math.exp(score) / total * v[b, s, h // share]
+    return out
+
+
+class TestRope:
+    @pytest.mark.parametrize("scaling", [[], [8.0, 1.0, 4.0, 32.0], [32.0, 2.0, 3.0, 8192.0]])
+    @pytest.mark.parametrize("theta, size", [(10000.0, 8), (5e5, 64)])
+    def test_frequencies_equal_the_formula(self, theta, size, scaling):
+        expected = [theta ** (-2 * i / size) for i in range(size // 2)]
+        for i, frequency in enumerate(expected):
+            if scaling:
+                factor, low, high, context = scaling
+                turns = context * frequency / (2 * math.pi)
+                kept = 1 if turns > high else 0 if turns < low else (turns - low) / (high - low)
+                expected[i] = kept * frequency + (1 - kept) * frequency / factor
+        config = SimpleNamespace(theta=theta, head_dim=size, scaling=scaling)
+        found = prlm.rope_frequencies(config)
+        assert torch.allclose(found, torch.tensor(expected), rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("size", [2, 8])
+    def test_channels_turn_as_complex_numbers(self, size):
+        """x_i + j x_{i+D/2}, times e^{j angle}."""
+        generator = torch.Generator().manual_seed(0)
+        x, angles = torch.randn(5, 3, size, generator=generator), torch.arange(5.0)[:, None, None]
+        angles = angles * (torch.rand(size // 2, generator=generator) + 0.1)
+        cos, sin = angles.cos().repeat(1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
+        turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+        close(prlm.rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1), 1e-5)
+
+    def test_scores_depend_on_the_distance_alone(self):
+        generator = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 16, generator=generator)
+        frequencies = 10 ** -torch.rand(8, generator=generator)
+
+        def at(x, place):
+            cos, sin = (place * frequencies).cos(), (place * frequencies).sin()
+            return prlm.rotate(x, torch.cat([cos, cos]), torch.cat([-sin, sin]))
+
+        near, same, far = (at(q, m) @ at(k, n) for m, n in ((3, 1), (40, 38), (3, 2)))
+        close(near, same, 1e-3)
+        assert abs(near - far) > 0.1
+        close(at(q, 7).norm(), q.norm(), 1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+class TestAttention:
+    def test_causal_equals_a_naive_loop(self, kv_heads):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (
+            2 * torch.randn(2, 5, n, 4, generator=generator) for n in (6, kv_heads, kv_heads)
+        )
+        close(prlm.attention(q, k, v), naive_attention(q, k, v, lambda b, t, s: s <= t), 1e-5)
+
+    def test_with_a_mask_equals_a_naive_loop(self, kv_heads):
+        generator = torch.Generator().manual_seed(0)
+        q = 2 * torch.randn(2, 3, 6, 4, generator=generator)
+        k, v = (2 * torch.randn(2, 7, kv_heads, 4, generator=generator) for _ in "kv")
+        visible = torch.rand(2, 3, 7, generator=generator) < 0.5
+        visible[..., 2] = True
+        expected = naive_attention(q, k, v, lambda b, t, s: visible[b, t, s])
+        close(prlm.attention(q, k, v, visible), expected, 1e-5)
+
+
 class TestDecoder:
     def test_logits_equal_transformers(self, pair):
         model, decoder, _ = pair
@@ -114,6 +187,19 @@ class TestDecoder:
                     close(batch[row][mask[row] == 1], decoder(torch.tensor([prompt]))[0], 1e-5)
                 tokens[mask == 0] = 90
                 assert torch.equal(decoder(tokens, mask)[mask == 1], batch[mask == 1])
+
+    @pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (0, 3)])
+    def test_no_token_sees_the_future(self, left, right):
+        decoder, mask = small(), torch.ones(2, 12)
+        mask[1, :left] = mask[1, 12 - right :] = 0
+        tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
+        changed = tokens.clone()
+        changed[:, 6] = (changed[:, 6] + 1) % 97
+        with torch.no_grad():
+            for given in (mask, None) if left + right == 0 else (mask,):
+                before, after = decoder(tokens, given), decoder(changed, given)
+                close(after[:, :6], before[:, :6], 1e-6)
+                assert (after - before)[:, 6 : 12 - right].abs().amax(-1).min() > 1e-3
 
     def test_old_and_new_rope_layout_and_sharding(self, tmp_path):
         model = reference("llama-scaled")
@@ -152,6 +238,76 @@ class TestDecoder:
         tokens = torch.arange(30)[None]
         with torch.no_grad():
             assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+class TestCache:
+    @pytest.mark.parametrize("kv_heads", [1, 2, 6])
+    def test_a_step_equals_attention_over_all_that_a_row_has_seen(self, kv_heads):
+        """Two layers, three prompts of unequal length with two completions each, four tokens."""
+        generator, size = torch.Generator().manual_seed(0), 8
+        prompts = prlm.Ragged(ragged_prompts((3, 1, 5)))
+        cache = prlm.Cache(small(num_key_value_heads=kv_heads), prompts, 2, 4)
+
+        def draw(rows):
+            return [
+                2 * torch.randn(rows, n, size, generator=generator) for n in (6, kv_heads, kv_heads)
+            ]
+
+        seen = {}  # (layer, row) -> its keys and values
+        for layer in (0, 1):
+            q, *both = draw(9)
+            cache.read_prompts(layer, q, *both)
+            for row in range(6):
+                seen[layer, row] = [x[prompts.rows == row // 2] for x in both]
+        for cache.filled in range(4):
+            for layer in (0, 1):
+                q, *both = draw(6)
+                found = cache.read_next(layer, q, *both)
+                assert found.shape == q.shape
+                for row in range(6):
+                    new = [torch.cat([x, y[row : row + 1]]) for x, y in zip(seen[layer, row], both)]
+                    seen[layer, row] = new
+                    all_of = [x[None] for x in (q[row : row + 1], *new)]
+                    close(found[row], naive_attention(*all_of, lambda *_: True)[0, 0], 1e-5)
+
+
+class TestSample:
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+    def test_counts_follow_the_softmax(self, temperature):
+        logits, generator = (
+            torch.tensor([0.3, 1.0, -1.0, 0.0, 2.0]),
+            torch.Generator().manual_seed(0),
+        )
+        ids, logprobs = prlm.sample(logits.expand(20_000, -1), temperature, generator)
+        expected = (logits / temperature).log_softmax(-1)
+        close(logprobs, expected[ids], 1e-5)
+        expected = expected.exp() * 20_000
+        chi2 = ((torch.bincount(ids, minlength=5) - expected) ** 2 / expected).sum()
+        assert chi2 < 28  # 4 degrees of freedom: 1 in 80,000
+
+    def test_rows_have_logits_and_noise_of_their_own(self):
+        logits = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) * 2
+        draws = [prlm.sample(logits, 1.0, torch.Generator().manual_seed(n)) for n in (1, 1, 2)]
+        ids, logprobs = draws[0]
+        close(logprobs, logits.log_softmax(-1)[range(4000), ids], 1e-5)
+        assert torch.equal(ids, draws[1][0]) and not torch.equal(ids, draws[2][0])
+        wanted = logits.softmax(-1).mean(0)  # how often each id comes, over all rows
+        assert (torch.bincount(ids, minlength=6) / 4000 - wanted).abs().max() < 0.03
+
+    def test_zero_is_greedy(self):
+        logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+        ids, logprobs = prlm.sample(logits, 0)
+        assert torch.equal(ids, logits.argmax(-1))
+        close(logprobs, logits.log_softmax(-1).amax(-1), 1e-5)
+
+    @pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+    def test_never_an_impossible_id(self, number, monkeypatch):
+        """Whatever torch.rand gives: its least or its largest number."""
+        monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
+        logits = torch.full((1, 7), -math.inf)
+        logits[0, 2:5] = torch.tensor([0.1, 0.2, 0.3])
+        ids, logprobs = prlm.sample(logits, 1.0)
+        assert 2 <= ids.item() <= 4 and logprobs.isfinite()
 
 
 class TestTwins:

@@ -72,6 +72,11 @@ class TestAdvantages:
     def test_a_small_real_difference_is_not_rounded_away(self):
         assert (rl.group_advantages(torch.tensor([[1.0, 1.001]])) != 0).all()
 
+    def test_a_tiny_spread_is_damped(self):
+        gain = 5e-5 / (1e-4 / math.sqrt(2) + 1e-4)
+        found = rl.group_advantages(torch.tensor([[0.0, 1e-4]]))
+        assert torch.allclose(found, torch.tensor([[-gain, gain]]), rtol=1e-4)
+
     def test_a_group_of_one_gives_zero(self):
         assert rl.group_advantages(torch.tensor([[3.0], [5.0]])).tolist() == [[0.0], [0.0]]
 
@@ -86,6 +91,36 @@ class TestAdvantages:
         assert torch.allclose(a, b, atol=1e-3)
 
 
+class TestK3:
+    def test_equals_the_formula(self):
+        policy, ref = -3 * torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+        rows = zip(policy.flatten().tolist(), ref.flatten().tolist(), strict=True)
+        expected = torch.tensor([math.exp(r - p) - (r - p) - 1 for p, r in rows]).view(4, 5)
+        assert torch.allclose(rl.k3(policy, ref), expected, rtol=1e-4, atol=1e-6)
+
+    def test_its_mean_under_the_policy_is_the_kl(self):
+        """And no token's value is below 0: the plain difference has the same mean."""
+        logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 2
+        policy, ref = logits.double().log_softmax(-1)
+        expected = (policy.exp() * (policy - ref)).sum(-1)
+        assert torch.allclose((policy.exp() * rl.k3(policy, ref)).sum(-1), expected, rtol=1e-9)
+        assert (rl.k3(policy, ref) >= 0).all() and (rl.k3(policy, policy) == 0).all()
+
+
+class TestLossSize:
+    def test_by_hand(self):
+        """Two prompts with three completions: tokens count for dapo alone, padding for none."""
+        lengths, names = torch.tensor([[5, 2, 1], [3, 0, 4]]), ("grpo", "dapo", "dr_grpo")
+        for width in (5, 12):
+            mask = torch.arange(width) < lengths[..., None]
+            assert [rl.loss_size(mask, name, 8) for name in names] == [6, 15, 48]
+            assert [rl.loss_size(mask[:1], name, 20) for name in names] == [3, 8, 60]
+            assert [rl.loss_size(mask & False, name, 8) for name in names] == [6, 1, 48]
+        for how in (("dr_grpo", None), ("mean", 8)):
+            with pytest.raises(ValueError, match=how[0]):
+                rl.loss_size(mask, *how)
+
+
 class TestLoss:
     @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
     @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -98,6 +133,13 @@ class TestLoss:
         expected = naive_loss(
             logprobs, old, ref, advantages, mask, 0.2, high or 0.2, beta, normalizer, 9
         )
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("clip", [0.05, 0.6])
+    def test_the_clip_is_as_wide_as_asked(self, clip):
+        logprobs, old, ref, advantages, mask = random_group(1)
+        loss = rl.grpo_loss(logprobs, old, advantages, mask, clip=clip)
+        expected = naive_loss(logprobs, old, ref, advantages, mask, clip, clip, 0, "grpo", 9)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
     def test_what_is_behind_the_mask_has_no_gradient(self):
@@ -181,6 +223,10 @@ class TestSchedule:
     def test_one_step_and_no_warm_up_are_fine(self):
         assert rl.learning_rate(0, 1, 1.0, 0.1) == 1.0
         assert rl.learning_rate(0, 10, 1.0, 0.0) == 1.0
+
+    def test_the_share_of_the_warm_up(self):
+        rates = [rl.learning_rate(2, 20, 1.0, share) for share in (0.15, 0.5)]
+        assert rates == pytest.approx([1.0, 0.3])
 
     def test_every_example_once_an_epoch(self):
         chosen = [n for step in range(7) for n in rl.choose(10, step, 4, 0)]
