@@ -261,9 +261,10 @@ EXERCISES = [
                 shown.append(_cut_item(item, example.task, tokenizer, rest // waiting - 1))
                 if shown[-1]:
                     rest -= 1 + len(tokenizer.encode(shown[-1]))
-            if size(chat(shown, query)) <= limit:
+            excess = size(chat(shown, query)) - limit
+            if excess <= 0:
                 return chat(shown, query)
-            allowed -= 1
+            allowed -= excess
         """,
     ),
     # Scores
@@ -338,7 +339,7 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        7, "The answer in a completion", "eval.py", "extract_answer", 4,
+        7, "The answer in a completion", "eval.py", "extract_answer", 5,
         "the value of 'title' (or 'tweet') behind the last </think>, \"\" where there is none",
         ["tests/test_eval.py::TestExtractAnswer"],
         "Print the completions that fail. Is the text a thought? Does the value hold a quote? Is "
@@ -515,7 +516,7 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        11, "Grouped-query attention", "prlm.py", "attention", 4,
+        11, "Grouped-query attention", "prlm.py", "attention", 5,
         "softmax(q k^T / sqrt(D)) v, query head h with key-value head h // (heads / kv_heads)",
         ["tests/test_prlm.py::TestAttention"],
         "Compare one query position of one head with a loop over the keys it may see. Which "
@@ -551,13 +552,13 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        12, "Causal masks and padding", "prlm.py", "Decoder.forward", 4,
+        12, "Causal masks and padding", "prlm.py", "Decoder.forward", 5,
         "token t sees the real tokens s <= t; padding is neither seen nor counted as a place",
         ["tests/test_prlm.py::TestDecoder::test_padding_on_either_side_changes_nothing",
          "tests/test_prlm.py::TestDecoder::test_logits_equal_transformers",
          "tests/test_prlm.py::TestDecoder::test_no_token_sees_the_future"],
         "Put the same prompt alone, left-padded and right-padded: from which position do its "
-        "logits differ? A softmax over nothing is not a number.",
+        "logits differ? Which of the two axes of the mask are queries, and which are keys?",
         [
             Mutant("the causal mask is off by one",
                    "In padded batches the loss is far too low: each token sees the next one.",
@@ -568,10 +569,13 @@ EXERCISES = [
             Mutant("queries are masked, not keys",
                    "Left-padded batches are wrong, right-padded ones are right.",
                    "& mask[:, None]", "& mask[:, :, None]"),
-            Mutant("padding sees nothing",
-                   "NaN as soon as a batch is padded on the left.",
-                   "            visible |= torch.eye(tokens.shape[1], dtype=torch.bool, "
-                   "device=tokens.device)\n", ""),
+            Mutant("a mask replaces the causal one",
+                   "Without padding all is right; padded batches have a loss of almost nothing.",
+                   "(positions <= positions[:, None]) & mask[:, None]",
+                   "mask[:, None].repeat(1, tokens.shape[1], 1)"),
+            Mutant("causality runs backwards",
+                   "In padded batches a token knows what follows it, and nothing before it.",
+                   "(positions <= positions[:, None])", "(positions >= positions[:, None])"),
         ],
         """
         T, device = tokens.shape[1], tokens.device
@@ -740,7 +744,7 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        16, "The gradient of a log-probability", "prlm.py", "HeadLogprobs.backward", 5,
+        16, "The gradient of a log-probability", "prlm.py", "HeadLogprobs.backward", 6,
         "d log p(y) / d logit_v = ([v = y] - p(v)) / T, chained to x and to W",
         ["tests/test_prlm.py::TestTwins::test_chunked_head_equals_the_full_one",
          "tests/test_prlm.py::TestTwins::test_gradients_equal_the_naive_ones"],
@@ -827,7 +831,7 @@ EXERCISES = [
     ),
     # The reward
     Exercise(
-        18, "InfoNCE", "reward.py", "info_nce", 3,
+        18, "InfoNCE", "reward.py", "info_nce", 4,
         "-log exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t)), the mean over pairs",
         ["tests/test_reward.py::TestInfoNCE"],
         "With one negative and t = 1 it is -log sigmoid(s+ - s-). What does exp(30000) give?",
@@ -855,7 +859,7 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        19, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 4,
+        19, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
         "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b",
         ["tests/test_reward.py::TestRewardModel"],
         "Score a short pair alone and beside a long one. BERT gets ids, a mask and segments: "
@@ -936,7 +940,7 @@ EXERCISES = [
     ),
     # GRPO
     Exercise(
-        21, "Group advantages", "rl.py", "group_advantages", 3,
+        21, "Group advantages", "rl.py", "group_advantages", 4,
         "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1",
         ["tests/test_rl.py::TestAdvantages"],
         "Two groups with very different rewards: do they influence each other? And a group "
@@ -1034,7 +1038,7 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        24, "The clipped surrogate", "rl.py", "grpo_loss", 5,
+        24, "The clipped surrogate", "rl.py", "grpo_loss", 6,
         "-min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta k3, averaged as the normaliser says",
         ["tests/test_rl.py::TestLoss"],
         "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where is "
@@ -1116,6 +1120,7 @@ EXERCISES = [
 # ---- A function's place in a file ------------------------------------------------------------
 
 
+@functools.cache
 def cut(text: str, function: str) -> tuple[str, str, str, str]:
     """(what is above, signature and docstring, body, what is below) a function of a module."""
     nodes = ast.parse(text).body
@@ -1196,6 +1201,7 @@ def start(e: Exercise, target: Path, text: str) -> None:
 
 # ---- Grading ---------------------------------------------------------------------------------
 
+PLAIN = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever else is installed
 FLAGS = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temporary"]
 
 
@@ -1219,8 +1225,9 @@ def grade(e: Exercise, directory: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         copy_repository(Path(folder), submitted(directory))
         run = [sys.executable, "-m", "pytest", *FLAGS, "--junitxml=results.xml", *e.tests]
+        how = {"cwd": folder, "env": os.environ | PLAIN, "timeout": LIMIT}
         try:
-            done = subprocess.run(run, capture_output=True, text=True, cwd=folder, timeout=LIMIT)
+            done = subprocess.run(run, capture_output=True, text=True, **how)
             said = (done.stdout + done.stderr).strip()
             cases = xml.etree.ElementTree.parse(f"{folder}/results.xml").iter("testcase")
         except subprocess.TimeoutExpired:
@@ -1231,6 +1238,8 @@ def grade(e: Exercise, directory: Path) -> dict:
             if case.find("skipped") is None:
                 problem = next(iter(case), None)
                 message = "" if problem is None else problem.get("message") or "error"
+                if message == "collection failure":  # such as a syntax error, which stands last
+                    message = problem.text.strip().splitlines()[-1].removeprefix("E").strip()
                 tests[case.get("name").split("[")[0]].append(message)
     right = bool(tests) and done.returncode == 0
     output = "" if right else f"hint: {e.hint}"
@@ -1240,31 +1249,32 @@ def grade(e: Exercise, directory: Path) -> dict:
     results[0] |= {"max_score": e.points, "output": output}
     for name, messages in tests.items():
         wrong = [message for message in messages if message]
-        share = f"{len(messages) - len(wrong)} of {len(messages)} cases pass"
-        first = wrong[0].strip().splitlines()[0][:200] if wrong else ""
+        said = wrong[0].strip().splitlines()[0][:200] if wrong else ""
+        if len(messages) > 1:
+            said = f"{len(messages) - len(wrong)} of {len(messages)} cases. {said}".strip()
         one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if wrong else "passed"}
-        results.append(one | {"output": f"{share}. {first}".strip()})
+        results.append(one | {"output": said})
     return {"score": e.points * right, "tests": results}
 
 
 # ---- Find the bug ----------------------------------------------------------------------------
 
 
-def is_the_line(e: Exercise, directory: Path, line: int) -> tuple[bool, Mutant]:
-    """Whether the bug that `bug` has put into the directory stands on this line of the file."""
+def bug_in(e: Exercise, directory: Path) -> tuple[Mutant, set[int]]:
+    """The bug that `bug` has put into a directory, and the lines of the file on which it stands."""
     found, right = (directory / e.file).read_text(encoding="utf-8"), reference(e)
-    for mutant in e.mutants:
-        if found == mutated(right, e, mutant):
-            before, after = right.splitlines(), found.splitlines()
-            changes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-            lines = {
-                place + 1
-                for kind, _, _, first, last in changes
-                for place in range(first - (first == last), last + (first == last))
-                if kind != "equal"
-            }
-            return line in lines, mutant
-    raise ValueError(f"{directory / e.file} is not as `bug {e.number}` has left it")
+    mutant = next((m for m in e.mutants if found == mutated(right, e, m)), None)
+    if mutant is None:
+        raise ValueError(f"{directory / e.file} is not as `bug {e.number}` has left it")
+    above, head, before, _ = cut(right, e.function)
+    first, after = 1 + (above + head).count("\n"), before.replace(mutant.old, mutant.new)
+    match = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    lines = set()
+    for kind, _, _, begin, end in match.get_opcodes():
+        if kind == "delete":  # the lines around the gap
+            begin, end = begin - 1, end + 1
+        lines |= set(range(first + begin, first + end)) if kind != "equal" else set()
+    return mutant, lines
 
 
 # ---- The graders, graded ---------------------------------------------------------------------
@@ -1341,7 +1351,7 @@ def variants(e: Exercise):
 
 def preload() -> None:
     """Imports once what the tests import, so that a fork of this process starts in no time."""
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ.update(PLAIN)
     for library in ("OMP", "OPENBLAS", "MKL"):  # a fork would miss the threads of a pool
         os.environ[f"{library}_NUM_THREADS"] = "1"
     models = (f"transformers.models.{m}.modeling_{m}" for m in ("qwen2", "qwen3", "llama", "bert"))
@@ -1461,6 +1471,8 @@ def main() -> int:
             known[o.number], o
         )
     except (ValueError, OSError) as error:
+        if getattr(o, "json", False):  # Gradescope shows it to who has sent the wrong file
+            print(json.dumps({"score": 0, "output": f"error: {error}"}))
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -1482,7 +1494,7 @@ def run_check(e: Exercise, o) -> int:
     else:
         print(first["name"])
         for test in tests:
-            print(f"  {test['status']:6}  {test['name']}: {test['output']}")
+            print(f"  {test['status']}  {test['name']}  {test['output']}".rstrip())
         print(f"{results['score']} of {e.points} points")
         print(first["output"], end="\n" * bool(first["output"]))
     return 0 if results["score"] == e.points else 1
@@ -1496,9 +1508,9 @@ def run_bug(e: Exercise, o) -> int:
         print(f"  {mutant.symptom}")
         print(f"Which line? bug {e.number} {o.directory} --line K")
         return 0
-    found, mutant = is_the_line(e, o.directory, o.line)
-    print(f"line {o.line}: yes, {mutant.name}" if found else f"line {o.line} is not it")
-    return 0 if found else 1
+    mutant, lines = bug_in(e, o.directory)
+    print(f"line {o.line}: yes, {mutant.name}" if o.line in lines else f"line {o.line} is not it")
+    return 0 if o.line in lines else 1
 
 
 if __name__ == "__main__":
