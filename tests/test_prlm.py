@@ -340,6 +340,13 @@ class TestTwins:
                 assert not eos & set(completion.tokens[:-1])
                 assert completion.finished or n == 16
 
+    def test_completions_without_an_end_are_as_long_as_they_may_be(self):
+        for longest in (1, 5):
+            groups = prlm.generate(small(), ragged_prompts(), 3, longest, 1.0, seed=0)
+            completions = [completion for group in groups for completion in group]
+            assert len(completions) == 12 and not any(c.finished for c in completions)
+            assert all(len(c.tokens) == len(c.logprobs) == longest for c in completions)
+
     @pytest.mark.parametrize(
         "changes", [{}, dict(model_type="qwen3", head_dim=16), dict(num_key_value_heads=6)]
     )
