@@ -1,17 +1,95 @@
-"""The page of a run is whole, escaped and alone."""
+"""The toy world is what its README says; the experiments' statistics and the page are right."""
 
 import json
+import random
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import experiments
+import make
+import numpy as np
+import page
 import pytest
 
 import prlm
+import retrieve
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "toy"))
-import page
+TOY = Path(__file__).parent.parent / "toy"
+
+
+class TestWorld:
+    def test_the_query_is_new_and_its_habit_is_shown(self):
+        for seed in range(200):
+            user = make.make_user(random.Random(seed))
+            section, keyword = make.parse_text(user.query)
+            same = [i for i in user.profile if make.parse_text(i["text"])[0] == section]
+            assert keyword not in [make.parse_text(item["text"])[1] for item in same]
+            assert any(make.follows(item, user.endings) for item in same)
+            assert user.target == make.headline(
+                section, keyword, user.endings[section], user.sign_off
+            )
+
+    def test_forbidden_headlines_are_not_written(self):
+        first = make.make_user(random.Random(1))
+        written = {first.target, *(item["title"] for item in first.profile)}
+        again = make.make_user(random.Random(1), written)
+        assert not written & {again.target, *(item["title"] for item in again.profile)}
+
+
+class TestStatistics:
+    def test_bootstrap_knows_a_difference_from_none(self):
+        rng = np.random.default_rng(1)
+        scores = rng.random(200)
+        p, low, high = experiments.bootstrap(scores + rng.normal(0.1, 0.2, 200), scores)
+        assert p < 0.001 and 0.05 < low < 0.1 < high < 0.15
+        p, low, high = experiments.bootstrap(scores, scores[::-1])
+        assert p > 0.3 and low < 0 < high
+        assert experiments.bootstrap(scores, scores)[0] == 1.0
+
+    def test_bootstrap_agrees_with_the_normal_interval(self):
+        rng = np.random.default_rng(2)
+        ours, theirs = rng.normal(0.5, 0.3, 400), rng.normal(0.47, 0.3, 400)
+        difference = ours - theirs
+        error = difference.std(ddof=1) / 20
+        _, low, high = experiments.bootstrap(ours, theirs)
+        assert low == pytest.approx(difference.mean() - 1.96 * error, abs=0.1 * error)
+        assert high == pytest.approx(difference.mean() + 1.96 * error, abs=0.1 * error)
+
+    def test_correlation_within_groups_leaves_the_prompts_out(self, tmp_path):
+        """Between prompts the two rise together, within a prompt they go against each other."""
+        rows = [
+            {"step": 1, "id": str(prompt), "personalization": 0.1 * prompt + 0.01 * n + 0.1,
+             "accuracy": prompt - 0.1 * n}
+            for prompt in range(5) for n in range(4)
+        ]  # fmt: skip
+        rows.append({"step": 1, "id": "x", "personalization": -10, "accuracy": 3.0})  # the guard
+        path = tmp_path / "samples.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        total, within = experiments.correlation(path)
+        assert total > 0.9 and within == pytest.approx(-1.0)
+
+
+class TestExperiments:
+    def test_the_whole_programme_in_miniature(self, tmp_path):
+        """A step an arm, a handful of users: every table is there, a second call is quick."""
+        users = [make.make_user(random.Random(seed)) for seed in range(18)]
+        make.write_lamp({"train": users[:12], "dev": users[12:]}, tmp_path / "lamp")
+        rivals = tmp_path / "lamp" / "LaMP_4" / "probe.json"
+        make.write_probe(random.Random(0), users[12:], rivals)
+        o = experiments.Options(
+            model=str(TOY / "policy"), encoder=str(TOY / "encoder"), data=str(tmp_path / "lamp"),
+            quick=True, steps=1, out=str(tmp_path / "out"),
+        )  # fmt: skip
+        experiments.main(o)
+        text = (tmp_path / "out" / "report.md").read_text()
+        for arm in experiments.MAIN:
+            assert text.count(f"| {experiments.ARMS[arm][0]} |") == 2  # the scores and the costs
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert all(0 <= line["rouge-l"] <= 1 for line in results["main"])
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("predictions*")}
+        experiments.main(o)
+        assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 3
 
 
 class Balanced(HTMLParser):
@@ -67,3 +145,11 @@ class TestPage:
         (tmp_path / "run" / "metrics.jsonl").write_text("")
         with pytest.raises(ValueError, match="no step"):
             page.main(page.Options(run=str(tmp_path / "run")))
+
+
+def test_the_shipped_toy_fits_the_prompts():
+    """The policy knows the prompt's sentences as whole tokens: after a change, build it anew."""
+    tokenizer = prlm.load_tokenizer(TOY / "policy")
+    example = retrieve.load_lamp(TOY / "lamp", make.TASK, "dev")[0]
+    items = retrieve.retrieve(example, 4)
+    assert len(tokenizer.chat(retrieve.build_messages(example, items))) < 140

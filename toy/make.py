@@ -189,8 +189,8 @@ def write_lamp(users: dict[str, list[User]], directory: Path) -> None:
 
 
 def write_probe(rng: random.Random, users: list[User], path: Path) -> None:
-    """[{"query", "own", "other"}]: a user's headline, and the same in another user's style."""
-    triples = []
+    """[{"query", "own", "other", "plain"}]: a headline, another user's, a plain one."""
+    rows = []
     for user in users:
         section, keyword = parse_text(user.query)
         others = [
@@ -201,8 +201,10 @@ def write_probe(rng: random.Random, users: list[User], path: Path) -> None:
         if others:
             other = rng.choice(others)
             styled = headline(section, keyword, other.endings[section], other.sign_off)
-            triples.append({"query": user.query, "own": user.target, "other": styled})
-    prlm.write_json(path, triples)
+            plain = headline(GENERIC, keyword, user.endings[section], user.sign_off)
+            row = {"query": user.query, "own": user.target, "other": styled, "plain": plain}
+            rows.append(row)
+    prlm.write_json(path, rows)
 
 
 # ---- The policy's tokenizer -----------------------------------------------------------------

@@ -91,8 +91,10 @@ def card(sample: dict, tokenizer: Tokenizer) -> str:
     spans = [shade(p, x) for p, x in zip(pieces, sample["logprobs"], strict=True)]
     if "</think>" in pieces:
         end = len(pieces) - pieces[::-1].index("</think>")
-    else:  # never closed, or closed by the prompt
-        end = 0 if "</think>" in sample["completion"] else len(pieces)
+        end += pieces[end : end + 1] == ["\n"]
+    else:  # never closed; or never opened, or closed by the prompt
+        is_open = "<think>" in sample["completion"].rpartition("</think>")[2]
+        end = len(pieces) if is_open else 0
     advantage = sample["advantage"]
     side = "up" if advantage > 0 else "down" if advantage < 0 else ""
     names = ("accuracy", "format", "personalization")
