@@ -26,6 +26,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 0 auto; p
 h1 { font-size: 1.5rem; margin: .2rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p { margin: .3rem 0; } svg { width: 100%; max-width: 46rem; height: auto; }
 svg text { font-size: 11px; fill: currentColor; }
+svg .left { fill: #2a6fdb; text-anchor: end; } svg .right { fill: #e07b00; text-anchor: end; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .7rem; }
 .prompt { border-top: 1px solid var(--line); padding: .7rem 0; }
 .group { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr));
@@ -73,8 +74,8 @@ def curves(metrics: list[dict]) -> str:
 <text x="{edge + 6}" y="{top + 8}">1</text><text x="{edge + 6}" y="{base}">0</text>
 <text x="{left}" y="{height - 8}">step 0</text>
 <text x="{edge}" y="{height - 8}" text-anchor="end">{steps}</text>
-<text x="{left + 8}" y="{top + 16}" style="fill:#2a6fdb">mean reward (left)</text>
-<text x="{left + 8}" y="{top + 32}" style="fill:#e07b00">held-out ROUGE-L, greedy (right)</text>
+<text x="{edge - 8}" y="{base - 24}" class="left">mean reward (left)</text>
+<text x="{edge - 8}" y="{base - 8}" class="right">held-out ROUGE-L (right)</text>
 </svg>"""
 
 
