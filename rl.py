@@ -61,8 +61,9 @@ Precision = Literal["auto", "float32", "bfloat16"]
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G]; "none" does not divide (Dr. GRPO).
 
-    The standard deviation has Bessel's correction. A group whose rewards are equal up to rounding,
-    or a group of one, gets exact zeros: it does not say which completion was better.
+    The standard deviation has Bessel's correction. A group whose rewards are equal up to rounding
+    (8 eps of the largest), or a group of one, gets exact zeros under either scale: it does not say
+    which completion was better.
     """
     if scale not in get_args(Scale):
         raise ValueError(f"scale {scale!r} is neither std nor none")

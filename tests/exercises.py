@@ -645,7 +645,8 @@ EXERCISES = [
         "id ~ softmax(logits / T), and log softmax(logits / T)[id]; T = 0: the likeliest id",
         ["tests/test_prlm.py::TestSample"],
         "Draw 10,000 times from three logits and count. Whose probability is returned, and at "
-        "which temperature? Does every row draw for itself?",
+        "which temperature? Does every row draw for itself? Can rounding at the end of the "
+        "distribution return an id of probability 0?",
         [
             Mutant("temperature forgotten",
                    "--temperature changes nothing in the samples; `gap` is large unless it is 1.",
@@ -836,7 +837,7 @@ EXERCISES = [
         ["tests/test_reward.py::TestInfoNCE"],
         "With one negative and t = 1 it is -log sigmoid(s+ - s-). What does exp(30000) give?",
         [
-            Mutant("the positive is missing below the line",
+            Mutant("the positive is missing in the denominator",
                    "The loss falls below 0 and never stops falling.",
                    "scores.logsumexp(1)", "scores[:, 1:].logsumexp(1)"),
             Mutant("the sum over pairs instead of the mean",
@@ -944,7 +945,8 @@ EXERCISES = [
         "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1",
         ["tests/test_rl.py::TestAdvantages"],
         "Two groups with very different rewards: do they influence each other? And a group "
-        "whose rewards are all 0.1: is the mean exactly 0.1?",
+        "whose rewards are all 0.1, or differ in the last bit: is every advantage exactly 0, under "
+        "either scale?",
         [
             Mutant("the mean over the batch",
                    "Easy prompts push all of their completions up, hard ones all of theirs down.",
@@ -1205,13 +1207,14 @@ PLAIN = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever else is installed
 FLAGS = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temporary"]
 
 
-def submitted(directory: Path) -> dict[str, str]:
-    """The modules that a directory holds: one is enough, the others are the reference's."""
+def submitted(e: Exercise, directory: Path) -> dict[str, str]:
+    """The modules that a directory holds: that of the exercise, others are the reference's."""
     found = {
         n: (directory / n).read_text(encoding="utf-8") for n in MODULES if (directory / n).is_file()
     }
-    if not found:
-        raise ValueError(f"{directory} holds none of {', '.join(MODULES)}")
+    if e.file not in found:
+        problem = f"holds no {e.file}" if directory.is_dir() else "does not exist"
+        raise ValueError(f"{directory} {problem}: exercise {e.number} is about {e.file}")
     return found
 
 
@@ -1222,8 +1225,9 @@ def grade(e: Exercise, directory: Path) -> dict:
     them: a constant may pass a test or two, and a function is right or it is not.
     """
     tests = defaultdict(list)  # name -> the message of each case, "" where it passed
+    modules = submitted(e, directory)
     with tempfile.TemporaryDirectory() as folder:
-        copy_repository(Path(folder), submitted(directory))
+        copy_repository(Path(folder), modules)
         run = [sys.executable, "-m", "pytest", *FLAGS, "--junitxml=results.xml", *e.tests]
         how = {"cwd": folder, "env": os.environ | PLAIN, "timeout": LIMIT}
         try:
@@ -1245,13 +1249,17 @@ def grade(e: Exercise, directory: Path) -> dict:
     output = "" if right else f"hint: {e.hint}"
     if not tests:  # nothing ran: say why
         output = "\n".join([*said.splitlines()[-4:], output])
+    if modules[e.file] == blank(reference(e), e):
+        output = f"still blank: {e.function} in {directory / e.file}"
+    elif modules[e.file] == reference(e):
+        output = f"{directory / e.file} is the original: was it started for another exercise?"
     results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * right}]
     results[0] |= {"max_score": e.points, "output": output}
     for name, messages in tests.items():
         wrong = [message for message in messages if message]
         said = wrong[0].strip().splitlines()[0][:200] if wrong else ""
         if len(messages) > 1:
-            said = f"{len(messages) - len(wrong)} of {len(messages)} cases. {said}".strip()
+            said = f"{len(messages) - len(wrong)} of {len(messages)} cases passed. {said}".strip()
         one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if wrong else "passed"}
         results.append(one | {"output": said})
     return {"score": e.points * right, "tests": results}
@@ -1444,7 +1452,8 @@ def main() -> int:
     }
     for name in ("start", "check", "bug"):
         parsers[name].add_argument("number", type=int, metavar="N", help="the exercise")
-        parsers[name].add_argument("directory", type=Path, metavar="DIR")
+        help = "of your answer" if name == "check" else "a new or an empty directory"
+        parsers[name].add_argument("directory", type=Path, metavar="DIR", help=help)
     parsers["check"].add_argument("--json", action="store_true", help="in Gradescope's format")
     parsers["bug"].add_argument("--seed", type=int, default=0, help="another seed, another bug")
     parsers["bug"].add_argument("--line", type=int, help="is it this line of the file in DIR?")
@@ -1478,11 +1487,14 @@ def main() -> int:
 
 
 def run_start(e: Exercise, o) -> int:
-    start(e, o.directory, blank(reference(e), e))
+    text = blank(reference(e), e)
+    start(e, o.directory, text)
+    line = 1 + text[: text.index('raise NotImplementedError("exercise')].count("\n")
     print(f"exercise {e.number}, {e.points} points: {e.title}")
-    print(f"write the body of {e.function} in {o.directory / e.file}:")
+    print(f"write the body of {e.function} at {o.directory / e.file}:{line}")
     print(f"  {e.equation}")
-    print(f"try it in {o.directory} with: python -m pytest {' '.join(e.tests)}")
+    print("Any way of computing it will do. Try it there with")
+    print(f"  cd {o.directory} && python -m pytest {' '.join(e.tests)}")
     return 0
 
 
@@ -1495,8 +1507,10 @@ def run_check(e: Exercise, o) -> int:
         print(first["name"])
         for test in tests:
             print(f"  {test['status']}  {test['name']}  {test['output']}".rstrip())
-        print(f"{results['score']} of {e.points} points")
+        print(f"{results['score']} of {e.points} points, which are for all of the tests")
         print(first["output"], end="\n" * bool(first["output"]))
+        if not results["score"]:
+            print(f"in full: cd {o.directory} && python -m pytest {' '.join(e.tests)}")
     return 0 if results["score"] == e.points else 1
 
 
@@ -1506,7 +1520,9 @@ def run_bug(e: Exercise, o) -> int:
         start(e, o.directory, mutated(reference(e), e, mutant))
         print(f"{o.directory / e.file} has a bug in {e.function}. What one sees:")
         print(f"  {mutant.symptom}")
-        print(f"Which line? bug {e.number} {o.directory} --line K")
+        print(
+            f"Which line? bug {e.number} {o.directory} --line K (--seed {o.seed + 1}: another bug)"
+        )
         return 0
     mutant, lines = bug_in(e, o.directory)
     print(f"line {o.line}: yes, {mutant.name}" if o.line in lines else f"line {o.line} is not it")
