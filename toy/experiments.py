@@ -332,9 +332,8 @@ def spread(line: dict, key: str) -> str:
 
 
 def show_rows(lines: list[dict]) -> str:
-    names = ["", *scoring.METRICS, "first row of the last column's name minus this, ROUGE-L", "p"]
     ours = next(line for line in lines if "p" not in line)
-    names[-2] = f"{ours['row']} − this, ROUGE-L, 95 %"
+    names = ["", *scoring.METRICS, f"{ours['row']} − this, ROUGE-L, 95 %", "p"]
     rows = []
     for line in lines:
         against = ["", ""]
@@ -385,7 +384,7 @@ def draw_curves(o: Options, arms: list[str], seeds: range, path: Path) -> None:
                     [read_scores(options_of(o, TASK, arm, s))["before"]["rouge-l"] for s in seeds]
                 )
                 steps, values = [0, *steps], [before, *values]
-            axis.plot(steps, values, label=ARMS[arm][0])
+            axis.plot(steps, values, f"C{[*ARMS].index(arm)}", label=ARMS[arm][0])
         axis.set(title=title, xlabel="step")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
