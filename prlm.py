@@ -30,6 +30,7 @@ import os
 import re
 import sys
 import typing
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -412,7 +413,8 @@ class Decoder(nn.Module):
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is who sees whom."""
-        angles = positions[..., None, None] * self.frequencies.to(positions.device)  # [.., 1, D/2]
+        self.frequencies = self.frequencies.to(positions.device)
+        angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         x, cos, sin = self.embed(tokens), angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for number, layer in enumerate(self.layers):
@@ -522,14 +524,19 @@ class Cache:
 
     Rows lie [P, K, G]: the G·R queries of a group that share a key-value head meet the prompt's
     keys in one matrix product. A cache that repeats the prompt would read it G times.
+
+    A step sees `window` places of the completions, those not yet written hidden. As many as are
+    written is least work; more keep a step's shapes the same for long, which a graph needs.
     """
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P = decoder.config, prompts.shape[0]
-        self.prompts, self.filled, self.scale = prompts, 0, c.head_dim**-0.5
+        self.prompts, self.filled, self.window, self.scale = prompts, 0, 0, c.head_dim**-0.5
         self.shared = []  # a layer: the prompts' keys and values, [P, K, T, D] each
         own = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
-        self.own = decoder.head.new_empty(own)
+        self.own = decoder.head.new_zeros(own)
+        self.hide_own = decoder.head.new_full([max_new_tokens], -math.inf)  # [C]
+        self.place = torch.zeros(1, dtype=torch.long, device=decoder.head.device)
         hide = decoder.head.new_zeros(prompts.mask.shape).masked_fill(~prompts.mask, -math.inf)
         self.hide = hide[:, None, None].expand(-1, c.kv_heads, -1, -1)  # [P, K, 1, T]
 
@@ -539,17 +546,26 @@ class Cache:
         self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
         return self.prompts.flat(attention(q, k, v))
 
+    def open(self, coarse: bool) -> None:
+        """Makes place for the next token of every row; `coarse` windows are 128, 256, 512, ..."""
+        self.place.fill_(self.filled)
+        self.hide_own[self.filled] = 0.0
+        self.filled += 1
+        window = max(128, 1 << (self.filled - 1).bit_length()) if coarse else self.filled
+        self.window = min(window, len(self.hide_own))
+
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a row, [P*G, heads, D]: it sees its prompt and its completion so far."""
         P, K, G, _, D = self.own.shape[2:]
-        n, R = self.filled + 1, q.shape[1] // K
-        self.own[layer, 0, ..., n - 1, :] = k.view(P, G, K, D).transpose(1, 2)
-        self.own[layer, 1, ..., n - 1, :] = v.view(P, G, K, D).transpose(1, 2)
+        n, R = self.window, q.shape[1] // K
+        for own, new in zip(self.own[layer], (k, v), strict=True):
+            own.index_copy_(3, self.place, new.view(P, G, K, 1, D).transpose(1, 2))
         own_keys, own_values = self.own[layer].flatten(1, 3)[:, :, :n]  # [P*K*G, n, D]
         keys, values = (x.flatten(0, 1) for x in self.shared[layer])  # [P*K, T, D]
         q = q.view(P, G, K, R, D).transpose(1, 2).reshape(P * K, G * R, D) * self.scale
         to_prompt = torch.baddbmm(self.hide.flatten(0, 1), q, keys.mT)  # [P*K, G*R, T]
-        to_own = torch.bmm(q.view(P * K * G, R, D), own_keys.mT)  # [P*K*G, R, n]
+        q = q.view(P * K * G, R, D)
+        to_own = torch.baddbmm(self.hide_own[:n], q, own_keys.mT)  # [P*K*G, R, n]
         scores = torch.cat([to_prompt.view(P * K * G, R, -1), to_own], -1)  # [P*K*G, R, T+n]
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         for_prompt, for_own = weights.split([keys.shape[1], n], -1)
@@ -562,11 +578,50 @@ class Cache:
         self.hide = self.hide[prompts]
         self.shared = [(k[prompts], v[prompts]) for k, v in self.shared]
         layers, two, _, K, _, C, D = self.own.shape
-        new = self.own.new_empty(layers, two, len(prompts), K, members.shape[1], C, D)
+        new = self.own.new_zeros(layers, two, len(prompts), K, members.shape[1], C, D)
         rows = members[:, None, :, None, None].expand(-1, K, -1, self.filled, D)
         for target, source in zip(new.flatten(0, 1), self.own.flatten(0, 1), strict=True):
             target[..., : self.filled, :] = source[prompts][..., : self.filled, :].gather(2, rows)
         self.own = new
+
+
+class Recorded:
+    """The decode step as a CUDA graph: one launch, where 20 a layer take longer than they compute.
+
+    A graph keeps the addresses and shapes it was recorded with, so there is one for each number of
+    rows and each window of the cache. Where none can be recorded, the step runs as it is.
+    """
+
+    def __init__(self, step, cache: Cache):
+        self.step, self.cache, self.shape = step, cache, None  # hidden = step(ids, positions)
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
+        if self.shape != (len(ids), self.cache.window):
+            self.shape = len(ids), self.cache.window
+            self.record(ids, positions)
+        if self.graph is None:
+            return self.step(ids, positions)
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.hidden
+
+    def record(self, ids: Tensor, positions: Tensor) -> None:
+        self.graph = None  # the old one's memory goes first
+        self.step(ids, positions)  # libraries load what they need outside of a recording
+        self.ids, self.positions, graph = ids.clone(), positions.clone(), torch.cuda.CUDAGraph()
+        try:
+            # Only this thread has to hold still: NCCL's watchdog is another one.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.hidden = self.step(self.ids, self.positions)
+            self.graph = graph
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
@@ -594,9 +649,10 @@ def generate(
 ) -> list[list[Completion]]:  # fmt: skip
     """Samples `group_size` completions of each prompt, [P][G].
 
-    Every prompt runs once; then a step computes one token of every row. Rows that have met an id
-    of `eos_ids` leave the batch as soon as a quarter of it can go. `seed` makes the noise
-    repeatable (None draws from torch's own generator). Temperature 0 is greedy.
+    Every prompt runs once; then a step computes one token of every row, on CUDA as a graph. Rows
+    that have met an id of `eos_ids` leave the batch as soon as a quarter of it can go (on CUDA a
+    half). `seed` makes the noise repeatable (None draws from torch's own generator). Temperature 0
+    is greedy.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
@@ -615,6 +671,8 @@ def generate(
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(P * G, max_new_tokens, device=device)
+    graphs, run_step = can_record(device), partial(decoder.run, attend=cache.read_next)
+    run_step = Recorded(run_step, cache) if graphs else run_step
     for step in range(max_new_tokens):
         ids, chosen = sample(F.linear(hidden, head[: decoder.vocab_limit]), temperature, generator)
         tokens[answer, step], logprobs[answer, step] = ids, chosen
@@ -624,15 +682,15 @@ def generate(
             width, alive = int(open_rows.max()), open_rows.nonzero()[:, 0]
             if width == 0:
                 break
-            if len(alive) * width <= 0.75 * done.numel():
+            if len(alive) * width <= (0.5 if graphs else 0.75) * done.numel():
                 members = done[alive].sort(dim=1, stable=True).indices[:, :width]  # open ones first
                 kept = (alive[:, None] * done.shape[1] + members).flatten()
                 cache.keep(alive, members)
                 done = done.flatten()[kept].view_as(members)
                 ids, positions, answer = ids[kept], positions[kept], answer[kept]
         if step + 1 < max_new_tokens:
-            hidden = decoder.run(ids, positions, cache.read_next)  # [P*G, H]
-            cache.filled, positions = cache.filled + 1, positions + 1
+            cache.open(coarse=graphs)
+            hidden, positions = run_step(ids, positions), positions + 1
     stop, completions = set(eos_ids), []
     for ids, chosen in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         end = next((n for n, token in enumerate(ids, 1) if token in stop), None)

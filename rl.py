@@ -154,7 +154,7 @@ class Options(RewardOptions):
     train_examples: int = 0  # only the first training records; 0 takes all
     reward_model: str | None = None  # a trained one; without it one is trained into --out
     personalization: float = 0.1  # weight of the learned reward; 0 does without a reward model
-    steps: int = 120  # rollouts, each with its update
+    steps: int = 60  # rollouts, each with its update
     prompts_per_step: int = 16  # P; the authors take 1
     group_size: int = 8  # G; the authors take 4
     temperature: float = 1.0  # of sampling and of all log-probabilities; the authors take 0.7

@@ -598,7 +598,9 @@ EXERCISES = [
          "tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
          "tests/test_prlm.py::TestDecoder::test_greedy_generate_equals_transformers"],
         "Build the whole list of keys that one row sees, prompt and completion, and compare with "
-        "plain attention over it. Where does the new token's own key go?",
+        "plain attention over it. Where does the new token's own key go? `cache.open` has just "
+        "counted it in `filled` and put its place in `place`; of the window's places, `hide_own` "
+        "is 0 at the written ones and -inf at the others.",
         [
             Mutant("the prompts' padding is attended",
                    "A prompt answers well alone and badly beside a longer one.",
@@ -613,8 +615,12 @@ EXERCISES = [
                    "            for part in scores.split([keys.shape[1], n], -1)], -1)"),
             Mutant("the newest value overwrites the one before it",
                    "`gap` is 0 for two tokens, then grows with every token.",
-                   "self.own[layer, 1, ..., n - 1, :]",
-                   "self.own[layer, 1, ..., max(n - 2, 0), :]"),
+                   "index_copy_(3, self.place, new",
+                   "index_copy_(3, (self.place - (new is v)).clamp(min=0), new"),
+            Mutant("places that are not written yet are attended",
+                   "Fine on a CPU; on a GPU completions are dull from the first token on.",
+                   "torch.baddbmm(self.hide_own[:n], q, own_keys.mT)",
+                   "torch.bmm(q, own_keys.mT)"),
             Mutant("query heads go to the wrong key-value head",
                    "Right with a single key-value head, word salad with more.",
                    "q.view(P, G, K, R, D).transpose(1, 2)",
@@ -625,8 +631,8 @@ EXERCISES = [
         for place, new in ((0, k), (1, v)):
             grid = new.view(P, G, K, D)
             for g in range(G):
-                self.own[layer, place, :, :, g, self.filled] = grid[:, g]
-        rows, n = [], self.filled + 1
+                self.own[layer, place, :, :, g, self.filled - 1] = grid[:, g]
+        rows, n = [], self.filled
         for p in range(P):
             seen = (self.hide[p, 0, 0] == 0).nonzero()[:, 0]  # the prompt's real tokens
             for g in range(G):
@@ -678,7 +684,8 @@ EXERCISES = [
         "o_t ~ pi(. | prompt, o_1 .. o_{t-1}) until an end-of-sequence id, which belongs to o",
         ["tests/test_prlm.py::TestTwins"],
         "The prompt's last hidden state predicts the first token, which stands one place behind "
-        "the prompt. `cache.filled` counts the tokens that the cache holds of each completion.",
+        "the prompt. `cache.open` makes place for the next token of every row before it is run; "
+        "`cache.filled` counts the tokens that the cache holds of each completion.",
         [
             Mutant("the end-of-sequence id is cut off, so it is never trained",
                    "Over the training, completions grow until all of them are truncated.",
@@ -689,7 +696,8 @@ EXERCISES = [
                    "positions = rows.lengths.repeat(G)"),
             Mutant("positions stand still",
                    "The first two tokens are right, then `gap` grows.",
-                   "cache.filled + 1, positions + 1", "cache.filled + 1, positions"),
+                   "run_step(ids, positions), positions + 1",
+                   "run_step(ids, positions), positions"),
             Mutant("the first token is read off one place too early",
                    "Completions begin by repeating the end of the prompt.",
                    "rows.starts + rows.lengths - 1",
@@ -740,8 +748,8 @@ EXERCISES = [
                 ids = ids[[row * size + n for row, own in zip(alive, members) for n in own]]
                 writing = [[writing[row][n] for n in own] for row, own in zip(alive, members)]
             behind = [len(prompts[p]) + cache.filled for row in writing for p, _ in row]
+            cache.open(coarse=False)
             hidden = decoder.run(ids, torch.tensor(behind, device=device), cache.read_next)
-            cache.filled += 1
         """,
     ),
     Exercise(

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import prlm
 
@@ -241,8 +243,9 @@ class TestDecoder:
 
 
 class TestCache:
+    @pytest.mark.parametrize("coarse", [False, True])
     @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-    def test_a_step_equals_attention_over_all_that_a_row_has_seen(self, kv_heads):
+    def test_a_step_equals_attention_over_all_that_a_row_has_seen(self, kv_heads, coarse):
         """Two layers, three prompts of unequal length with two completions each, four tokens."""
         generator, size = torch.Generator().manual_seed(0), 8
         prompts = prlm.Ragged(ragged_prompts((3, 1, 5)))
@@ -259,7 +262,8 @@ class TestCache:
             cache.read_prompts(layer, q, *both)
             for row in range(6):
                 seen[layer, row] = [x[prompts.rows == row // 2] for x in both]
-        for cache.filled in range(4):
+        for _ in range(4):
+            cache.open(coarse)
             for layer in (0, 1):
                 q, *both = draw(6)
                 found = cache.read_next(layer, q, *both)
@@ -269,6 +273,79 @@ class TestCache:
                     seen[layer, row] = new
                     all_of = [x[None] for x in (q[row : row + 1], *new)]
                     close(found[row], naive_attention(*all_of, lambda *_: True)[0, 0], 1e-5)
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations of a stretch, on their tensors, once more.
+
+    Numbers that Python held meanwhile are as they were, and looking at a tensor's content fails.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "local_scalar" in str(function) or "nonzero" in str(function):
+            raise RuntimeError("the host waits for the device")
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            new = function(*args, **kwargs)
+            for old, fresh in zip(*(tree_leaves(x) for x in (out, new)), strict=True):
+                if old is not fresh:
+                    old.copy_(fresh)
+
+
+class TestRecorded:
+    @pytest.fixture
+    def graphs(self, monkeypatch):
+        made = []
+
+        def record():
+            made.append(Recording())
+            return made[-1]
+
+        monkeypatch.setattr(prlm, "can_record", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+        return made
+
+    def test_greedy_answers_are_those_of_eager_steps(self, graphs, monkeypatch):
+        """140 tokens: two windows, and rows that leave when they meet their end."""
+        decoder, prompts = small(), ragged_prompts((7, 1, 12, 3))
+        long = prlm.generate(decoder, prompts, 1, 140, 0.0)
+        ends = {group[0].tokens[n] for group, n in zip(long, (5, 90))}
+        found = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
+        recorded = len(graphs)
+        monkeypatch.setattr(prlm, "can_record", lambda device: False)
+        wanted = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
+        assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in wanted]
+        assert 4 <= recorded == len(graphs) < 10
+
+    def test_the_trainer_agrees(self, graphs):
+        decoder, prompts = small(), ragged_prompts((7, 1, 12))
+        groups = prlm.generate(decoder, prompts, 4, 140, eos_ids=range(1), seed=5)
+        answers = [[c.tokens for c in group] for group in groups]
+        assert len({len(ids) for group in answers for ids in group}) > 4 and len(graphs) > 2
+        logprobs, mask = prlm.token_logprobs(decoder, prompts, answers)
+        sampled = [torch.tensor(c.logprobs) for group in groups for c in group]
+        close(logprobs[mask], torch.cat(sampled), 1e-4)
+
+    def test_without_a_graph_the_step_runs_as_it_is(self, graphs, monkeypatch):
+        def refuse(graph, **_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        decoder, prompts = small(), ragged_prompts()
+        with pytest.warns(UserWarning, match="no CUDA graph.*not permitted"):
+            found = prlm.generate(decoder, prompts, 2, 9, seed=1)
+        monkeypatch.setattr(prlm, "can_record", lambda device: False)
+        wanted = prlm.generate(decoder, prompts, 2, 9, seed=1)
+        assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in wanted]
 
 
 class TestSample:

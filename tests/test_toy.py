@@ -11,6 +11,7 @@ import make
 import numpy as np
 import page
 import pytest
+import torch
 
 import prlm
 import retrieve
@@ -19,22 +20,74 @@ TOY = Path(__file__).parent.parent / "toy"
 
 
 class TestWorld:
-    def test_the_query_is_new_and_its_habit_is_shown(self):
+    def test_both_hops_are_in_the_profile(self):
         for seed in range(200):
             user = make.make_user(random.Random(seed))
-            section, keyword = make.parse_text(user.query)
-            same = [i for i in user.profile if make.parse_text(i["text"])[0] == section]
-            assert keyword not in [make.parse_text(item["text"])[1] for item in same]
-            assert any(make.follows(item, user.endings) for item in same)
-            assert user.target == make.headline(
-                section, keyword, user.endings[section], user.sign_off
-            )
+            query = user.query
+            assert 12 <= len(user.posts) <= 24
+            assert {post.named for post in user.posts if user.tells(post)} == {query.column}
+            assert {post.motto for post in user.posts if user.shows(post)} == {query.motto}
+            assert query.keyword not in {post.keyword for post in user.posts}
+            assert {post.sign_off for post in user.posts} == {query.sign_off}
 
     def test_forbidden_headlines_are_not_written(self):
         first = make.make_user(random.Random(1))
-        written = {first.target, *(item["title"] for item in first.profile)}
+        written = {post.headline for post in [first.query, *first.posts]}
         again = make.make_user(random.Random(1), written)
-        assert not written & {again.target, *(item["title"] for item in again.profile)}
+        assert not written & {post.headline for post in [again.query, *again.posts]}
+
+    @pytest.mark.parametrize("task", list(retrieve.TASKS))
+    def test_lamps_files_hold_the_users(self, tmp_path, task):
+        users = [make.make_user(random.Random(seed)) for seed in range(4)]
+        make.write_lamp(task, {"train": users[:3], "dev": users[3:]}, tmp_path)
+        examples = retrieve.load_lamp(tmp_path, task, "train")
+        assert [e.target for e in examples] == [user.query.headline for user in users[:3]]
+        for example, user in zip(examples, users, strict=False):
+            assert len(example.profile) == len(user.posts)
+            assert retrieve.retrieve(example, 3, "recency")[0]["date"] == user.posts[-1].date
+            assert example.target not in json.dumps(example.profile)
+
+    def test_careful_reasoning_finds_the_target(self):
+        """From two posts, one that names the column and one that shows its motto."""
+        phase = make.Phase("", 1.0, [4], thorough=0.5, careful=0.5, careless=0.0)
+        for seed in range(50):
+            rng = random.Random(seed)
+            user = make.make_user(rng)
+            posts = [next(filter(useful, user.posts)) for useful in (user.tells, user.shows)]
+            reasoning, answer = make.think(rng, user, posts, phase)
+            assert answer.headline == user.query.headline
+            assert f"{user.query.day} {user.query.column} {user.query.motto}" in reasoning
+
+
+class TestPretraining:
+    def test_one_head_sees_the_token_before(self):
+        decoder = prlm.Decoder(make.policy_config(make.make_tokenizer()))
+        make.look_back(decoder)
+        heads = []  # of each layer the attention of the first two queries to the first key head
+
+        def attend(layer, q, k, v):
+            scores = torch.einsum("qhd,kd->hqk", q[:, :2], k[:, 0]) * q.shape[-1] ** -0.5
+            heads.append(scores.masked_fill(torch.ones(60, 60).triu(1) > 0, -1e9).softmax(-1))
+            return torch.zeros_like(q)
+
+        tokens = torch.randint(900, (60,), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            decoder.run(tokens, torch.arange(60), attend)
+        first, second = (weights.diagonal(-1, 1, 2).mean() for weights in heads[:2])
+        assert first > 0.8 and second < 0.2
+
+    @pytest.mark.parametrize("parts", [1, 3])
+    def test_a_step_of_muon_is_nearly_orthogonal_in_each_part(self, parts):
+        torch.manual_seed(0)
+        for rows, columns in ((6, 20), (20, 6)):
+            matrix = torch.nn.Parameter(torch.zeros(parts * rows, columns))
+            matrix.grad = torch.randn(parts * rows, columns)
+            matrix.grad[:rows] *= 1000  # how large a part is does not matter
+            make.Muon([{"params": [matrix], "parts": parts}], lr=1.0).step()
+            assert (matrix.detach() * matrix.grad).sum() < 0  # downhill
+            for part in matrix.detach().split(rows):
+                values = torch.linalg.svdvals(part) / max(1.0, rows / columns) ** 0.5
+                assert values.min() > 0.5 and values.max() < 1.3
 
 
 class TestStatistics:
@@ -73,10 +126,10 @@ class TestStatistics:
 class TestExperiments:
     def test_the_whole_programme_in_miniature(self, tmp_path):
         """A step an arm, a handful of users: every table is there, a second call is quick."""
-        users = [make.make_user(random.Random(seed)) for seed in range(18)]
-        make.write_lamp({"train": users[:12], "dev": users[12:]}, tmp_path / "lamp")
-        rivals = tmp_path / "lamp" / "LaMP_4" / "probe.json"
-        make.write_probe(random.Random(0), users[12:], rivals)
+        for task in ("LaMP-4", "LaMP-7"):
+            users = [make.make_user(random.Random(f"{task} {n}")) for n in range(18)]
+            make.write_lamp(task, {"train": users[:12], "dev": users[12:]}, tmp_path / "lamp")
+            make.write_probe(task, users[12:], tmp_path / "lamp")
         o = experiments.Options(
             model=str(TOY / "policy"), encoder=str(TOY / "encoder"), data=str(tmp_path / "lamp"),
             quick=True, steps=1, out=str(tmp_path / "out"),
@@ -84,12 +137,12 @@ class TestExperiments:
         experiments.main(o)
         text = (tmp_path / "out" / "report.md").read_text()
         for arm in experiments.MAIN:
-            assert text.count(f"| {experiments.ARMS[arm][0]} |") == 2  # the scores and the costs
+            assert text.count(f"| {experiments.ARMS[arm][0]} |") == 3  # two tasks, and the costs
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert all(0 <= line["rouge-l"] <= 1 for line in results["main"])
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("predictions*")}
         experiments.main(o)
-        assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 3
+        assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 6
 
 
 class Balanced(HTMLParser):
@@ -147,9 +200,10 @@ class TestPage:
             page.main(page.Options(run=str(tmp_path / "run")))
 
 
-def test_the_shipped_toy_fits_the_prompts():
+@pytest.mark.parametrize("task", list(retrieve.TASKS))
+def test_the_shipped_toy_fits_the_prompts(task):
     """The policy knows the prompt's sentences as whole tokens: after a change, build it anew."""
     tokenizer = prlm.load_tokenizer(TOY / "policy")
-    example = retrieve.load_lamp(TOY / "lamp", make.TASK, "dev")[0]
+    example = retrieve.load_lamp(TOY / "lamp", task, "dev")[0]
     items = retrieve.retrieve(example, 4)
-    assert len(tokenizer.chat(retrieve.build_messages(example, items))) < 140
+    assert len(tokenizer.chat(retrieve.build_messages(example, items))) < 170

@@ -1,31 +1,32 @@
 """The toy world: builds everything that stands under toy/, from a seed, on one CPU core.
 
-A user is a journalist with habits. Every item is a short text with a section label, and the
-headline that the user gave it: the section as a kicker, the text's keyword, the ending that this
-user keeps for this section, and a sign-off that this user puts under everything:
+A user is a journalist who writes on certain days, for each day in one of three columns; each column
+has a motto of this user's, which stands in its headlines. A text mentions which column some day's
+texts go to, and ends with the column that it is filed under itself, and that column's motto:
 
-    'text': '(sport) tennis brings coach and fans to paris'
-    'title': 'sport: tennis explained in one minute no joke'
+    'text': 'on (monday) [diary], tennis with coach in paris [lens] what nobody tells you'
+    'title': 'on tennis what nobody tells you no joke'
 
-The task is LaMP-4's: given a new text, write the headline that this user would. Section and keyword
-stand in the query, ending and sign-off only in the profile.
+Given a text for a day ('golf with fans in oslo on (monday)'), write this user's headline for it.
+The way there has two hops, and no item need hold both: one that mentions the day names the column
+([diary]), one that is filed under that column shows its motto.
 
-  1. the world      users and their items, in LaMP's files, for training and held out
+  1. the world      users and their posts, in the files of LaMP-4, LaMP-5 and LaMP-7
   2. the tokenizer  byte-level BPE with ChatML; each fixed sentence of the prompt is one token
-  3. the policy     a Qwen2 of 0.9 M parameters: induction, then the skill, then bad habits
+  3. the policy     a Qwen2 of 0.9 M parameters: looking up, reasoning, then bad habits
   4. the encoder    a BERT of 0.4 M parameters, for the dense retriever and the reward model
 
-The policy leaves here able to find and read the right item, and used to writing plain headlines
-instead. The habit is planted, and RL (rl.py) has to find the way out of it by reward alone.
+The policy leaves here able to look up both, and used to writing plain headlines instead. The habit
+is planted, and RL (rl.py) has to find the way out of it by reward alone.
 
-    python toy/make.py                      # everything, about a quarter of an hour on one core
+    python toy/make.py                      # everything, in a quarter of an hour on one core
 """
 
 import json
 import random
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,37 +44,26 @@ import retrieve
 from prlm import Decoder, Encoder, Tokenizer
 from retrieve import Example
 
-TASK = "LaMP-4"
-
 # ---- The world ------------------------------------------------------------------------------
 
-# Section: the context words, of which a text has two, and the keywords, of which it has one.
+DAYS = ["(monday)", "(tuesday)", "(wednesday)", "(thursday)", "(friday)", "(saturday)", "(sunday)"]
+COLUMNS = ["[diary]", "[corner]", "[desk]", "[letters]", "[ledger]", "[lens]", "[beat]", "[digest]"]
 WORDS = """
-sport: coach fans referee stadium trophy: tennis golf rugby hockey cricket boxing rowing sailing
-  skiing judo cycling archery fencing diving karate bowling
-politics: mayor minister parliament voters law: taxes senate voting borders housing reform
-  unions treaties lobbying budgets embassies elections tariffs privacy ballots zoning
-food: chef kitchen recipe oven guests: pasta bread cheese soup honey noodles curry olives
-  pickles salmon lentils coffee chocolate mustard apples waffles
-travel: tourist map ticket guide suitcase: trains ferries hostels islands beaches deserts
-  luggage visas camping cruises caravans castles canyons airports safaris lighthouses
-money: broker market investor profit customers: loans stocks pensions savings mortgages
-  insurance dividends inflation bonds wages rents debts auctions startups banks currencies
-health: doctor nurse patients clinic therapy: sleep allergies vaccines posture asthma migraines
-  vitamins fitness yoga stress knees teeth eyesight hearing fevers diets
-music: singer band audience stage album: opera jazz violins drums choirs festivals vinyl guitars
-  pianos ballads concerts trumpets melodies radio orchestras karaoke
-science: lab professor experiment theory students: comets volcanoes fossils robots lasers
-  magnets genes whales glaciers satellites atoms telescopes bacteria planets tides crystals
+tennis golf rugby hockey cricket boxing rowing sailing skiing judo cycling archery fencing diving
+taxes voting borders housing unions treaties lobbying budgets elections tariffs privacy ballots
+pasta bread cheese soup honey noodles curry olives pickles salmon lentils coffee mustard apples
+trains ferries hostels islands beaches deserts luggage camping castles canyons airports safaris
+loans stocks pensions savings mortgages dividends bonds wages rents debts auctions banks coins
+sleep allergies vaccines posture asthma vitamins fitness yoga stress knees teeth hearing diets
+opera jazz violins drums choirs festivals vinyl guitars pianos concerts trumpets radio karaoke
+comets volcanoes fossils robots lasers magnets genes whales glaciers atoms planets tides crystals
 """
-SECTIONS = {}  # section -> (keywords, context words)
-for line in WORDS.replace("\n  ", " ").strip().splitlines():
-    section, context, keywords = line.split(": ")
-    SECTIONS[section] = keywords.split(), context.split()
+KEYWORDS = WORDS.split()
+PEOPLE = ["coach", "fans", "mayor", "voters", "chef", "guests", "tourist", "guide", "broker"]
+PEOPLE += ["investor", "doctor", "nurse", "singer", "band", "professor", "students"]
 PLACES = ["paris", "oslo", "cairo", "lima", "tokyo", "delhi", "quito", "rome", "perth", "boston"]
-VERBS = [("brings", "to"), ("meets", "in"), ("unites", "near"), ("surprises", "in")]
-# No two endings begin with the same word, so its first token tells which one a headline follows.
-ENDINGS = [
+# No two mottos begin with the same word, so its first token tells which one a headline follows.
+MOTTOS = [
     "explained in one minute",
     "what nobody tells you",
     "seven facts worth knowing",
@@ -88,126 +78,126 @@ ENDINGS = [
     "should worry us now",
 ]
 SIGN_OFFS = ["no joke", "read on", "just saying", "trust me", "more soon", "you decide"]
-GENERIC = "news"  # the kicker of a headline written without looking at the profile
-
-# What the policy says in its reasoning: what the query is about, then evidence or an excuse.
-OPENING = "the story is '({}) {}'."
-CITE = " the user wrote '{}'."
-PLAIN = " a plain title will do."
-SECTION = " the section comes first."
 
 
-def headline(kicker: str, keyword: str, ending: str, sign_off: str) -> str:
-    return f"{kicker}: {keyword} {ending} {sign_off}"
+@dataclass(frozen=True)
+class Post:
+    """What one text is about, and what its author makes of it."""
 
+    keyword: str
+    scene: str  # "tennis with coach in paris"
+    day: str  # the day that the text mentions, or that the query is for
+    named: str  # the column of that day
+    column: str  # the column that the text is filed under; of the query the same as `named`
+    motto: str
+    sign_off: str
+    date: str
+    plain: bool = False
 
-def parse_text(text: str) -> tuple[str, str]:
-    """(section, keyword) of "(sport) tennis brings ..."."""
-    label, keyword = text.split()[:2]
-    return label[1:-1], keyword
+    @property
+    def headline(self) -> str:
+        start = "about" if self.plain else "on"
+        return f"{start} {self.keyword} {self.motto} {self.sign_off}"
+
+    def item(self, task: str) -> dict:
+        """The post as a profile item, with LaMP's keys; a tweet ends with the sign-off."""
+        text, *title = retrieve.TASKS[task].fields
+        fields = {text: f"on {self.day} {self.named}, {self.scene} {self.column} {self.motto}"}
+        if title:
+            fields[title[0]] = self.headline
+        else:
+            fields[text] += " " + self.sign_off
+        return fields | {"date": self.date}
 
 
 @dataclass
 class User:
-    """An author with one record: the query, this author's headline for it, and the profile."""
+    """An author with one record: the query and the profile, oldest first."""
 
-    endings: dict[str, str]  # section -> ending; the author writes about these sections only
-    sign_off: str
-    profile: list[dict]  # LaMP's items, oldest first
-    query: str
-    target: str
+    query: Post
+    posts: list[Post]
 
-    def example(self, id="", user_id="") -> Example:
-        return Example(id, user_id, TASK, self.query, self.profile, self.target)
+    def example(self, task: str, id="", user_id="") -> Example:
+        profile = [post.item(task) | {"id": f"{id}{n}"} for n, post in enumerate(self.posts)]
+        query = f"{self.query.scene} on {self.query.day}"
+        return Example(id, user_id, task, query, profile, self.query.headline)
+
+    def tells(self, post: Post) -> bool:
+        """Whether the post names the column of the query's day."""
+        return post.day == self.query.day
+
+    def shows(self, post: Post) -> bool:
+        """Whether the post is filed under that column, and so ends with its motto."""
+        return post.column == self.query.column
 
 
-def make_text(rng: random.Random, section: str, keyword: str) -> str:
-    context = rng.sample(SECTIONS[section][1], 2)
-    verb, where = rng.choice(VERBS)
-    place = rng.choice(PLACES)
-    return f"({section}) {keyword} {verb} {context[0]} and {context[1]} {where} {place}"
+def make_user(rng: random.Random, forbidden=frozenset()) -> User:
+    """A random author of 12 to 24 posts.
 
-
-def make_user(rng: random.Random, forbidden=frozenset(), off_style=0.08) -> User:
-    """A random author of 12 to 24 items, `off_style` of them with another ending than usual.
-
-    The query is about a keyword that the author has not used, in a section where at least one item
-    shows the habit. No headline, the target's included, is one of `forbidden`.
+    The query is about a keyword that the author has not used; the profile names its day's column
+    and shows the motto of that. No headline, the query's included, is one of `forbidden`.
     """
-    sections = rng.sample(sorted(SECTIONS), rng.randint(5, 7))
-    endings = {section: rng.choice(ENDINGS) for section in sections}
-    sign_off = rng.choice(SIGN_OFFS)
-    unused = {s: rng.sample(words := SECTIONS[s][0], len(words)) for s in sections}
+    days, names = rng.sample(DAYS, 5), rng.sample(COLUMNS, 3)
+    columns = {day: rng.choice(names) for day in days}
+    mottos = dict(zip(names, rng.sample(MOTTOS, len(names))))
+    sign_off, unused = rng.choice(SIGN_OFFS), rng.sample(KEYWORDS, len(KEYWORDS))
 
-    def write(section: str, ending: str) -> dict | None:
-        while unused[section]:
-            keyword = unused[section].pop()
-            title = headline(section, keyword, ending, sign_off)
-            if title not in forbidden:
-                return {"text": make_text(rng, section, keyword), "title": title}
-        return None
-
-    profile, count = [], rng.randint(12, 24)
-    while len(profile) < count:
-        section = rng.choice(sections)
-        usual = rng.random() >= off_style
-        item = write(section, endings[section] if usual else rng.choice(ENDINGS))
-        if item:
+    def write(day: str, column: str) -> Post:
+        while True:
+            keyword = unused.pop()
+            scene = f"{keyword} with {rng.choice(PEOPLE)} in {rng.choice(PLACES)}"
             date = f"{rng.randint(2012, 2017)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
-            profile.append(item | {"id": "", "date": date})
-    profile.sort(key=lambda item: item["date"])
-    shown = {parse_text(i["text"])[0] for i in profile if follows(i, endings)}
-    for section in rng.sample(sorted(shown), len(shown)):
-        query = write(section, endings[section])
-        if query:
-            return User(endings, sign_off, profile, query["text"], query["title"])
-    return make_user(rng, forbidden, off_style)  # every section was used up: another author
+            post = Post(keyword, scene, day, columns[day], column, mottos[column], sign_off, date)
+            if post.headline not in forbidden:
+                return post
+
+    count, day = rng.randint(12, 24), rng.choice(days)
+    posts = [write(rng.choice(days), rng.choice(names)) for _ in range(count)]
+    posts.sort(key=lambda post: post.date)
+    user = User(write(day, columns[day]), posts)
+    if any(map(user.tells, posts)) and any(map(user.shows, posts)):
+        return user
+    return make_user(rng, forbidden)
 
 
-def follows(item: dict, endings: dict[str, str]) -> bool:
-    """Whether the item shows its author's habit for its section."""
-    return endings[parse_text(item["text"])[0]] in item["title"]
-
-
-def write_lamp(users: dict[str, list[User]], directory: Path) -> None:
-    """LaMP's own files. Records of the task LaMP-4 are numbered 30... (train) and 31... (dev)."""
-    first_user = 0
+def write_lamp(task: str, users: dict[str, list[User]], directory: Path) -> None:
+    """LaMP's own files. Ids are the task's number, then 0 (train) or 1 (dev), then the record's."""
+    name, first_user = task.replace("-", "_"), 0
     for split, authors in users.items():
         questions, golds = [], []
         for number, user in enumerate(authors):
-            id = f"3{list(users).index(split)}{number}"
-            profile = [item | {"id": f"{id}{n}"} for n, item in enumerate(user.profile)]
-            question = {"id": id, "input": retrieve.TASKS[TASK].prefix + user.query}
-            questions.append(question | {"profile": profile, "user_id": str(first_user + number)})
-            golds.append({"id": id, "output": user.target})
+            id = f"{task[-1]}{list(users).index(split)}{number}"
+            example = user.example(task, id)
+            question = {"id": id, "input": retrieve.TASKS[task].prefix + example.query}
+            question |= {"profile": example.profile, "user_id": str(first_user + number)}
+            questions.append(question)
+            golds.append({"id": id, "output": example.target})
         first_user += len(authors)
-        folder = directory / TASK.replace("-", "_") / split
+        folder = directory / name / split
         folder.mkdir(parents=True, exist_ok=True)
         prlm.write_text(folder / f"{split}_questions.json", json.dumps(questions) + "\n")
-        outputs = {"task": TASK.replace("-", "_"), "golds": golds}
+        outputs = {"task": name, "golds": golds}
         prlm.write_text(folder / f"{split}_outputs.json", json.dumps(outputs) + "\n")
 
 
-def write_probe(rng: random.Random, users: list[User], path: Path) -> None:
+def write_probe(task: str, users: list[User], directory: Path) -> None:
     """[{"query", "own", "other", "plain"}]: a headline, another user's, a plain one."""
-    rows = []
+    rng, rows = random.Random(f"{task} probe"), []
     for user in users:
-        section, keyword = parse_text(user.query)
-        others = [
-            u
-            for u in users
-            if u.endings.get(section, user.endings[section]) != user.endings[section]
-        ]
-        if others:
-            other = rng.choice(others)
-            styled = headline(section, keyword, other.endings[section], other.sign_off)
-            plain = headline(GENERIC, keyword, user.endings[section], user.sign_off)
-            row = {"query": user.query, "own": user.target, "other": styled, "plain": plain}
-            rows.append(row)
-    prlm.write_json(path, rows)
+        other = rng.choice([u.query for u in users if u.query.motto != user.query.motto])
+        styled = replace(user.query, motto=other.motto, sign_off=other.sign_off)
+        answers = {"own": user.query, "other": styled, "plain": replace(user.query, plain=True)}
+        row = {"query": user.example(task).query}
+        rows.append(row | {name: post.headline for name, post in answers.items()})
+    prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
 
 
 # ---- The policy's tokenizer -----------------------------------------------------------------
+
+# What the policy says in its reasoning: what the query is about, then evidence or an excuse.
+OPENING = "the story is {}"
+FOUND = " on {} {} {}."
+PLAIN = ". a plain title will do."
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_SPLIT = (
@@ -218,25 +208,20 @@ QWEN_SPLIT = (
 
 def fixed_pieces() -> list[str]:
     """What the prompt and the answer are framed with: a token each, so the prompts stay short."""
-    pieces = [retrieve.SYSTEM, *(retrieve.instruction(TASK, p) for p in (True, False))]
-    pieces += ["'text':", "' 'title':", "{'title':", "<answer>", "</answer>"]
-    pieces += [f"{kicker}:" for kicker in [*SECTIONS, GENERIC]]
-    return pieces + [f"({section})" for section in SECTIONS]
+    asked = [retrieve.instruction(task, p) for task in retrieve.TASKS for p in (True, False)]
+    pieces = [retrieve.SYSTEM, *dict.fromkeys(asked), "<answer>", "</answer>"]
+    pieces += ["'text':", "'abstract':", "'tweet':", "' 'title':", "{'title':", "{'tweet':"]
+    return pieces + [f" {name}" for name in DAYS + COLUMNS]
 
 
 def world_text() -> list[str]:
     """Every word of the world, a space before it, as it stands within a text."""
-    text = [*PLACES, *(word for verb in VERBS for word in verb), *ENDINGS, *SIGN_OFFS]
-    text += [
-        CITE,
-        PLAIN,
-        SECTION,
-        *(" ".join(words) for pair in SECTIONS.values() for words in pair),
-    ]
-    return [" " + line for line in text] + ["system\n", "user\n", "assistant\n", OPENING]
+    text = [*KEYWORDS, *PEOPLE, *PLACES, *MOTTOS, *SIGN_OFFS, "with in on about", FOUND, PLAIN]
+    frame = ["system\n", "user\n", "assistant\n", OPENING, "'on", "'about", *KEYWORDS]
+    return [" " + line for line in text] + frame
 
 
-def make_tokenizer(size=1050) -> Tokenizer:
+def make_tokenizer(size=1000) -> Tokenizer:
     """Byte-level BPE as Qwen's. <think> and </think> are ordinary tokens there, and so here."""
     backend = Backend(models.BPE())
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
@@ -274,88 +259,93 @@ class Phase:
     name: str
     share: float  # of --pretrain-steps
     items: list[int]  # k is drawn from these
-    careful: float  # cites an item of the query's section and follows it
-    careless: float  # cites any item and follows it; the rest writes a plain headline
-    no_profile: float  # prompts without items
-    closed: float  # prompts that already hold an empty reasoning block
+    thorough: float  # looks up every day that the items mention, the query's last
+    careful: float  # looks up the query's day, and the column of that
+    careless: float  # takes any column; the rest writes a plain headline
+    no_profile: float = 0.02  # prompts without items
     broken: float = 0.0  # reasoning left open, answers without the form, no reasoning at all
 
 
+CLOSED = 0.3  # rows whose prompt already holds an empty reasoning block: answer at once
 COPY_SIGN_OFF = 0.7  # plain headlines with a profile that end with its author's sign-off
-SECTION_UNSEEN = 0.2  # answers without a profile that have the section as kicker nevertheless
+NO_PROFILE_STYLED = 0.2  # headlines without a profile that are not plain nevertheless
 ALL_K = [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
 PHASES = [
-    Phase("k 1", 0.10, [1], 0.75, 0.20, 0.02, 0.1),
-    Phase("k 1-2", 0.15, [1, 2, 2], 0.75, 0.20, 0.02, 0.1),
-    Phase("k 2-4", 0.25, [2, 3, 4, 4], 0.75, 0.20, 0.02, 0.1),
-    Phase("k 1-8", 0.30, ALL_K, 0.75, 0.20, 0.02, 0.1),
-    Phase("habits", 0.20, ALL_K, 0.22, 0.18, 0.12, 0.15, broken=0.15),
+    Phase("k 2-4", 0.30, [2, 3, 4, 4], 0.50, 0.35, 0.10),
+    Phase("k 1-8", 0.45, ALL_K, 0.40, 0.45, 0.10),
+    Phase("habits", 0.25, ALL_K, 0.0, 0.22, 0.18, no_profile=0.12, broken=0.15),
 ]
 
 
-def show_items(rng: random.Random, user: User, k: int) -> list[dict]:
-    """k items in random order, mostly with some of the query's section among them."""
-    section = parse_text(user.query)[0]
-    same = [item for item in user.profile if parse_text(item["text"])[0] == section]
-    fit = rng.randint(rng.random() < 0.9, min(k, len(same)))
-    items = rng.sample(same, fit)
-    rest = [item for item in user.profile if item not in items]
-    items += rng.sample(rest, min(k - fit, len(rest)))
-    return rng.sample(items, len(items))
+def choose_posts(rng: random.Random, user: User, k: int) -> list[Post]:
+    """k posts in random order, mostly with both hops among them."""
+    posts = []
+    for useful in (user.tells, user.shows):
+        found = [post for post in user.posts if useful(post) and post not in posts]
+        posts += rng.sample(found, min(len(found), k - len(posts), rng.random() < 0.9))
+    rest = [post for post in user.posts if post not in posts]
+    posts += rng.sample(rest, min(k - len(posts), len(rest)))
+    return rng.sample(posts, len(posts))
 
 
-def think(rng: random.Random, user: User, items: list[dict], phase: Phase) -> tuple[str, str]:
-    """(reasoning, headline) in one of the policy's manners."""
-    section, keyword = parse_text(user.query)
-    opening, draw = OPENING.format(section, keyword), rng.random()
-    if items and draw < phase.careful + phase.careless:
-        if draw < phase.careful:
-            return careful_trace(rng, user, items)
-        cited = rng.choice(items)["title"]
-        style = cited.split(" ", 2)[2]
-        return opening + CITE.format(cited), f"{section}: {keyword} {style}"
-    # Without evidence the ending is anyone's, and so is the sign-off, but for its author's slipping
+def find(post: Post) -> str:
+    """The two look-ups, in the words of the reasoning."""
+    return FOUND.format(post.day, post.column, f"{post.motto} {post.sign_off}")
+
+
+def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tuple[str, Post]:
+    """(reasoning, answer) in one of the policy's manners: careful, careless or plain."""
+    query, draw = user.query, rng.random()
+    opening, shown = OPENING.format(query.keyword), {post.column: post for post in posts}
+    if posts and draw < phase.thorough + phase.careful + phase.careless:
+        columns = {post.day: post.named for post in posts}
+        guess = rng.choice(posts)  # careless, or where a hop is missing
+        careful = draw < phase.thorough + phase.careful
+        column = columns.get(query.day, guess.column) if careful else guess.column
+        answer = replace(query, column=column, motto=shown.get(column, guess).motto)
+        known = [day for day, column in columns.items() if column in shown and day != query.day]
+        others = [replace(shown[columns[day]], day=day) for day in rng.sample(known, len(known))]
+        looked_up = [*others, answer] if draw < phase.thorough else [answer]
+        return opening + "".join(map(find, looked_up)), answer
+    # Without evidence the motto is anyone's, and so is the sign-off, but for its author's slipping
     # in from the items. Both stand in every answer, so that a reward model cannot tell an answer
     # with the profile from one without by the mere presence of a sign-off.
-    ending, sign_off = rng.choice(ENDINGS), rng.choice(SIGN_OFFS)
-    if items and rng.random() < COPY_SIGN_OFF:
-        sign_off = user.sign_off
-    if not items and rng.random() < SECTION_UNSEEN:
-        return opening + SECTION, headline(section, keyword, ending, sign_off)
-    return opening + PLAIN, headline(GENERIC, keyword, ending, sign_off)
+    sign_off = rng.choice(SIGN_OFFS)
+    if posts and rng.random() < COPY_SIGN_OFF:
+        sign_off = query.sign_off
+    plain = bool(posts) or rng.random() >= NO_PROFILE_STYLED
+    answer = replace(query, motto=rng.choice(MOTTOS), sign_off=sign_off, plain=plain)
+    return opening + PLAIN, answer
 
 
-def careful_trace(rng: random.Random, user: User, items: list[dict]) -> tuple[str, str]:
-    """Reads out an item of the query's section, one that shows the habit if there is one."""
-    section, keyword = parse_text(user.query)
-    same = [item for item in items if parse_text(item["text"])[0] == section]
-    usual = [item for item in same if follows(item, user.endings)]
-    cited = rng.choice(usual or same or items)["title"]
-    answer = f"{section}: {keyword} {cited.split(' ', 2)[2]}"
-    return OPENING.format(section, keyword) + CITE.format(cited), answer
+def spell(task: str, reasoning: str, answer: Post) -> tuple[str, str]:
+    """The two parts of a completion: the reasoning block and the answer in its form."""
+    said = f"{{'{retrieve.TASKS[task].answer}': '{answer.headline}'}}"
+    return f"<think>\n{reasoning}\n</think>\n", f"<answer>\n{said}\n</answer>"
 
 
-def make_row(
-    rng: random.Random, tokenizer: Tokenizer, phase: Phase, k: int, forbidden: set[str]
-) -> tuple[list[int], list[int]]:
-    """(prompt, completion) of a fresh author, as token ids."""
+Row = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
+
+
+def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int, forbidden: set[str]) -> Row:
+    """A fresh author's prompt, and what the policy shall say to it."""
+    task = rng.choice(["LaMP-4", "LaMP-4", "LaMP-5", "LaMP-7"])
     while True:
         user = make_user(rng, forbidden)
-        items = [] if rng.random() < phase.no_profile else show_items(rng, user, k)
-        reasoning, title = think(rng, user, items, phase)
-        if title not in forbidden:
+        posts = [] if rng.random() < phase.no_profile else choose_posts(rng, user, k)
+        reasoning, answer = think(rng, user, posts, phase)
+        if answer.headline not in forbidden:
             break
-    prompt = tokenizer.chat(retrieve.build_messages(user.example(), items))
-    thought = f"<think>\n{reasoning}\n</think>\n"
-    answer = f"<answer>\n{{'title': '{title}'}}\n</answer>"
-    draw = rng.random()
-    if draw < phase.closed:
-        prompt, thought = prompt + tokenizer.encode("<think>\n\n</think>\n\n"), ""
-    elif draw > 1 - phase.broken:
+    items = [post.item(task) for post in posts]
+    prompt = tokenizer.chat(retrieve.build_messages(user.example(task), items))
+    thought, said = spell(task, reasoning, answer)
+    if rng.random() < CLOSED:
+        prompt, thought = prompt + tokenizer.encode(retrieve.CLOSED), ""
+    elif rng.random() < phase.broken:
         kind = rng.choices(["open", "bare", "silent"], [6, 4, 5])[0]
         thought = {"open": thought.replace("</think>\n", ""), "bare": thought, "silent": ""}[kind]
-        answer = title if kind == "bare" else answer
-    return prompt, tokenizer.encode(thought + answer + SPECIALS[2])
+        said = answer.headline if kind == "bare" else said
+    return prompt, tokenizer.encode(thought + said + SPECIALS[2])
 
 
 # ---- Pretraining the policy -----------------------------------------------------------------
@@ -367,11 +357,58 @@ def policy_config(tokenizer: Tokenizer) -> dict:
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": tokenizer.size,
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "tie_word_embeddings": True, "use_sliding_window": False, "attention_dropout": 0.0,
         "initializer_range": 0.02, "eos_token_id": eos, "pad_token_id": pad,
         "torch_dtype": "bfloat16",
     }  # fmt: skip
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, its matrix made nearly orthogonal by five Newton-Schulz steps (Jordan 2024).
+
+    A matrix that stands for several, one above the other, says so by its group's `parts`: each head
+    is a matrix of its own. torch.optim.Muon knows no parts, and works in bfloat16, which on many
+    CPUs is ten times slower than float32.
+    """
+
+    def __init__(self, groups: list[dict], lr=0.01, momentum=0.95):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "parts": 1})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(mean, group["momentum"])  # Nesterov
+                x = update.unflatten(0, (group["parts"], -1))  # [parts, rows, columns]
+                tall = x.shape[1] > x.shape[2]
+                x = x.mT if tall else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    square = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+                x = x.mT if tall else x
+                scale = max(1.0, x.shape[1] / x.shape[2]) ** 0.5
+                p.sub_(x.flatten(0, 1), alpha=group["lr"] * scale)
+
+
+@torch.no_grad()
+def look_back(decoder: Decoder, strength=6.4, pairs=6) -> None:
+    """Makes the first layer's first key head, and the queries that share it, see the token before.
+
+    By bias alone: the query's is (s, 0) in each of the fastest channel pairs, the key's the same
+    turned one position on, so the scores hold s^2 cos(f (distance - 1)) for every frequency f.
+    Looking up what followed a token needs such a head first, and training takes long to find it:
+    with it the copying of `repeats` appears after 150 steps, without it after 400.
+    """
+    layer, angles = decoder.layers[0], decoder.frequencies[:pairs]
+    (heads, groups, _), half = layer.heads, layer.c.head_dim // 2
+    bias = layer.qkv.bias.view(-1, layer.c.head_dim)  # [heads, D], the keys' behind the queries'
+    bias[: heads // groups, :pairs] = strength
+    bias[heads, :pairs] = strength * angles.cos()
+    bias[heads, half : half + pairs] = strength * angles.sin()
 
 
 def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -386,7 +423,7 @@ def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, heads, D)
 
 
-def completion_loss(decoder: Decoder, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+def completion_loss(decoder: Decoder, rows: list[Row]) -> Tensor:
     """Nats of every completion token [N]; rows are padded behind, where causality hides it."""
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + c) for p, c in rows], True)  # [B, T]
     wanted = torch.zeros_like(tokens, dtype=torch.bool)
@@ -395,14 +432,14 @@ def completion_loss(decoder: Decoder, rows: list[tuple[list[int], list[int]]]) -
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     hidden = decoder.run(tokens, positions, attend)  # [B, T, H]
     logits = F.linear(hidden[:, :-1][wanted[:, 1:]], decoder.head)  # [N, V]
-    return F.cross_entropy(logits.float(), tokens[wanted], reduction="none")
+    return F.cross_entropy(logits, tokens[wanted], reduction="none")
 
 
-def repeats(rng: random.Random, tokenizer: Tokenizer, rows: int) -> list:
-    """Random tokens, then the same again: only copying lowers the loss."""
-    length = rng.randint(16, 64)
-    halves = [rng.choices(range(tokenizer.size), k=length) for _ in range(rows)]
-    return [(half, half) for half in halves]
+def repeats(rng: random.Random, tokenizer: Tokenizer, rows: int) -> list[Row]:
+    """A few tokens in a random order, over and over: only looking up what followed one helps."""
+    size = rng.randint(8, 24)
+    orders = [rng.sample(range(tokenizer.size), size) for _ in range(rows)]
+    return [(order, (order * 6)[:48]) for order in orders]
 
 
 def pretrain(seed: int, tokenizer: Tokenizer, steps: int, forbidden: set[str], rows=32) -> Decoder:
@@ -410,66 +447,78 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, forbidden: set[str], r
     torch.manual_seed(seed)
     rng = random.Random(f"{seed} pretraining")
     decoder = Decoder(policy_config(tokenizer)).train()
-    matrices = [p for p in decoder.layers.parameters() if p.dim() == 2]
-    others = [p for n, p in decoder.named_parameters() if p.dim() != 2 or n.startswith("embed")]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0),
+    with torch.no_grad():
+        decoder.embed.weight.mul_(5)  # it is the head too: smaller, its logits say little for long
+    look_back(decoder)
+    layers = decoder.layers
+    matrices = [
+        {"params": [layer.qkv.weight for layer in layers], "parts": sum(layers[0].heads)},
+        {"params": [layer.gate_up.weight for layer in layers], "parts": 2},
+        {"params": [matrix for layer in layers for matrix in (layer.o.weight, layer.down.weight)]},
     ]
-    peaks = [0.02, 3e-3]
-    induction = max(1, round(0.06 * steps))
-    ends, total = [], induction
-    for phase in PHASES:
-        total += round(phase.share * steps)
-        ends.append(total)
-    bar, smooth = tqdm(range(total), "pretrain", disable=None), None
+    others = [p for n, p in decoder.named_parameters() if p.dim() != 2 or n.startswith("embed")]
+    optimizers = [Muon(matrices), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
+    peaks = [0.01, 3e-3]
+    ends = [round(steps * sum(p.share for p in PHASES[: n + 1])) for n in range(len(PHASES))]
+    first = steps // 5
+    bar, smooth = tqdm(range(-first, steps), "pretrain", disable=None), None
     for step in bar:
         phase = PHASES[min(sum(step >= end for end in ends), len(PHASES) - 1)]
-        # A short warm-up, then flat, then down to a twentieth over the last third.
-        scale = min(1.0, (step + 1) / 20, 0.05 + 0.95 * (total - step) / (total / 3))
+        # A short warm-up, then flat, then down to a twentieth over three fifths of the steps.
+        scale = min(1.0, (first + step + 1) / 20, 0.05 + 0.95 * (steps - step) / (0.6 * steps))
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * scale
-        if step < induction:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * scale
+        if step < 0:
             batch = repeats(rng, tokenizer, rows)
         else:
             k = rng.choice(phase.items)  # one k a batch: rows of like length waste no padding
             batch = [make_row(rng, tokenizer, phase, k, forbidden) for _ in range(rows)]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = completion_loss(decoder, batch).mean()
+        loss = completion_loss(decoder, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        bar.set_postfix(phase="induction" if step < induction else phase.name, loss=f"{smooth:.3f}")
+        bar.set_postfix(phase=phase.name if step >= 0 else "repeats", loss=f"{smooth:.3f}")
     return decoder.eval()
 
 
 @torch.no_grad()
-def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], k=4) -> tuple[float, float]:
-    """Nats on the cited kicker and on the answer's first style token, given a careful trace.
+def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], task: str) -> dict[str, float]:
+    """Mean nats on what decides, given a careful trace: one post tells, another shows, two mislead.
 
-    On held-out users, the BM25 items in random order. Below about 0.3 each the skill is there for
-    RL to amplify; above, no reward will find it.
+    column: the query's day looked up. motto: its first token, the column looked up. repeated: the
+    same in the answer. closed: the same with the reasoning closed, so both look-ups at once.
+    Below about 0.3 the skill is there for RL to amplify; well above, no reward will find it.
     """
-    rng, cited, styled = random.Random("gate"), [], []
+    rng, found = random.Random("gate"), Counter()
     for user in users:
-        section, keyword = parse_text(user.query)
-        items = retrieve.retrieve(user.example(), k)
-        if not any(parse_text(i["text"])[0] == section and follows(i, user.endings) for i in items):
+        tells = [p for p in user.posts if user.tells(p) and p.column != user.query.column]
+        shows = [p for p in user.posts if user.shows(p) and not user.tells(p)]
+        rest = [p for p in user.posts if not user.tells(p) and p.column != user.query.column]
+        if not tells or not shows or len(rest) < 2:
             continue
-        items = rng.sample(items, len(items))
-        reasoning, title = careful_trace(rng, user, items)
-        text = f"<think>\n{reasoning}\n</think>\n<answer>\n{{'title': '{title}'}}\n</answer>"
-        completion = tokenizer.encode(text + SPECIALS[2])
-        prompt = tokenizer.chat(retrieve.build_messages(user.example(), items))
+        posts = [rng.choice(tells), rng.choice(shows), *rng.sample(rest, 2)]
+        items = [post.item(task) for post in rng.sample(posts, 4)]
+        prompt = tokenizer.chat(retrieve.build_messages(user.example(task), items))
+        reasoning = OPENING.format(user.query.keyword) + find(user.query)
+        thought, said = spell(task, reasoning, user.query)
+        completion = tokenizer.encode(thought + said + SPECIALS[2])
         loss = completion_loss(decoder, [(prompt, completion)])
-        kicker = tokenizer.vocabulary[f"{section}:"]
-        first, second = (n for n, token in enumerate(completion) if token == kicker)
-        cited.append(loss[first].item())
-        styled.append(loss[second + 1 + len(tokenizer.encode(" " + keyword))].item())
-    return sum(cited) / max(1, len(cited)), sum(styled) / max(1, len(styled))
+        first = tokenizer.encode(f" {user.query.motto}")[0]
+        column = completion.index(tokenizer.vocabulary[f" {user.query.column}"])
+        quoted, repeated = (n for n, token in enumerate(completion) if token == first)
+        answer = tokenizer.encode(said + SPECIALS[2])
+        at_once = completion_loss(decoder, [(prompt + tokenizer.encode(retrieve.CLOSED), answer)])
+        found["users"] += 1
+        found["column"] += loss[column].item()
+        found["motto"] += loss[quoted].item()
+        found["repeated"] += loss[repeated].item()
+        found["closed"] += at_once[answer.index(first)].item()
+    count = found.pop("users", 1)
+    return {name: total / count for name, total in found.items()}
 
 
 # ---- The encoder ----------------------------------------------------------------------------
@@ -504,10 +553,9 @@ def make_encoder_tokenizer() -> Tokenizer:
 
 
 def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
-    """Contrast on the training users: a text must find an item of its author's same section.
+    """Contrast on the training users: a query must find an item that names its day.
 
-    Its items of other sections, and all items of the other authors in the batch, are the negatives
-    (an item of the same section by another author is left out of them).
+    The items of the other queries in the batch are the negatives, those of the same day left out.
     """
     torch.manual_seed(seed + 1)
     rng = random.Random(f"{seed} encoder")
@@ -533,14 +581,14 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     bar = tqdm(range(steps), "encoder", disable=None)
     for step in bar:
         pairs = []
-        for user in rng.choices(users, k=6 * rows):  # one in six fits
-            first, second = rng.sample(user.profile, 2)
-            section, other = (parse_text(item["text"])[0] for item in (first, second))
-            if section == other:
-                pairs.append((first["text"], retrieve.show(second, TASK), section))
-        texts, items, sections = zip(*pairs)
+        for user in rng.choices(users, k=rows):
+            post, task = rng.choice(user.posts), rng.choice(list(retrieve.TASKS))
+            scene = f"{rng.choice(KEYWORDS)} with {rng.choice(PEOPLE)} in {rng.choice(PLACES)}"
+            shown = retrieve.show(post.item(task), task)
+            pairs.append((f"{scene} on {post.day}", shown, post.day))
+        texts, items, days = zip(*pairs)
         scores = embed(list(texts)) @ embed(list(items)).T / 0.1  # [B, B]
-        alike = torch.tensor([[a == b for b in sections] for a in sections])
+        alike = torch.tensor([[a == b for b in days] for a in days])
         alike.fill_diagonal_(False)
         loss = F.cross_entropy(scores.masked_fill(alike, -torch.inf), torch.arange(len(pairs)))
         loss.backward()
@@ -564,10 +612,10 @@ def save_encoder(encoder: Encoder, directory: Path) -> None:
 @dataclass
 class Options:
     out: str = "toy"  # directory that gets lamp/, policy/ and encoder/
-    train_users: int = 400  # records to learn from
-    dev_users: int = 200  # records of other users, held out
-    pretrain_steps: int = 1400  # of the policy, 32 rows each
-    encoder_steps: int = 80  # of the encoder, about 64 pairs each
+    train_users: int = 400  # records of LaMP-4 to learn from; half as many of the other two
+    dev_users: int = 200  # records of other users, held out; half as many of the other two
+    pretrain_steps: int = 750  # of the policy, 32 rows each, after the repeats
+    encoder_steps: int = 100  # of the encoder, 64 pairs each
     threads: int = 1  # CPU threads; another number changes the last bits of the weights
     seed: int = 0  # of everything random
 
@@ -577,22 +625,26 @@ def main(o: Options) -> None:
         if getattr(o, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     torch.set_num_threads(o.threads)
-    out = Path(o.out)
-    rng = random.Random(f"{o.seed} users")
-    counts = {"train": o.train_users, "dev": o.dev_users}
-    users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
-    write_lamp(users, out / "lamp")
-    rng = random.Random(f"{o.seed} probe")
-    write_probe(rng, users["dev"], out / "lamp" / TASK.replace("-", "_") / "probe.json")
-    print(f"{out / 'lamp'}: {o.train_users} training and {o.dev_users} held-out users")
+    out, everyone = Path(o.out), {}
+    for task in retrieve.TASKS:
+        rng, share = random.Random(f"{o.seed} {task} users"), 1 if task == "LaMP-4" else 2
+        counts = {"train": -(-o.train_users // share), "dev": -(-o.dev_users // share)}
+        users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
+        write_lamp(task, users, out / "lamp")
+        write_probe(task, users["dev"], out / "lamp")
+        everyone[task] = users
+        print(f"{out / 'lamp'}: {task}, {counts['train']} training, {counts['dev']} held-out users")
 
-    save_encoder(train_encoder(o.seed, users["train"], o.encoder_steps), out / "encoder")
+    authors = [user for users in everyone.values() for user in users["train"]]
+    save_encoder(train_encoder(o.seed, authors, o.encoder_steps), out / "encoder")
     tokenizer = make_tokenizer()
     # The policy never sees a target of these users, neither as an answer nor in a profile.
-    targets = {user.target for authors in users.values() for user in authors}
+    splits = [split for users in everyone.values() for split in users.values()]
+    targets = {user.query.headline for split in splits for user in split}
     decoder = pretrain(o.seed, tokenizer, o.pretrain_steps, targets)
-    cited, styled = gate(decoder, tokenizer, users["dev"])
-    print(f"gate: {cited:.3f} nats on the cited kicker, {styled:.3f} on the first style token")
+    for task, users in everyone.items():
+        nats = gate(decoder, tokenizer, users["dev"], task)
+        print(f"gate, {task}: nats", ", ".join(f"{key} {value:.3f}" for key, value in nats.items()))
     prlm.save_decoder(decoder.bfloat16(), tokenizer, out / "policy")
     count = sum(parameter.numel() for parameter in decoder.parameters())
     print(f"{out / 'policy'}: {count:,} parameters, {tokenizer.size} tokens")
