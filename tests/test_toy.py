@@ -30,12 +30,6 @@ class TestWorld:
             assert query.keyword not in {post.keyword for post in user.posts}
             assert {post.sign_off for post in user.posts} == {query.sign_off}
 
-    def test_forbidden_headlines_are_not_written(self):
-        first = make.make_user(random.Random(1))
-        written = {post.headline for post in [first.query, *first.posts]}
-        again = make.make_user(random.Random(1), written)
-        assert not written & {post.headline for post in [again.query, *again.posts]}
-
     @pytest.mark.parametrize("task", list(retrieve.TASKS))
     def test_lamps_files_hold_the_users(self, tmp_path, task):
         users = [make.make_user(random.Random(seed)) for seed in range(4)]

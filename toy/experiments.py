@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -207,9 +208,15 @@ def scores_of(o: Options, cell: Cell) -> dict[str, np.ndarray]:
 
 
 def prepare() -> None:
-    """A worker: one thread, no progress bar of its own."""
+    """A worker: one thread, no progress bar of its own, and no life after its parent's."""
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def quietly(o: Options, work, name: str) -> str:
@@ -226,9 +233,15 @@ def share_out(o: Options, work: dict, title: str) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(o.jobs, context, prepare) as pool:
         futures = [pool.submit(quietly, o, job, name) for name, job in work.items()]
-        with tqdm(as_completed(futures), title, len(futures), disable=None) as bar:
-            for future in bar:
-                bar.set_postfix_str(future.result())
+        try:
+            with tqdm(as_completed(futures), title, len(futures), disable=None) as bar:
+                for future in bar:
+                    bar.set_postfix_str(future.result())
+        except BaseException:  # Ctrl-C too: what is under way will be gone on with another time
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 # ---- What comes out of it -------------------------------------------------------------------
