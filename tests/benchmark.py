@@ -109,22 +109,21 @@ def workload(prompts: int, group: int, low: int, high: int, short: int, long: in
     return questions, [[ids(g, draw(short, long)) for _ in range(group)] for _ in questions]
 
 
-def parameters(decoder) -> tuple[int, int]:
-    """(all parameters, those in the layers' matrices)."""
-    inside = sum(p.numel() for layer in decoder.layers for p in layer.parameters() if p.dim() == 2)
-    return sum(p.numel() for p in decoder.parameters()), inside
+def matrices(decoder) -> int:
+    """Parameters in the layers' matrices."""
+    return sum(p.numel() for layer in decoder.layers for p in layer.parameters() if p.dim() == 2)
 
 
 def sampling_floor(decoder, prompts, group, tokens, flops, bandwidth) -> float:
     """Prefill by operations; each step by its operations or by the bytes of weights and cache."""
-    total, inside = parameters(decoder)
+    inside, head = matrices(decoder), decoder.head.numel()
     c, rows = decoder.config, len(prompts) * group
     size = decoder.head.element_size()
     prefill = 2 * inside * sum(map(len, prompts)) / flops
     cached = 2 * c.layers * c.kv_heads * c.head_dim * size  # bytes of one cached token
     shared, own = cached * sum(map(len, prompts)), cached * rows * tokens / 2
-    step = 2 * (inside + decoder.head.numel()) * rows / flops
-    return prefill + tokens * max(step, (total * size + shared + own) / bandwidth)
+    step = 2 * (inside + head) * rows / flops
+    return prefill + tokens * max(step, ((inside + head) * size + shared + own) / bandwidth)
 
 
 def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> None:
@@ -197,7 +196,7 @@ def bench_update(name, decoder, model, prompts, completions, runs, rates) -> Non
     ours_s, theirs_s, ratio = duel(ours, theirs, runs)
     trained = sum(len(c) for group in completions for c in group)
     tokens = sum(map(len, prompts)) + trained
-    needed = 6 * (parameters(decoder)[1] * tokens + decoder.head.numel() * trained)
+    needed = 6 * (matrices(decoder) * tokens + decoder.head.numel() * trained)
     row(name, ours_s, theirs_s, ratio, tokens / ours_s, ours_s / (needed / rates[0]))
 
 
@@ -353,7 +352,7 @@ def main() -> None:
                 prompts, completions = workload(4, group, 512, 512, 768, 768)
                 how = f"4 prompts of 512 x {group}"
                 bench_sampler(
-                    f"sample {name}: {how}", decoder, model, prompts, group, 256, 3, rates
+                    f"sample {name}: {how} x 768", decoder, model, prompts, group, 768, 3, rates
                 )
                 bench_update(f"update {name}: {how}", decoder, None, prompts, completions, 3, rates)
             continue
