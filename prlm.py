@@ -586,21 +586,24 @@ class Cache:
 
 
 class Recorded:
-    """The decode step as a CUDA graph: one launch, where 20 a layer take longer than they compute.
+    """The decode step as a CUDA graph: one launch, where dozens a layer take longer than they work.
 
-    A graph keeps the addresses and shapes it was recorded with, so there is one for each number of
-    rows and each window of the cache. Where none can be recorded, the step runs as it is.
+    A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
+    number of rows (each Cache.keep lowers it) or the cache's window changes. Where that fails once,
+    the step runs as it is.
     """
 
     def __init__(self, step, cache: Cache):
-        self.step, self.cache, self.shape = step, cache, None  # hidden = step(ids, positions)
+        self.step, self.cache = step, cache  # hidden = step(ids, positions)
+        self.shape, self.graph, self.refused = None, None, False
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
-        if self.shape != (len(ids), self.cache.window):
-            self.shape = len(ids), self.cache.window
+        shape = len(ids), self.cache.window
+        if shape != self.shape and not self.refused:
+            self.shape = shape
             self.record(ids, positions)
-        if self.graph is None:
+        if self.refused:
             return self.step(ids, positions)
         self.ids.copy_(ids)
         self.positions.copy_(positions)
@@ -610,13 +613,16 @@ class Recorded:
     def record(self, ids: Tensor, positions: Tensor) -> None:
         self.graph = None  # the old one's memory goes first
         self.step(ids, positions)  # libraries load what they need outside of a recording
-        self.ids, self.positions, graph = ids.clone(), positions.clone(), torch.cuda.CUDAGraph()
+        self.ids, self.positions = ids.clone(), positions.clone()
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
+        side = torch.cuda.Stream(ids.device)
         try:
             # Only this thread has to hold still: NCCL's watchdog is another one.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.hidden = self.step(self.ids, self.positions)
-            self.graph = graph
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a recording that breaks off stays on its own
+            self.graph, self.refused = None, True
             warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
 
 

@@ -255,8 +255,8 @@ def probe(model: RewardModel, path) -> dict[str, float]:
     """How often the user's own answer outscores a rival's, by the rival's name; chance is 0.5.
 
     The file lists {"query", "own", and any rivals}: "other" is the same answer in another user's
-    style, "plain" in nobody's. A model that is blind to the profile cannot beat chance by much on
-    "other", however good its pair accuracy is.
+    style, "plain" with a plain word for the user's. A model that is blind to the profile cannot
+    beat chance by much on "other", however good its pair accuracy is.
     """
     rows = prlm.read_json(path, list)
     queries, own = ([row[key] for row in rows] for key in ("query", "own"))

@@ -312,6 +312,8 @@ class TestRecorded:
         monkeypatch.setattr(prlm, "can_record", lambda device: True)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+        for name in ("current_stream", "Stream", "set_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda stream: stream)
         return made
 
     def test_greedy_answers_are_those_of_eager_steps(self, graphs, monkeypatch):
@@ -336,15 +338,22 @@ class TestRecorded:
         close(logprobs[mask], torch.cat(sampled), 1e-4)
 
     def test_without_a_graph_the_step_runs_as_it_is(self, graphs, monkeypatch):
-        def refuse(graph, **_):
-            raise RuntimeError("operation not permitted when stream is capturing")
+        """The recording breaks off midway: its stream is left, nothing is tried a second time."""
 
-        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        class Broken(Recording):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        streams = []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "before")
+        monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
         decoder, prompts = small(), ragged_prompts()
         with pytest.warns(UserWarning, match="no CUDA graph.*not permitted"):
-            found = prlm.generate(decoder, prompts, 2, 9, seed=1)
+            found = prlm.generate(decoder, prompts, 2, 140, 0.0)
+        assert streams == ["before"]
         monkeypatch.setattr(prlm, "can_record", lambda device: False)
-        wanted = prlm.generate(decoder, prompts, 2, 9, seed=1)
+        wanted = prlm.generate(decoder, prompts, 2, 140, 0.0)
         assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in wanted]
 
 

@@ -13,7 +13,7 @@ The way there has two hops, and no item need hold both: one that mentions the da
 
   1. the world      users and their posts, in the files of LaMP-4, LaMP-5 and LaMP-7
   2. the tokenizer  byte-level BPE with ChatML; each fixed sentence of the prompt is one token
-  3. the policy     a Qwen2 of 0.9 M parameters: looking up, reasoning, then bad habits
+  3. the policy     a Qwen2 of 0.9 M parameters: repeats, look-ups, then bad habits
   4. the encoder    a BERT of 0.4 M parameters, for the dense retriever and the reward model
 
 The policy leaves here able to look up both, and used to writing plain headlines instead. The habit
@@ -117,10 +117,10 @@ class User:
     query: Post
     posts: list[Post]
 
-    def example(self, task: str, id="", user_id="") -> Example:
+    def example(self, task: str, id="") -> Example:
         profile = [post.item(task) | {"id": f"{id}{n}"} for n, post in enumerate(self.posts)]
         query = f"{self.query.scene} on {self.query.day}"
-        return Example(id, user_id, task, query, profile, self.query.headline)
+        return Example(id, "", task, query, profile, self.query.headline)
 
     def tells(self, post: Post) -> bool:
         """Whether the post names the column of the query's day."""
@@ -178,15 +178,20 @@ def write_lamp(task: str, users: dict[str, list[User]], directory: Path) -> None
 
 
 def write_probe(task: str, users: list[User], directory: Path) -> None:
-    """[{"query", "own", "other", "plain"}]: a headline, another user's, a plain one."""
+    """[{"query", "own", "other", "plain"}]: the target, with another user's motto and sign-off,
+    and with "about" for "on".
+    """
     rng, rows = random.Random(f"{task} probe"), []
     for user in users:
-        other = rng.choice([u.query for u in users if u.query.motto != user.query.motto])
-        styled = replace(user.query, motto=other.motto, sign_off=other.sign_off)
-        answers = {"own": user.query, "other": styled, "plain": replace(user.query, plain=True)}
-        row = {"query": user.example(task).query}
-        rows.append(row | {name: post.headline for name, post in answers.items()})
-    prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
+        others = [u.query for u in users if u.query.motto != user.query.motto]
+        if others:
+            other = rng.choice(others)
+            styled = replace(user.query, motto=other.motto, sign_off=other.sign_off)
+            answers = {"own": user.query, "other": styled, "plain": replace(user.query, plain=True)}
+            row = {"query": user.example(task).query}
+            rows.append(row | {name: post.headline for name, post in answers.items()})
+    if rows:
+        prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
 
 
 # ---- The policy's tokenizer -----------------------------------------------------------------
@@ -212,7 +217,7 @@ def fixed_pieces() -> list[str]:
 
 
 def world_text() -> list[str]:
-    """Every word of the world, a space before it, as it stands within a text."""
+    """Every word of the world as it stands within a text: mostly with a space before it."""
     text = [*KEYWORDS, *PEOPLE, *PLACES, *MOTTOS, *SIGN_OFFS, "with in on about", FOUND, PLAIN]
     frame = ["system\n", "user\n", "assistant\n", OPENING, "'on", "'about", *KEYWORDS]
     return [" " + line for line in text] + frame
@@ -256,11 +261,13 @@ class Phase:
     name: str
     share: float  # of --pretrain-steps
     items: list[int]  # k is drawn from these
-    thorough: float  # looks up every day that the items mention, the query's last
+    thorough: float  # looks up every day whose two posts are there, the query's last
     careful: float  # looks up the query's day, and the column of that
     careless: float  # takes any column; the rest writes a plain headline
     no_profile: float = 0.02  # prompts without items
-    broken: float = 0.0  # reasoning left open, answers without the form, no reasoning at all
+    # Of the rows whose prompt leaves the reasoning open: it never ends, or there is none at all, or
+    # the answer has no form.
+    broken: float = 0.0
 
 
 CLOSED = 0.3  # rows whose prompt already holds an empty reasoning block: answer at once
@@ -279,7 +286,8 @@ def choose_posts(rng: random.Random, user: User, k: int) -> list[Post]:
     posts = []
     for useful in (user.tells, user.shows):
         found = [post for post in user.posts if useful(post) and post not in posts]
-        posts += rng.sample(found, min(len(found), k - len(posts), rng.random() < 0.9))
+        if rng.random() < 0.9:
+            posts += rng.sample(found, min(len(found), k - len(posts), 1))
     rest = [post for post in user.posts if post not in posts]
     posts += rng.sample(rest, min(k - len(posts), len(rest)))
     return rng.sample(posts, len(posts))
@@ -291,7 +299,7 @@ def find(post: Post) -> str:
 
 
 def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tuple[str, Post]:
-    """(reasoning, answer) in one of the policy's manners: careful, careless or plain."""
+    """(reasoning, answer) in one of the manners: thorough, careful, careless or plain."""
     query, draw = user.query, rng.random()
     opening, shown = OPENING.format(query.keyword), {post.column: post for post in posts}
     if posts and draw < phase.thorough + phase.careful + phase.careless:
@@ -366,14 +374,16 @@ class Muon(torch.optim.Optimizer):
     CPUs is ten times slower than float32.
     """
 
-    def __init__(self, groups: list[dict], lr=0.01, momentum=0.95):
+    def __init__(self, groups: list[dict], lr: float, momentum=0.95):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "parts": 1})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(mean, group["momentum"])  # Nesterov
                 x = update.unflatten(0, (group["parts"], -1))  # [parts, rows, columns]
@@ -392,15 +402,15 @@ class Muon(torch.optim.Optimizer):
 def look_back(decoder: Decoder, strength=6.4, pairs=6) -> None:
     """Makes the first layer's first key head, and the queries that share it, see the token before.
 
-    By bias alone: the query's is (s, 0) in each of the fastest channel pairs, the key's the same
-    turned one position on, so the scores hold s^2 cos(f (distance - 1)) for every frequency f.
+    By bias alone: the query's is about (s, 0) in each of the fastest channel pairs, the key's the
+    same turned one position on, so the scores hold s^2 cos(f (distance - 1)) for each frequency f.
     Looking up what followed a token needs such a head first, and training takes long to find it:
     with it the copying of `repeats` appears after 150 steps, without it after 400.
     """
     layer, angles = decoder.layers[0], decoder.frequencies[:pairs]
-    (heads, groups, _), half = layer.heads, layer.c.head_dim // 2
+    (heads, kv_heads, _), half = layer.heads, layer.c.head_dim // 2
     bias = layer.qkv.bias.view(-1, layer.c.head_dim)  # [heads, D], the keys' behind the queries'
-    bias[: heads // groups, :pairs] = strength
+    bias[: heads // kv_heads, :pairs] = strength
     bias[heads, :pairs] = strength * angles.cos()
     bias[heads, half : half + pairs] = strength * angles.sin()
 
@@ -451,18 +461,18 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
         {"params": [matrix for layer in layers for matrix in (layer.o.weight, layer.down.weight)]},
     ]
     others = [p for n, p in decoder.named_parameters() if p.dim() != 2 or n.startswith("embed")]
-    optimizers = [Muon(matrices), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
-    peaks = [0.01, 3e-3]
+    optimizers = [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     ends = [round(steps * sum(p.share for p in PHASES[: n + 1])) for n in range(len(PHASES))]
     first = steps // 5
     bar, smooth = tqdm(range(-first, steps), "pretrain", disable=None), None
     for step in bar:
-        phase = PHASES[min(sum(step >= end for end in ends), len(PHASES) - 1)]
+        phase = PHASES[sum(step >= end for end in ends)]
         # A short warm-up, then flat, then down to a twentieth over three fifths of the steps.
         scale = min(1.0, (first + step + 1) / 20, 0.05 + 0.95 * (steps - step) / (0.6 * steps))
-        for optimizer, peak in zip(optimizers, peaks):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * scale
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * scale
         if step < 0:
             batch = repeats(rng, tokenizer, rows)
         else:
@@ -608,10 +618,10 @@ class Options:
     out: str = "toy"  # directory that gets lamp/, policy/ and encoder/
     train_users: int = 400  # records of LaMP-4 to learn from; half as many of the other two
     dev_users: int = 200  # records of other users, held out; half as many of the other two
-    pretrain_steps: int = 750  # of the policy, 32 rows each, after the repeats
+    pretrain_steps: int = 750  # of the policy, 32 rows each, after a fifth as many of repeats
     encoder_steps: int = 100  # of the encoder, 64 pairs each
     threads: int = 1  # CPU threads; another number changes the last bits of the weights
-    seed: int = 0  # of everything random
+    seed: int = 0  # of users, weights and training
 
 
 def main(o: Options) -> None:
