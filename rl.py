@@ -452,7 +452,7 @@ def draw_curves(out: Path, before: float) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = prlm.read_lines(out / "metrics.jsonl")
     scored = [(0, before)]
     scored += [(line["step"], line["eval_rouge-l"]) for line in lines if "eval_rouge-l" in line]
     figure = Figure(figsize=(7, 3.5), layout="constrained")

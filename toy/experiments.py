@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
+import make
+
 import eval as scoring
 import prlm
 import retrieve
@@ -48,6 +50,7 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "profile": ("reward model sees the profile", {}),
 }
 MAIN = ["sft", "no_reasoning", "prlm"]
+SPECIAL_JUDGES = ["untrained", "profile"]  # arms whose reward model rl.py does not make by itself
 ABLATIONS = ["prlm", "no_reasoning", "no_judge", "untrained", "negatives4", "profile"]
 RETRIEVERS, ITEMS = ["random", "recency", "bm25", "dense"], [1, 2, 4, 8]
 TASK = "LaMP-4"  # of everything but the main table
@@ -86,8 +89,8 @@ def fine_tune(o: rl.Options) -> None:
     out = Path(o.out)
     decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
     train, held = (retrieve.load_lamp(o.data, o.task, split) for split in ("train", "dev"))
-    prompts, name = retrieve.make_prompts(o, tokenizer, train), retrieve.TASKS[o.task].answer
-    texts = [f"<answer>\n{{'{name}': '{example.target}'}}\n</answer>" for example in train]
+    prompts = retrieve.make_prompts(o, tokenizer, train)
+    texts = [make.answer_block(o.task, example.target) for example in train]
     answers = [[*tokenizer.encode(text), min(tokenizer.eos_ids)] for text in texts]
     optimizer, lines = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0), []
     for step in range(o.steps):
@@ -127,12 +130,18 @@ class ProfileModel(reward.RewardModel):
         return super().score([self.shown[query.strip()] for query in queries], answers)
 
 
+def judge_folder(o: rl.Options, arm: str) -> Path:
+    """Where the report of a run's reward model lies."""
+    out = Path(o.out)
+    return out.with_name(f"judge{o.seed}") if arm in SPECIAL_JUDGES else out / "reward"
+
+
 def special_judge(o: rl.Options, arm: str) -> reward.RewardModel | None:
-    """The reward models that rl.py does not make by itself, with their report beside the run."""
-    if arm not in ("untrained", "profile"):
+    """Makes the reward models that rl.py does not, with their report beside the run."""
+    if arm not in SPECIAL_JUDGES:
         return None
     torch.manual_seed(o.seed)
-    encoder, folder = prlm.load_encoder(o.encoder), Path(o.out).with_name(f"judge{o.seed}")
+    encoder, folder = prlm.load_encoder(o.encoder), judge_folder(o, arm)
     model = reward.RewardModel(encoder) if arm == "untrained" else ProfileModel(encoder, o)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "pairs.json").is_file():
@@ -262,9 +271,12 @@ def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws=10_000) -> tuple[float
     return min(1.0, 2 * tail / (draws + 1)), float(low), float(high)
 
 
-def compare(o: Options, task: str, rows: dict[str, list[Cell]], ours: str) -> list[dict]:
-    """A line a row: mean and spread of each metric over its seeds, and `ours` against it."""
-    users = {name: [scores_of(o, cell) for cell in cells] for name, cells in rows.items()}
+def compare(scores: dict, task: str, rows: dict[str, list[Cell]], ours: str) -> list[dict]:
+    """A line a row: mean and spread of each metric over its seeds, and `ours` against it.
+
+    `scores` holds scores_of each cell.
+    """
+    users = {name: [scores[cell] for cell in cells] for name, cells in rows.items()}
     best = np.mean([scores["rouge-l"] for scores in users[ours]], 0)  # [N]
     lines = []
     for name, seeds in users.items():
@@ -280,16 +292,12 @@ def compare(o: Options, task: str, rows: dict[str, list[Cell]], ours: str) -> li
     return lines
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def correlation(path: Path) -> tuple[float, float]:
     """Pearson's r of the learned reward and ROUGE over a run's samples: all, and within groups.
 
     Within: both minus the mean of their prompt's group, which is all that advantages see.
     """
-    samples = [line for line in read_lines(path) if line["personalization"] > 0]
+    samples = [line for line in prlm.read_lines(path) if line["personalization"] > 0]
     pairs = np.array([[line["personalization"], line["accuracy"]] for line in samples])
     groups = np.unique([f"{line['step']} {line['id']}" for line in samples], return_inverse=True)[1]
     sums = np.stack([np.bincount(groups, column) for column in pairs.T], 1)
@@ -302,12 +310,9 @@ def judges(o: Options, seeds: range) -> list[dict]:
     lines = []
     for arm in ("prlm", "negatives4", "untrained", "profile"):
         for seed in seeds:
-            run = Path(options_of(o, TASK, arm, seed).out)
-            folder = (
-                run / "reward" if arm in ("prlm", "negatives4") else run.with_name(f"judge{seed}")
-            )
-            report = prlm.read_json(folder / "report.json")
-            total, within = correlation(run / "samples.jsonl")
+            run = options_of(o, TASK, arm, seed)
+            report = prlm.read_json(judge_folder(run, arm) / "report.json")
+            total, within = correlation(Path(run.out) / "samples.jsonl")
             lines.append(
                 {"row": ARMS[arm][0], "seed": seed, **report, "r": total, "r_group": within}
             )
@@ -320,7 +325,7 @@ def efforts(o: Options, task: str, arms: list[str], seeds: range) -> list[dict]:
     for arm in arms:
         for seed in seeds:
             run = options_of(o, task, arm, seed)
-            metrics, rows = read_lines(Path(run.out) / "metrics.jsonl"), run.prompts_per_step
+            metrics, rows = prlm.read_lines(Path(run.out) / "metrics.jsonl"), run.prompts_per_step
             size = rows * run.group_size
             sampled = sum(line.get("completion_tokens", 0) * size for line in metrics)
             seconds = sum(
@@ -382,12 +387,12 @@ def draw_curves(o: Options, arms: list[str], seeds: range, path: Path) -> None:
     panels = {
         "eval_rouge-l": "held-out ROUGE-L, greedy",
         "completion_tokens": "tokens a completion",
+        "format": "reasoning closed",
     }
-    panels["format"] = "reasoning closed"
     for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for arm in arms:
             runs = [Path(options_of(o, TASK, arm, seed).out) for seed in seeds]
-            logs = [read_lines(run / "metrics.jsonl") for run in runs]
+            logs = [prlm.read_lines(run / "metrics.jsonl") for run in runs]
             if any(key not in line for log in logs for line in log[-1:]):
                 continue
             steps = [line["step"] for line in logs[0] if key in line]
@@ -407,7 +412,7 @@ def draw_grid(grid: list[dict], path: Path) -> None:
     """Held-out ROUGE-L by k, a line a retriever, a panel a policy."""
     from matplotlib.figure import Figure
 
-    figure, names = Figure(figsize=(10, 3.2), layout="constrained"), []
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
     names = list(dict.fromkeys(line["row"] for line in grid))
     for axis, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
         for retriever in RETRIEVERS:
@@ -492,8 +497,8 @@ def main(o: Options) -> None:
         rows = {
             "no profile": [Cell(task, "prlm", None, k=0)],
             "RAG base": [Cell(task, "prlm", None)],
+            "RAG base, reasoning closed": [Cell(task, "no_reasoning", None)],
         }
-        rows["RAG base, reasoning closed"] = [Cell(task, "no_reasoning", None)]
         rows |= {ARMS[arm][0]: [Cell(task, arm, seed) for seed in seeds] for arm in MAIN}
         main_rows[task] = rows
     ablations = {ARMS[arm][0]: [Cell(TASK, arm, seed) for seed in seeds] for arm in ABLATIONS}
@@ -511,17 +516,17 @@ def main(o: Options) -> None:
     cells = dict.fromkeys(cell for group in groups for cell in group)
     share_out(o, {cell.path(o).stem: partial(answer, o, cell) for cell in cells}, "answers")
 
-    ours = ARMS["prlm"][0]
+    ours, scores = ARMS["prlm"][0], {cell: scores_of(o, cell) for cell in cells}
     results = {
-        "main": [line for t, rows in main_rows.items() for line in compare(o, t, rows, ours)]
+        "main": [line for t, rows in main_rows.items() for line in compare(scores, t, rows, ours)]
     }
     results["efforts"] = efforts(o, TASK, MAIN if o.quick else list(ARMS), seeds)
     if not o.quick:
-        results["ablations"] = compare(o, TASK, ablations, ours)
+        results["ablations"] = compare(scores, TASK, ablations, ours)
         results["grid"] = [
             {"row": name, "retriever": retriever, "k": k}
-            | {"rouge-l": float(np.mean([scores_of(o, cell)["rouge-l"].mean() for cell in cells]))}
-            for (name, retriever, k), cells in grid.items()
+            | {"rouge-l": float(np.mean([scores[cell]["rouge-l"].mean() for cell in policies]))}
+            for (name, retriever, k), policies in grid.items()
         ]
         results["judges"] = judges(o, seeds)
     prlm.write_json(Path(o.out) / "results.json", results)

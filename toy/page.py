@@ -7,7 +7,6 @@ parts of the reward, the advantage, and each token shaded by how unlikely it was
     python toy/page.py --run runs/toy        # writes runs/toy/report.html
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -127,10 +126,7 @@ def groups(samples: list[dict], tokenizer: Tokenizer, prompts: int) -> str:
 
 def render(run: Path, shown: int, prompts: int) -> str:
     """The page of a run, complete or not; ValueError if it has no step yet."""
-    metrics, samples = (
-        [json.loads(line) for line in (run / f"{name}.jsonl").read_text("utf-8").splitlines()]
-        for name in ("metrics", "samples")
-    )
+    metrics, samples = (prlm.read_lines(run / f"{name}.jsonl") for name in ("metrics", "samples"))
     if not metrics:
         raise ValueError(f"{run}: no step is done yet")
     options = prlm.read_json(run / "config.json")
