@@ -45,226 +45,6 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ---- Files: never half-written, never trusted -----------------------------------------------
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
-
-    A reader, or a run that was killed, finds the old file or the new one, never a part of one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say which file it was
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path, kind: type = dict):
-    """The JSON of a file whose top level is a `kind`; ValueError names the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); is the download complete?") from None
-    if not isinstance(value, kind):
-        name = "list" if kind is list else "object"
-        raise ValueError(f"{path}: the top level is not a JSON {name}")
-    return value
-
-
-def read_lines(path) -> list[dict]:
-    """The records of a JSON Lines file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-    "U64": torch.uint64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def read_safetensors(path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
-
-    Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
-    data_offsets}}; the bytes, which the ranges must tile: no hole, no overlap, nothing behind.
-    Writing to a tensor does not change the file. ValueError names the file and what is wrong.
-    """
-
-    def unique(pairs):
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice in the header")
-        return dict(pairs)
-
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > min(size, 8 + 100_000_000):
-                raise ValueError("the file ends before its header; is the download complete?")
-            header = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=unique)
-            if not isinstance(header, dict):
-                raise ValueError("the header is not a JSON object")
-            ranges = _ranges(header, size - start)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    tensors, data = {}, torch.frombuffer(data, dtype=torch.uint8)
-    for name, (begin, end, dtype, shape) in ranges.items():
-        flat = data[start + begin : start + end]
-        if (start + begin) % dtype.itemsize:  # the format does not promise alignment
-            flat = flat.clone()
-        tensors[name] = flat.view(dtype).view(shape)
-    return tensors
-
-
-def _ranges(header: dict, size: int) -> dict[str, tuple]:
-    """name -> (begin, end, dtype, shape), all checked against each other and the buffer's size."""
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("__metadata__ is not a map of strings")
-    ranges = {}
-    for name, entry in header.items():
-        entry = entry if isinstance(entry, dict) else {}
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{name}: unknown dtype {dtype!r}")
-        for numbers in (shape, offsets):
-            if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"{name}: shape and data_offsets must be lists of numbers >= 0")
-        if math.prod(max(n, 1) for n in shape) > 2**60:
-            raise ValueError(f"{name}: shape {shape} is too large")
-        wanted = math.prod(shape) * DTYPES[dtype].itemsize
-        if len(offsets) != 2 or offsets[1] - offsets[0] != wanted:
-            raise ValueError(f"{name}: data_offsets {offsets} do not hold {dtype} {shape}")
-        ranges[name] = (*offsets, DTYPES[dtype], shape)
-    place = 0
-    for begin, end, name in sorted((*r[:2], name) for name, r in ranges.items()):
-        if begin != place:
-            raise ValueError(f"{name}: its bytes start at {begin} instead of at {place}")
-        place = end
-    if place != size:
-        raise ValueError(f"the tensors fill {place} bytes, but {size} follow the header")
-    return ranges
-
-
-def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    metadata = {"format": "pt"} if metadata is None else metadata
-    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-        raise ValueError(f"{path}: metadata must map strings to strings")
-    header, offset = {"__metadata__": metadata}, 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
-    for name in order:
-        x, begin = tensors[name], offset
-        if name in header or x.dtype not in codes:
-            raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
-        offset += x.numel() * x.element_size()
-        header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}
-        header[name]["data_offsets"] = [begin, offset]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)
-            if len(flat):  # torch does not view nothing as bytes
-                file.write(flat.view(torch.uint8).numpy())
-
-
-def read_checkpoint(directory) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: `model.safetensors`, or exactly the shards its index names."""
-    directory = Path(directory)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return read_safetensors(single)
-    if not index.is_file():
-        hint = ""
-        if list(directory.glob("pytorch_model*.bin")):
-            hint = "; a pickled pytorch_model.bin is not opened here: save it as safetensors first"
-        raise FileNotFoundError(f"{directory}: no {single.name} and no {index.name}{hint}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-        raise ValueError(f"{index}: no weight_map from names to files")
-    tensors = {}
-    for shard in sorted(set(shards.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # so no way out of the directory
-            raise ValueError(f"{index}: shard {shard!r} is not a plain .safetensors file name")
-        found = read_safetensors(directory / shard)
-        odd = {name for name, file in shards.items() if file == shard} ^ found.keys()
-        if odd:
-            raise ValueError(f"{directory / shard}: differs from {index.name} in {min(odd)}")
-        tensors |= found
-    return tensors
-
-
-def checkpoint_views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
-    """A checkpoint's weight names, each with the part of a parameter that holds it.
-
-    `names` translates each step of a parameter's path. A fused matrix has several names, one for
-    each block of its rows: its `rows` say where they are cut, without it they are equal.
-    """
-    found = {}
-    for path, parameter in module.named_parameters():
-        *outer, own, kind = path.split(".")
-        prefix = "".join(f"{names.get(step, step)}." for step in outer)
-        fused = names[own].split()
-        linear = module.get_submodule(".".join([*outer, own]))
-        blocks = parameter.detach().split(getattr(linear, "rows", len(parameter) // len(fused)))
-        found |= {f"{prefix}{name}.{kind}": b for name, b in zip(fused, blocks, strict=True)}
-    return found
-
-
-def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
-    """make() with a checkpoint's weights: allocated once, each view of it written exactly once."""
-    with torch.device("meta"):
-        module = make()
-    module = module.to(dtype).to_empty(device=device).eval()
-    views = module.views()
-    missing, left = views.keys() - tensors.keys(), tensors.keys() - views.keys()
-    for problem, names in (("lacks", missing), ("has weights that do not belong here:", left)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            names = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{directory}: the checkpoint {problem} {names}{more}")
-    for name, view in views.items():
-        found = tensors[name]
-        if found.shape != view.shape or not found.is_floating_point():
-            kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
-            raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
-        view.copy_(found)
-    return module
-
-
-def positive(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
-    """The number raw[key] of a config, or the default where it is absent or null."""
-    value = default if raw.get(key) is None else raw[key]
-    good = isinstance(value, int | kind) and not isinstance(value, bool)
-    if not good or not least <= value < 1e18:
-        raise ValueError(f"{where}: {key!r} must be a number above 0, not {value!r}")
-    return kind(value)
-
-
 # ---- The decoder ----------------------------------------------------------------------------
 
 
@@ -1058,6 +838,226 @@ def load_tokenizer(directory) -> Tokenizer:
     texts.pop("config.json", None)  # the model's, not the tokenizer's
     pad = next(iter(ids_of("pad_token")), None)
     return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | texts)
+
+
+# ---- Files: never half-written, never trusted -----------------------------------------------
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
+
+    A reader, or a run that was killed, finds the old file or the new one, never a part of one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path, kind: type = dict):
+    """The JSON of a file whose top level is a `kind`; ValueError names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); is the download complete?") from None
+    if not isinstance(value, kind):
+        name = "list" if kind is list else "object"
+        raise ValueError(f"{path}: the top level is not a JSON {name}")
+    return value
+
+
+def read_lines(path) -> list[dict]:
+    """The records of a JSON Lines file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+    "U64": torch.uint64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def read_safetensors(path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
+
+    Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
+    data_offsets}}; the bytes, which the ranges must tile: no hole, no overlap, nothing behind.
+    Writing to a tensor does not change the file. ValueError names the file and what is wrong.
+    """
+
+    def unique(pairs):
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key stands twice in the header")
+        return dict(pairs)
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if size < 8 or start > min(size, 8 + 100_000_000):
+                raise ValueError("the file ends before its header; is the download complete?")
+            header = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=unique)
+            if not isinstance(header, dict):
+                raise ValueError("the header is not a JSON object")
+            ranges = _ranges(header, size - start)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    tensors, data = {}, torch.frombuffer(data, dtype=torch.uint8)
+    for name, (begin, end, dtype, shape) in ranges.items():
+        flat = data[start + begin : start + end]
+        if (start + begin) % dtype.itemsize:  # the format does not promise alignment
+            flat = flat.clone()
+        tensors[name] = flat.view(dtype).view(shape)
+    return tensors
+
+
+def _ranges(header: dict, size: int) -> dict[str, tuple]:
+    """name -> (begin, end, dtype, shape), all checked against each other and the buffer's size."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not a map of strings")
+    ranges = {}
+    for name, entry in header.items():
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{name}: unknown dtype {dtype!r}")
+        for numbers in (shape, offsets):
+            if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+                raise ValueError(f"{name}: shape and data_offsets must be lists of numbers >= 0")
+        if math.prod(max(n, 1) for n in shape) > 2**60:
+            raise ValueError(f"{name}: shape {shape} is too large")
+        wanted = math.prod(shape) * DTYPES[dtype].itemsize
+        if len(offsets) != 2 or offsets[1] - offsets[0] != wanted:
+            raise ValueError(f"{name}: data_offsets {offsets} do not hold {dtype} {shape}")
+        ranges[name] = (*offsets, DTYPES[dtype], shape)
+    place = 0
+    for begin, end, name in sorted((*r[:2], name) for name, r in ranges.items()):
+        if begin != place:
+            raise ValueError(f"{name}: its bytes start at {begin} instead of at {place}")
+        place = end
+    if place != size:
+        raise ValueError(f"the tensors fill {place} bytes, but {size} follow the header")
+    return ranges
+
+
+def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    metadata = {"format": "pt"} if metadata is None else metadata
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError(f"{path}: metadata must map strings to strings")
+    header, offset = {"__metadata__": metadata}, 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    for name in order:
+        x, begin = tensors[name], offset
+        if name in header or x.dtype not in codes:
+            raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
+        offset += x.numel() * x.element_size()
+        header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}
+        header[name]["data_offsets"] = [begin, offset]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            if len(flat):  # torch does not view nothing as bytes
+                file.write(flat.view(torch.uint8).numpy())
+
+
+def read_checkpoint(directory) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `model.safetensors`, or exactly the shards its index names."""
+    directory = Path(directory)
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return read_safetensors(single)
+    if not index.is_file():
+        hint = ""
+        if list(directory.glob("pytorch_model*.bin")):
+            hint = "; a pickled pytorch_model.bin is not opened here: save it as safetensors first"
+        raise FileNotFoundError(f"{directory}: no {single.name} and no {index.name}{hint}")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise ValueError(f"{index}: no weight_map from names to files")
+    tensors = {}
+    for shard in sorted(set(shards.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # so no way out of the directory
+            raise ValueError(f"{index}: shard {shard!r} is not a plain .safetensors file name")
+        found = read_safetensors(directory / shard)
+        odd = {name for name, file in shards.items() if file == shard} ^ found.keys()
+        if odd:
+            raise ValueError(f"{directory / shard}: differs from {index.name} in {min(odd)}")
+        tensors |= found
+    return tensors
+
+
+def checkpoint_views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+    """A checkpoint's weight names, each with the part of a parameter that holds it.
+
+    `names` translates each step of a parameter's path. A fused matrix has several names, one for
+    each block of its rows: its `rows` say where they are cut, without it they are equal.
+    """
+    found = {}
+    for path, parameter in module.named_parameters():
+        *outer, own, kind = path.split(".")
+        prefix = "".join(f"{names.get(step, step)}." for step in outer)
+        fused = names[own].split()
+        linear = module.get_submodule(".".join([*outer, own]))
+        blocks = parameter.detach().split(getattr(linear, "rows", len(parameter) // len(fused)))
+        found |= {f"{prefix}{name}.{kind}": b for name, b in zip(fused, blocks, strict=True)}
+    return found
+
+
+def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
+    """make() with a checkpoint's weights: allocated once, each view of it written exactly once."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device=device).eval()
+    views = module.views()
+    missing, left = views.keys() - tensors.keys(), tensors.keys() - views.keys()
+    for problem, names in (("lacks", missing), ("has weights that do not belong here:", left)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            names = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{directory}: the checkpoint {problem} {names}{more}")
+    for name, view in views.items():
+        found = tensors[name]
+        if found.shape != view.shape or not found.is_floating_point():
+            kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
+            raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
+        view.copy_(found)
+    return module
+
+
+def positive(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
+    """The number raw[key] of a config, or the default where it is absent or null."""
+    value = default if raw.get(key) is None else raw[key]
+    good = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not good or not least <= value < 1e18:
+        raise ValueError(f"{where}: {key!r} must be a number above 0, not {value!r}")
+    return kind(value)
 
 
 # ---- Several processes, which torchrun starts -----------------------------------------------
