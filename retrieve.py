@@ -35,18 +35,14 @@ from prlm import Encoder, Ragged, Tokenizer, read_json
 # ---- Tasks and records -----------------------------------------------------------------------
 
 
-TaskName = Literal["LaMP-4", "LaMP-5", "LaMP-7"]
-Split = Literal["train", "dev", "test"]
-Retriever = Literal["none", "random", "recency", "bm25", "dense"]
-
-
 @dataclass(frozen=True)
 class Task:
-    """What differs between the three LaMP tasks."""
+    """All that makes one task differ from another: to add a task, add an entry to TASKS."""
 
-    prefix: str  # LaMP's instruction in front of every input
+    prefix: str  # the task's own instruction at the start of every input; no part of the query
     fields: dict[str, str]  # a profile item's keys, in the order shown, and the names they show
     request: str  # with a profile it follows "Based on the historical profiles provided, "
+    penalty: float = 0.0  # personalization reward of an answer that is empty or the placeholder
 
     @property
     def answer(self) -> str:
@@ -63,6 +59,7 @@ TASKS = {
         prefix="Generate a headline for the following article: ",
         fields={"text": "text", "title": "title"},
         request="generate a title for the given text from the user.",
+        penalty=-10.0,  # the authors': a learned reward likes such answers, and RL finds that out
     ),
     "LaMP-5": Task(
         prefix="Generate a title for the following abstract of a paper: ",
@@ -74,7 +71,15 @@ TASKS = {
         fields={"text": "tweet"},
         request="paraphrase the user's input tweet in the style of the user's historical tweets.",
     ),
+    "commits": Task(  # any git repository: toy/commits.py writes the files
+        prefix="Generate a subject line for the following commit message: ",
+        fields={"body": "body", "subject": "subject"},
+        request="generate a subject for the given commit body from the user.",
+    ),
 }
+TaskName = Literal[tuple(TASKS)]
+Split = Literal["train", "dev", "test"]
+Retriever = Literal["none", "random", "recency", "bm25", "dense"]
 
 
 def task_of(name: str) -> Task:
@@ -392,7 +397,7 @@ def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
 class PromptOptions:
     model: str = "toy/policy"  # checkpoint directory of the policy
     data: str = "toy/lamp"  # directory with LaMP's files
-    task: TaskName = "LaMP-4"  # which of LaMP's generation tasks
+    task: TaskName = "LaMP-4"  # an entry of TASKS in retrieve.py
     retriever: Retriever = "bm25"  # how profile items are ranked
     k: int = 4  # profile items in the prompt
     idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight

@@ -7,13 +7,14 @@ import os
 import random
 import re
 import signal
+import typing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, write_lamp
 
 import prlm
 import retrieve as module
@@ -23,6 +24,7 @@ PREFIX = {
     "LaMP-4": "Generate a headline for the following article: ",
     "LaMP-5": "Generate a title for the following abstract of a paper: ",
     "LaMP-7": "Paraphrase the following tweet without any explanation before or after it: ",
+    "commits": "Generate a subject line for the following commit message: ",
 }
 ITEM = {"text": "a text", "title": "A Title", "id": "3000"}
 
@@ -176,6 +178,43 @@ class TestLoadLamp:
         for e in examples:
             assert e.target and e.query and not e.query.startswith("Paraphrase the following")
             assert len(places(retrieve(e, 4), e)) == min(4, len(e.profile))
+
+
+class TestTasks:
+    """A task is one entry of TASKS: nothing else names it."""
+
+    @pytest.mark.parametrize("task", PREFIX)
+    def test_everything_follows_from_the_entry(self, world, tmp_path, task):
+        assert [*PREFIX] == [*module.TASKS] == [*typing.get_args(module.TaskName)]
+        folder, names = tmp_path / task.replace("-", "_"), module.TASKS[task].fields
+        write_lamp(folder, task)
+        write_lamp(tmp_path / "plain", task)
+        parsed, _ = prlm.parse_options(module.Options, "", ["--task", task])
+        for directory in (tmp_path, folder, tmp_path / "plain"):
+            o = replace(parsed, data=str(directory), model=str(world / "policy"), k=1)
+            examples = load_lamp(o.data, o.task, "train")
+            assert all(e.task == task and e.query and e.target for e in examples)
+            shown = build_messages(examples[0], retrieve(examples[0], 1))[1]["content"]
+            assert all(f"'{name}': '" in shown for name in names.values())
+        for other in PREFIX.keys() - {task}:
+            bad = [record(task=other, profile=[dict.fromkeys(names, "x")])]
+            write(folder, bad, {"300": ""}, "dev", folder.name)
+            with pytest.raises(ValueError, match=f"belongs to {other}"):
+                load_lamp(tmp_path, task, "dev")
+
+    def test_one_more(self, tmp_path, monkeypatch):
+        mine = module.Task("Answer: ", {"q": "question", "a": "reply"}, "write it.", penalty=-2.0)
+        monkeypatch.setitem(module.TASKS, "my-mails", mine)
+        item = {"q": "why?", "a": "so"}
+        good = {"id": 1, "input": "Answer: how?", "profile": [item]}
+        write(tmp_path / "my_mails", [good], {1: "thus"}, task="my_mails")
+        (e,) = load_lamp(tmp_path, "my-mails", "dev")
+        assert (e.query, e.target, mine.placeholder) == ("how?", "thus", "generated reply")
+        user = build_messages(e, retrieve(e, 1))[1]["content"]
+        assert user.startswith("'question': 'why?' 'reply': 'so'\nBased on ")
+        assert user.endswith("'question': 'how?' 'reply':")
+        with pytest.raises(ValueError, match="my-mails"):
+            load_lamp(tmp_path, "my mails", "dev")
 
 
 def naive_bm25(corpus, query, k1=1.5, b=0.75, idf="okapi"):
@@ -413,16 +452,18 @@ class TestPrompt:
         ("LaMP-4", "title", "'text': 'it’s' 'title': 'B'", "'text': 'the query' 'title':"),
         ("LaMP-5", "title", "'abstract': 'C' 'title': 'B'", "'abstract': 'the query' 'title':"),
         ("LaMP-7", "tweet", "'tweet': 'it’s'", "'tweet': 'the query'"),
+        ("commits", "subject", "'body': 'D' 'subject': 'B'", "'body': 'the query' 'subject':"),
     ])  # fmt: skip
     def test_parts_and_their_order(self, task, key, item, question):
         e = example(" the query ", task=task)
         one = {"title": "B ", "text": " it’s ", "abstract": "C\n", "id": "1", "date": "2016"}
+        one |= {"body": "D ", "subject": "\nB"}
         system, user = messages = build_messages(e, [one, dict.fromkeys(one, "2"), one])
         assert (system["role"], user["role"]) == ("system", "user")
         for tags in ("<think>\n", "\n</think>\n<answer>\n", "\n</answer>"):
             assert system["content"].count(tags) == 1
         items, request, asked = parts(messages)
-        assert items == [item, re.sub("(?<= ')(it’s|B|C)(?=')", "2", item), item]
+        assert items == [item, re.sub("(?<= ')(it’s|B|C|D)(?=')", "2", item), item]
         start = "Based on the historical profiles provided, "
         assert request.startswith(start) and f"{{'{key}': 'generated {key}'}}" in request
         assert item.split("'")[1] in request and asked == question

@@ -30,7 +30,7 @@ class TestWorld:
             assert query.keyword not in {post.keyword for post in user.posts}
             assert {post.sign_off for post in user.posts} == {query.sign_off}
 
-    @pytest.mark.parametrize("task", list(retrieve.TASKS))
+    @pytest.mark.parametrize("task", make.TASKS)
     def test_lamps_files_hold_the_users(self, tmp_path, task):
         users = [make.make_user(random.Random(seed)) for seed in range(4)]
         make.write_lamp(task, {"train": users[:3], "dev": users[3:]}, tmp_path)
@@ -194,7 +194,7 @@ class TestPage:
             page.main(page.Options(run=str(tmp_path / "run")))
 
 
-@pytest.mark.parametrize("task", list(retrieve.TASKS))
+@pytest.mark.parametrize("task", make.TASKS)
 def test_the_shipped_toy_fits_the_prompts(task):
     """The policy knows the prompt's sentences as whole tokens: after a change, build it anew."""
     tokenizer = prlm.load_tokenizer(TOY / "policy")

@@ -46,6 +46,7 @@ from retrieve import Example
 
 # ---- The world ------------------------------------------------------------------------------
 
+TASKS = ["LaMP-4", "LaMP-5", "LaMP-7"]  # whose form the world takes
 DAYS = ["(monday)", "(tuesday)", "(wednesday)", "(thursday)", "(friday)", "(saturday)", "(sunday)"]
 COLUMNS = ["[diary]", "[corner]", "[desk]", "[letters]", "[ledger]", "[lens]", "[beat]", "[digest]"]
 WORDS = """
@@ -210,7 +211,7 @@ QWEN_SPLIT = (
 
 def fixed_pieces() -> list[str]:
     """What the prompt and the answer are framed with: a token each, so the prompts stay short."""
-    asked = [retrieve.instruction(task, p) for task in retrieve.TASKS for p in (True, False)]
+    asked = [retrieve.instruction(task, p) for task in TASKS for p in (True, False)]
     pieces = [retrieve.SYSTEM, *dict.fromkeys(asked), "<answer>", "</answer>"]
     pieces += ["'text':", "'abstract':", "'tweet':", "' 'title':", "{'title':", "{'tweet':"]
     return pieces + [f" {name}" for name in DAYS + COLUMNS]
@@ -590,7 +591,7 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     for step in bar:
         pairs = []
         for user in rng.choices(users, k=rows):
-            post, task = rng.choice(user.posts), rng.choice(list(retrieve.TASKS))
+            post, task = rng.choice(user.posts), rng.choice(TASKS)
             scene = f"{rng.choice(KEYWORDS)} with {rng.choice(PEOPLE)} in {rng.choice(PLACES)}"
             shown = retrieve.show(post.item(task), task)
             pairs.append((f"{scene} on {post.day}", shown, post.day))
@@ -634,7 +635,7 @@ def main(o: Options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     torch.set_num_threads(o.threads)
     out, everyone = Path(o.out), {}
-    for task in retrieve.TASKS:
+    for task in TASKS:
         rng, share = random.Random(f"{o.seed} {task} users"), 1 if task == "LaMP-4" else 2
         counts = {"train": -(-o.train_users // share), "dev": -(-o.dev_users // share)}
         users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
