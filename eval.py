@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import prlm
-from prlm import Decoder, Tokenizer
+from prlm import Completion, Decoder, Tokenizer
 from retrieve import Example, PromptOptions, Split, load_lamp, make_prompts, opening, task_of
 
 # ---- Metrics of two texts -------------------------------------------------------------------
@@ -143,35 +143,93 @@ class EvalOptions(PromptOptions):
     batch_size: int = 64  # completions that are generated together
 
 
+def sample_groups(
+    o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
+    group_size: int = 1, temperature: float = 0.0, description: str = "generate",
+) -> list[list[Completion]]:  # fmt: skip
+    """Completions [P][G]. Prompts of like length share a batch, so that few pads are computed.
+
+    Several processes take turns with the batches, and each gets all the completions.
+    """
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    size = max(1, o.batch_size // group_size)
+    rank, world_size = prlm.place()
+    groups: dict[int, list[Completion]] = {}  # by the prompt's index
+    starts = range(0, len(order), size)[rank::world_size]
+    for start in tqdm(starts, description, disable=None, leave=False):
+        batch = order[start : start + size]
+        found = prlm.generate(
+            decoder,
+            [prompts[n] for n in batch],
+            group_size=group_size,
+            max_new_tokens=o.max_new_tokens,
+            temperature=temperature,
+            eos_ids=tokenizer.eos_ids,
+            seed=o.seed + start,  # other noise in every batch
+        )
+        groups |= zip(batch, found, strict=True)
+    for share in prlm.gather(groups):
+        groups |= share
+    return [groups[n] for n in range(len(prompts))]
+
+
 def complete(
     o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
     group_size: int = 1, temperature: float = 0.0, description: str = "generate",
 ) -> list[list[str]]:  # fmt: skip
-    """Completions as text [P][G]; prompts of like length are batched together."""
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    texts, size, (rank, world) = {}, max(1, o.batch_size // group_size), prlm.place()
-    mine = range(0, len(order), size)[rank::world]  # several processes take turns
-    for start in tqdm(mine, description, disable=None, leave=False):
-        batch = order[start : start + size]
-        how = group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, o.seed + start
-        groups = prlm.generate(decoder, [prompts[n] for n in batch], *how)
-        for n, group in zip(batch, groups, strict=True):
-            texts[n] = [opening(o, tokenizer) + tokenizer.decode(c.tokens) for c in group]
-    for part in prlm.gather(texts):
-        texts |= part
-    return [texts[n] for n in range(len(prompts))]
+    """`sample_groups` as texts [P][G], with what the prompt has already said for the assistant."""
+    groups = sample_groups(o, decoder, tokenizer, prompts, group_size, temperature, description)
+    start = opening(o, tokenizer)
+    return [[start + tokenizer.decode(c.tokens) for c in group] for group in groups]
 
 
-def score(answers: dict[str, str], examples: list[Example]) -> dict[str, float]:
-    """The mean of each metric; ValueError where an example has no target."""
-    totals = dict.fromkeys(METRICS, 0.0)
-    for example in examples:
-        if example.target is None:
-            raise ValueError(f"record {example.id!r} has no output to be scored against")
-        answer, target = answers[example.id], example.target
-        for name, value in {**rouge(answer, target), "bleu": bleu(answer, target)}.items():
-            totals[name] += value / len(examples)
-    return totals
+def score(answer: str, target: str) -> dict[str, float]:
+    """Every metric of METRICS for one answer."""
+    return {**rouge(answer, target), "bleu": bleu(answer, target)}
+
+
+def sample_records(
+    decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
+    options: EvalOptions | None = None, temperature: float = 0.0, description: str = "evaluate",
+) -> list[dict]:  # fmt: skip
+    """What the policy is asked and says, a JSON-ready dictionary for each example.
+
+    Keys: id, query, target, prompt and completion (text), answer, finished, tokens (the
+    completion's ids), logprobs (of these tokens), and every metric if there is a target.
+    """
+    o = options or EvalOptions()
+    prompts = make_prompts(o, tokenizer, examples)
+    groups = sample_groups(
+        o, decoder, tokenizer, prompts, temperature=temperature, description=description
+    )
+    records = []
+    for example, prompt, (completion,) in zip(examples, prompts, groups, strict=True):
+        text = opening(o, tokenizer) + tokenizer.decode(completion.tokens)
+        record = {
+            "id": example.id,
+            "query": example.query,
+            "target": example.target,
+            "prompt": tokenizer.decode(prompt),
+            "completion": text,
+            "answer": extract_answer(text, example.task),
+            "finished": completion.finished,
+            "tokens": completion.tokens,
+            "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
+        }
+        if example.target is not None:
+            record |= score(record["answer"], example.target)
+        records.append(record)
+    return records
+
+
+def mean_scores(records: list[dict]) -> dict[str, float]:
+    """The mean of each metric over sample records; {} if a record has no target, or none is there.
+
+    LaMP withholds the targets of its test split.
+    """
+    if not records or any(record["target"] is None for record in records):
+        return {}
+    return {name: sum(r[name] / len(records) for r in records) for name in METRICS}
 
 
 def evaluate(
@@ -180,15 +238,36 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """(mean scores, answers by record id), greedy unless a temperature is given.
 
-    Records without targets (LaMP withholds those of its test split) get answers, not scores.
+    The scores are {} where targets are withheld.
     """
-    o = options or EvalOptions()
-    prompts = make_prompts(o, tokenizer, examples)
-    texts = complete(o, decoder, tokenizer, prompts, 1, temperature, description)
-    pairs = zip(examples, texts, strict=True)
-    answers = {example.id: extract_answer(text, example.task) for example, (text,) in pairs}
-    withheld = any(example.target is None for example in examples)
-    return {} if withheld or not examples else score(answers, examples), answers
+    records = sample_records(decoder, tokenizer, examples, options, temperature, description)
+    return mean_scores(records), {record["id"]: record["answer"] for record in records}
+
+
+def why_empty(record: dict, task: str) -> str:
+    """Why a sample record's answer is worth nothing; "" if it is worth something."""
+    if not is_placeholder(record["answer"], task):
+        return ""
+    if record["answer"]:
+        return "the placeholder repeated"
+    if not record["finished"]:
+        return "never finished"
+    if "<think>" in record["completion"].rpartition("</think>")[2]:
+        return "reasoning not closed"
+    return f"no '{task_of(task).answer}' found"
+
+
+def summary(records: list[dict], task: str) -> str:
+    """How many answers are worth nothing, and why, in one line.
+
+    >>> summary([{"answer": "", "finished": False, "completion": "<think>"}], "LaMP-4")
+    '1 of 1 answers is empty or the placeholder: 1 never finished'
+    """
+    reasons = Counter(filter(None, (why_empty(record, task) for record in records)))
+    count = reasons.total()
+    details = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    said = f"{count} of {len(records)} answers {'is' if count == 1 else 'are'} empty"
+    return f"{said} or the placeholder: {details}" if count else said
 
 
 def write_predictions(path, task: str, answers: dict[str, str]) -> None:
@@ -213,21 +292,22 @@ class Options(EvalOptions):
     split: Split = "dev"  # which of LaMP's files
     temperature: float = 0.0  # 0 is greedy
     limit: int = 0  # only the first records; 0 takes all
-    out: str = "runs/eval"  # directory for predictions.json and scores.json
+    out: str = "runs/eval"  # directory for predictions.json, samples.jsonl and scores.json
 
 
 def main(o: Options) -> None:
     device, out = prlm.pick_device(o.device), Path(o.out)
     examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
     decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
-    scores, answers = evaluate(decoder, tokenizer, examples, o, o.temperature)
+    records = sample_records(decoder, tokenizer, examples, o, o.temperature)
+    scores, answers = mean_scores(records), {r["id"]: r["answer"] for r in records}
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "predictions.json", o.task, answers)
+    prlm.write_lines(out / "samples.jsonl", records)
     if scores:
         prlm.write_json(out / "scores.json", scores)
         print(table({f"{o.task} {o.split}, {len(answers)} records": scores}))
-    empty = sum(not answer for answer in answers.values())
-    print(f"{out}/predictions.json: {len(answers)} answers, {empty} of them empty")
+    print(f"{out}/predictions.json and samples.jsonl: {summary(records, o.task)}")
 
 
 if __name__ == "__main__":

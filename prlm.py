@@ -888,6 +888,11 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def write_lines(path, records: list[dict]) -> None:
+    """The records as JSON Lines, what `read_lines` reads."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,

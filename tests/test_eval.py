@@ -290,9 +290,36 @@ class TestEvaluate:
         examples = [*examples[:2], replace(examples[2], target=None)]
         scores, answers = evaluate(decoder, tokenizer, examples, EvalOptions(max_new_tokens=3))
         assert scores == {} and list(answers) == [e.id for e in examples]
-        with pytest.raises(ValueError, match=repr(examples[2].id)):
-            module.score(answers, examples)
+        records = module.sample_records(decoder, tokenizer, examples)
+        assert ["rouge-l" in r for r in records] == [True, True, False]
         assert evaluate(decoder, tokenizer, []) == ({}, {})
+
+    def test_sample_records_hold_all_that_was_said(self, policy):
+        decoder, tokenizer, examples = policy
+        o = EvalOptions(k=2, max_new_tokens=12)
+        for temperature in (0.0, 0.7):
+            records = module.sample_records(decoder, tokenizer, examples, o, temperature)
+            assert [(r["id"], r["query"], r["target"]) for r in records] == [
+                (e.id, e.query, e.target) for e in examples
+            ]
+            prompts = module.make_prompts(o, tokenizer, examples)
+            for record, prompt in zip(records, prompts, strict=True):
+                assert record["prompt"] == tokenizer.decode(prompt)
+                assert record["completion"] == tokenizer.decode(record["tokens"])
+                assert record["answer"] == extract_answer(record["completion"], "LaMP-4")
+                assert record["finished"] == (record["tokens"][-1] in tokenizer.eos_ids)
+                expected = module.score(record["answer"], record["target"])
+                assert {name: record[name] for name in module.METRICS} == expected
+                at = temperature or 1.0
+                logprobs, _ = prlm.token_logprobs(decoder, [prompt], [[record["tokens"]]], at)
+                assert record["logprobs"] == pytest.approx(logprobs.flatten().tolist(), abs=1e-4)
+                assert record["logprobs"] == [round(x, 4) for x in record["logprobs"]]
+            scores, answers = evaluate(decoder, tokenizer, examples, o, temperature)
+            assert answers == {r["id"]: r["answer"] for r in records}
+            assert scores == module.mean_scores(records) and scores.keys() == {*module.METRICS}
+            for name, value in scores.items():
+                each = [record[name] for record in records]
+                assert value == pytest.approx(sum(each) / len(each), rel=1e-12)
 
     def test_predictions_are_lamps_format(self, world, policy, tmp_path):
         answers = {e.id: f"a 'title' é \u2028 \ud83d {n}" for n, e in enumerate(policy[2])}
@@ -304,7 +331,7 @@ class TestEvaluate:
         assert content == {"task": "LaMP_4", "golds": golds}
         assert {e.id: e.target for e in load_lamp(tmp_path, "LaMP-4", "dev")} == answers
 
-    def test_command(self, world, policy, tmp_path):
+    def test_command(self, world, policy, tmp_path, capsys):
         o = module.Options(model=str(world / "policy"), data=str(world / "lamp"), device="cpu",
                            out=str(tmp_path / "a/b"), limit=3, max_new_tokens=9)  # fmt: skip
         module.main(o)
@@ -312,6 +339,38 @@ class TestEvaluate:
         assert json.loads((tmp_path / "a/b/scores.json").read_text()) == pytest.approx(scores)
         golds = json.loads((tmp_path / "a/b/predictions.json").read_text())["golds"]
         assert {gold["id"]: gold["output"] for gold in golds} == answers
+        records = module.sample_records(*policy[:2], policy[2][:3], o)
+        assert prlm.read_lines(tmp_path / "a/b/samples.jsonl") == records
+        assert module.summary(records, "LaMP-4") in capsys.readouterr().out
+
+
+class TestWhyEmpty:
+    @pytest.mark.parametrize(("completion", "finished", "reason"), [
+        ("<think>\nhm\n</think>\n{'title': 'A Start'}", True, ""),
+        ("{'title': 'A Start", False, ""),  # cut off, and yet an answer
+        ("<think>\nhm", False, "never finished"), ("hm", False, "never finished"),
+        ("<think>\n{'title': 'A Start'}", True, "reasoning not closed"),
+        ("</think><think>\n{'title': 'A Start'}", True, "reasoning not closed"),
+        ("<think>\n</think>\nA Start", True, "no 'title' found"),
+        ("", True, "no 'title' found"), ("{'tweet': 'a'}", True, "no 'title' found"),
+        ("{'title': 'generated title'}", True, "the placeholder repeated"),
+        ("{'title': 'Generated Title'}", False, "the placeholder repeated"),
+    ])  # fmt: skip
+    def test_one_reason_each(self, completion, finished, reason):
+        answer = extract_answer(completion, "LaMP-4")
+        record = {"completion": completion, "finished": finished, "answer": answer}
+        assert module.why_empty(record, "LaMP-4") == reason
+
+    def test_counts_add_up(self):
+        texts = ["<think>"] * 3 + ["{'title': 'a'}"] * 4 + ["a"] * 2 + ["{'title': 'b'}</think>"]
+        records = [
+            {"completion": t, "finished": True, "answer": extract_answer(t, "LaMP-4")}
+            for t in texts
+        ]
+        said = "6 of 10 answers are empty or the placeholder: "
+        said += "3 reasoning not closed, 3 no 'title' found"
+        assert module.summary(records, "LaMP-4") == said
+        assert module.summary(records[3:7], "LaMP-4") == "0 of 4 answers are empty"
 
 
 class TestTable:

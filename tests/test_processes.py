@@ -1,5 +1,6 @@
 """Two processes under torchrun make the update of one, lose a peer in one line, and go on."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -31,9 +32,10 @@ def torchrun(*command, **more):
 def noise_by_prompt(real):
     """`generate` with noise by prompt alone: any number of processes samples the same."""
 
-    def generate(decoder, prompts, *how):
-        how = how[:4]  # without the seed
-        return [real(decoder, [prompt], *how, sum(prompt))[0] for prompt in prompts]
+    def generate(decoder, prompts, *how, **named):
+        bound = inspect.signature(real).bind(decoder, prompts, *how, **named).arguments
+        calls = (bound | {"prompts": [prompt], "seed": sum(prompt)} for prompt in prompts)
+        return [real(**call)[0] for call in calls]
 
     return generate
 

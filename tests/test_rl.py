@@ -459,9 +459,9 @@ class TestRun:
     def test_half_precision_samples_from_a_copy_that_follows(self, world, tmp_path, monkeypatch):
         sampled, real = [], prlm.generate
 
-        def generate(decoder, *how):
+        def generate(decoder, *how, **named):
             sampled.append(torch.cat([p.flatten() for p in decoder.parameters()]))
-            return real(decoder, *how)
+            return real(decoder, *how, **named)
 
         monkeypatch.setattr(prlm, "generate", generate)
         o = tiny(world, tmp_path, precision="bfloat16", personalization=0.0, beta=0.1)

@@ -209,7 +209,7 @@ def answer(o: Options, cell: Cell) -> None:
 def scores_of(o: Options, cell: Cell) -> dict[str, np.ndarray]:
     """Each metric of each held-out user [N]."""
     held, answers = retrieve.load_lamp(o.data, cell.task, "dev"), prlm.read_json(cell.path(o))
-    rows = [scoring.score({e.id: answers[e.id]}, [e]) for e in held]
+    rows = [scoring.score(answers[e.id], e.target) for e in held]
     return {metric: np.array([row[metric] for row in rows]) for metric in scoring.METRICS}
 
 
