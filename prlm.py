@@ -31,6 +31,7 @@ import re
 import sys
 import typing
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -589,6 +590,19 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     """
     logprobs, _, mask = score_completions(decoder, prompts, completions, temperature)
     return logprobs, mask
+
+
+def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes`, the largest first, as many together as stay within `budget` (one at
+    least)."""
+    batches, room = [], 0
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        if sizes[n] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(n)
+        room -= sizes[n]
+    return batches
 
 
 # ---- The encoder: BERT, for the reward model and the dense retriever ------------------------

@@ -327,6 +327,11 @@ def instruction(task: str, personal: bool) -> str:
     return start + kind.request[1:] + form
 
 
+def answer_block(task: str, answer: str) -> str:
+    """An answer in the form that the prompt asks for."""
+    return f"<answer>\n{{'{task_of(task).answer}': '{answer}'}}\n</answer>"
+
+
 def question(task: str, query: str) -> str:
     """The query in the items' key style, open where the answer goes: 'text': '…' 'title':"""
     first, *rest = TASKS[task].fields.values()
@@ -424,9 +429,9 @@ def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:
     return tokenizer.opening if o.reasoning else CLOSED
 
 
-def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The token ids of each example's personalized prompt."""
-    rank, prompts = make_ranker(o), []
+def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples, rank=None) -> list[list[int]]:
+    """The token ids of each example's personalized prompt; `rank` is make_ranker(o), if at hand."""
+    rank, prompts = rank or make_ranker(o), []
     said = tokenizer.encode(opening(o, tokenizer).removeprefix(tokenizer.opening))
     for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):
         items, budget = rank(example, o.k), o.max_prompt_tokens - len(said)

@@ -21,9 +21,10 @@ common, not whose style one is. `probe` measures exactly that, so read it beside
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ from tqdm import tqdm
 
 import prlm
 from eval import EvalOptions, complete, extract_answer, is_placeholder, rouge
-from prlm import Encoder, Ragged
-from retrieve import Example, load_lamp, make_prompts
+from prlm import Decoder, Encoder, Ragged, Tokenizer
+from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, task_of
 
 # ---- The three parts -----------------------------------------------------------------------------
 
@@ -52,14 +53,20 @@ def accuracy_reward(answer: str, target: str) -> float:
     return sum(rouge(answer, target).values())
 
 
-def rewards(
-    completions: Sequence[str], examples: Sequence[Example],
-    reward_model: "RewardModel | None" = None, weight: float = 0.1,
-) -> list[dict]:  # fmt: skip
-    """For each completion its answer, the three parts, and "reward", their sum as above.
+Judge = Callable[[Sequence[Example], Sequence[str]], list[float]]  # (examples, answers) -> values
 
-    An empty answer, or an echo of the placeholder, earns no accuracy and no personalization. In
-    LaMP-4 it loses 10 points of the latter: a learned reward likes such answers, and RL finds out.
+
+def rewards(
+    completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
+    accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
+) -> list[dict]:  # fmt: skip
+    """For each completion its answer, the three parts, and "reward", their weighted sum.
+
+    The numbers are the weights; the parts in the rows are unweighted. Without a judge nothing is
+    earned for personalization. An answer that is empty, or an echo of the placeholder, earns no
+    accuracy and is not shown to the judge; its personalization is the task's penalty (LaMP-4:
+    -10), because a learned judge likes such answers and RL finds out. An example without a target
+    earns no accuracy.
     """
     rows, judged = [], []
     for completion, example in zip(completions, examples, strict=True):
@@ -67,21 +74,22 @@ def rewards(
         row = {"answer": answer, "accuracy": 0.0, "format": format_reward(completion)}
         rows.append(row | {"personalization": 0.0})
         if not is_placeholder(answer, example.task):
-            rows[-1]["accuracy"] = accuracy_reward(answer, example.target)
-            judged.append((rows[-1], example.query, answer))
-        elif reward_model and example.task == "LaMP-4":
-            rows[-1]["personalization"] = -10.0
-    if reward_model and judged:
-        earners, queries, answers = zip(*judged, strict=True)
-        shares = reward_model.score_all(queries, answers).sigmoid().tolist()
-        for row, share in zip(earners, shares, strict=True):
-            row["personalization"] = share
+            if example.target is not None:
+                rows[-1]["accuracy"] = accuracy_reward(answer, example.target)
+            judged.append((rows[-1], example, answer))
+        elif judge:
+            rows[-1]["personalization"] = task_of(example.task).penalty
+    if judge and judged:
+        earners, theirs, answers = zip(*judged, strict=True)
+        for row, value in zip(earners, judge(theirs, answers), strict=True):
+            row["personalization"] = value
     for row in rows:
-        row["reward"] = row["accuracy"] + 0.1 * row["format"] + weight * row["personalization"]
+        row["reward"] = accuracy * row["accuracy"] + format * row["format"]
+        row["reward"] += personalization * row["personalization"]
     return rows
 
 
-def trl_reward(task: str, reward_model: "RewardModel | None" = None, weight: float = 0.1):
+def trl_reward(task: str, judge: Judge | None = None, **weights: float):
     """`rewards` as a reward function of TRL's GRPOTrainer, for those who outgrow rl.py.
 
     Its data set needs the columns "query" and "target" beside "prompt".
@@ -90,12 +98,71 @@ def trl_reward(task: str, reward_model: "RewardModel | None" = None, weight: flo
     def prlm_reward(completions, query, target, **_) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         examples = [Example("", "", task, q, [], t) for q, t in zip(query, target, strict=True)]
-        return [part["reward"] for part in rewards(texts, examples, reward_model, weight)]
+        return [part["reward"] for part in rewards(texts, examples, judge, **weights)]
 
     return prlm_reward
 
 
-# ---- The personalization model -------------------------------------------------------------------
+# ---- A judge without training: the likelihood ratio ----------------------------------------------
+
+
+@torch.no_grad()
+def likelihood_ratio(
+    decoder: Decoder, with_profile: list[list[int]], without: list[list[int]],
+    answers: list[list[list[int]]], tokens_per_batch: int = 8192,
+) -> Tensor:  # fmt: skip
+    """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
+
+    with_profile and without [P] are prompts for the same query, answers [P][G] go on from either.
+    Each prompt runs once for its group; an empty answer has 0. Why this is the judge to have:
+
+      InfoNCE asks a critic s(q, d, a) to pick a+ ~ p(a | q, d) out of itself and a_i- ~ p(a | q).
+      Shown {a_0 .. a_N}, the posterior that a_n is the positive is p(a_n | q, d) / p(a_n | q),
+      divided by the sum of these ratios over all n. The loss is the cross-entropy of softmax(s)
+      against that, so its minimum is s* = log p(a | q, d) - log p(a | q) + c(q, d)
+      (van den Oord et al. 2018; Poole et al. 2019). Here p is pi: both answers are its samples.
+    """
+    P, G = len(answers), len(answers[0]) if answers else 0
+    totals = []
+    for prompts in (with_profile, without):
+        pairs = zip(prompts, answers, strict=True)
+        sizes = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
+        total = torch.zeros(P, G)
+        for rows in prlm.micro_batches(sizes, tokens_per_batch):
+            groups = [answers[n] for n in rows]
+            logprobs, _ = prlm.token_logprobs(decoder, [prompts[n] for n in rows], groups)
+            total[rows] = logprobs.sum(-1).cpu()
+        totals.append(total)
+    return totals[0] - totals[1]
+
+
+def ratio_judge(o: "RewardOptions", policy: Decoder, tokenizer: Tokenizer) -> Judge:
+    """sigmoid of the likelihood ratio under a frozen policy: does d make this answer likelier?
+
+    The reasoning is closed in both prompts, so what is compared are the answers alone.
+    """
+    rank, how = make_ranker(o), replace(o, reasoning=False)
+
+    def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+        groups: dict[tuple, list[int]] = {}  # the answers of an example share its two prompts
+        for n, example in enumerate(examples):
+            groups.setdefault((example.id, example.query), []).append(n)
+        asked = [examples[members[0]] for members in groups.values()]
+        prompts = [make_prompts(replace(how, k=k), tokenizer, asked, rank) for k in (o.k, 0)]
+        ids = [tokenizer.encode(answer_block(o.task, answer)) for answer in answers]
+        width = max(map(len, groups.values()))
+        padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
+        ratios = likelihood_ratio(policy, *prompts, padded)  # [P, G]
+        values = [0.0] * len(answers)
+        for members, row in zip(groups.values(), ratios.sigmoid().tolist(), strict=True):
+            for n, value in zip(members, row, strict=False):  # behind them is padding
+                values[n] = value
+        return values
+
+    return judge
+
+
+# ---- The paper's judge: a model trained by contrast ----------------------------------------------
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
@@ -142,6 +209,15 @@ class RewardModel(nn.Module):
         return torch.cat([self.score(queries[part], answers[part]).cpu() for part in parts])
 
 
+def bert_judge(model: RewardModel) -> Judge:
+    """sigmoid(s(q, a)), the paper's judge: it does not see the profile."""
+
+    def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+        return model.score_all([e.query for e in examples], answers).sigmoid().tolist()
+
+    return judge
+
+
 def save_reward_model(model: RewardModel, directory) -> None:
     """Writes it as transformers' BertForSequenceClassification with one label."""
     model.tokenizer.save(directory)
@@ -172,6 +248,7 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 
 @dataclass
 class RewardOptions(EvalOptions):
+    judge: Literal["bert", "ratio"] = "bert"  # of personalization: a trained model or the policy
     pairs_per_query: int = 3  # reward model: positives sampled for each query
     negatives: int = 1  # reward model: negatives for each positive
     reward_epochs: int = 3  # reward model: passes over the pairs
@@ -293,6 +370,21 @@ def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, director
     return load_reward_model(directory, device)
 
 
+def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory) -> Judge:
+    """The judge that the options name; what it needs and its report lie in `directory`.
+
+    `policy` is frozen: "bert" samples its pairs from it, "ratio" keeps it.
+    """
+    if o.judge == "ratio":
+        return ratio_judge(o, policy, tokenizer)
+    return bert_judge(obtain_reward_model(o, policy, tokenizer, examples, directory))
+
+
+def obtain_judge(o, policy: Decoder, tokenizer, examples, directory) -> Judge | None:
+    """`make_judge`, or None where its value would weigh nothing."""
+    return make_judge(o, policy, tokenizer, examples, directory) if o.personalization else None
+
+
 @dataclass
 class Options(RewardOptions):
     limit: int = 0  # only the first training records; 0 takes all
@@ -302,7 +394,7 @@ class Options(RewardOptions):
 def main(o: Options) -> None:
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
     decoder = prlm.load_decoder(o.model, prlm.pick_device(o.device))
-    obtain_reward_model(o, decoder, prlm.load_tokenizer(o.model), examples, o.out)
+    make_judge(o, decoder, prlm.load_tokenizer(o.model), examples, o.out)
 
 
 if __name__ == "__main__":

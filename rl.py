@@ -49,7 +49,7 @@ import prlm
 from eval import evaluate, table, write_predictions
 from prlm import Decoder, Tokenizer
 from retrieve import Example, load_lamp, make_prompts, opening
-from reward import RewardModel, RewardOptions, load_reward_model, obtain_reward_model, rewards
+from reward import Judge, RewardOptions, bert_judge, load_reward_model, obtain_judge, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 Scale = Literal["std", "none"]
@@ -153,7 +153,9 @@ class Options(RewardOptions):
     preset: Literal["toy", "paper"] = "toy"  # whose values are the defaults of the other options
     train_examples: int = 0  # only the first training records; 0 takes all
     reward_model: str | None = None  # a trained one; without it one is trained into --out
-    personalization: float = 0.1  # weight of the learned reward; 0 does without a reward model
+    accuracy: float = 1.0  # weight of the overlap with the user's own text; 0 learns without it
+    format: float = 0.1  # weight of closed reasoning
+    personalization: float = 0.1  # weight of the judge; 0 does without one
     steps: int = 60  # rollouts, each with its update
     prompts_per_step: int = 16  # P; the authors take 1
     group_size: int = 8  # G; the authors take 4
@@ -195,15 +197,7 @@ def choose(count: int, step: int, size: int, seed: int) -> list[int]:
 def micro_batches(prompts, completions, budget: int) -> list[list[int]]:
     """Whole groups, longest first, as many as stay within `budget` tokens (one at least)."""
     pairs = zip(prompts, completions, strict=True)
-    size = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
-    batches, room = [], 0
-    for n in sorted(range(len(size)), key=lambda n: -size[n]):
-        if size[n] > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(n)
-        room -= size[n]
-    return batches
+    return prlm.micro_batches([len(prompt) + sum(map(len, g)) for prompt, g in pairs], budget)
 
 
 def in_half(o: Options, device: torch.device) -> bool:
@@ -280,7 +274,7 @@ def update(o, decoder, optimizer, reference, prompts, completions, advantages, s
 
 def grpo_step(
     o: Options, step: int, decoder: Decoder, sampler: Decoder, optimizer,
-    reference: Decoder | None, reward_model: RewardModel | None, tokenizer: Tokenizer,
+    reference: Decoder | None, judge: Judge | None, tokenizer: Tokenizer,
     examples: list[Example], prompts,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Steps 1 to 4 once: (a line of metrics, the samples that were learned from).
@@ -296,7 +290,7 @@ def grpo_step(
     flat = [completion for group in groups for completion in group]  # P*G
     texts = [opening(o, tokenizer) + tokenizer.decode(c.tokens) for c in flat]
     owners = [examples[n] for n in chosen for _ in range(o.group_size)]
-    parts = rewards(texts, owners, reward_model, o.personalization)
+    parts = rewards(texts, owners, judge, o.accuracy, o.format, o.personalization)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
     advantages = group_advantages(reward, o.scale)
     finished = torch.tensor([c.finished for c in flat]).view_as(reward)
@@ -468,7 +462,7 @@ def draw_curves(out: Path, before: float) -> None:
 def check(o: Options, world: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     least = {
-        0: "k beta eval_every personalization warmup train_examples",
+        0: "k beta eval_every accuracy format personalization warmup train_examples",
         1: "steps prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
         "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs",
         2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
@@ -486,7 +480,7 @@ def check(o: Options, world: int) -> None:
 
 
 def train_policy(
-    o: Options, out: Path, stop: Stop, decoder, sampler, tokenizer, reward_model, train, held
+    o: Options, out: Path, stop: Stop, decoder, sampler, tokenizer, judge, train, held
 ) -> None:  # fmt: skip
     """The loop: a step, its lines in the logs, now and then a look at held-out users and a save."""
     reference = copy.deepcopy(sampler).requires_grad_(False) if o.beta else None
@@ -501,7 +495,7 @@ def train_policy(
         rewind(out / name, first)
     prompts, stop.in_loop = make_prompts(o, tokenizer, train), True
     bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
-    policy = decoder, sampler, optimizer, reference, reward_model
+    policy = decoder, sampler, optimizer, reference, judge
     for step in bar:
         metrics, samples = grpo_step(o, step, *policy, tokenizer, train, prompts)
         done, last = step + 1, step + 1 == o.steps
@@ -523,16 +517,16 @@ def train_policy(
     stop.in_loop = False
 
 
-def main(o: Options, reward_model: RewardModel | None = None) -> None:
-    """The run that the options describe; `reward_model` takes the place of the one they name."""
+def main(o: Options, judge: Judge | None = None) -> None:
+    """The run that the options describe; `judge` takes the place of the one they name."""
     with prlm.processes():
         rank, world = prlm.place()
         check(o, world)
         with alone(Path(o.out)) if rank == 0 else nullcontext():
-            run(o, Stop(), reward_model)
+            run(o, Stop(), judge)
 
 
-def run(o: Options, stop: Stop, reward_model: RewardModel | None = None) -> None:
+def run(o: Options, stop: Stop, judge: Judge | None = None) -> None:
     """Everything a run is made of, each part skipped where the run directory has it already."""
     device = prlm.pick_device(o.device)
     train = load_lamp(o.data, o.task, "train")[: o.train_examples or None]
@@ -547,16 +541,17 @@ def run(o: Options, stop: Stop, reward_model: RewardModel | None = None) -> None
     where = f"{many}{device}, {str(sampler.head.dtype).removeprefix('torch.')} products"
     print(f"{o.model} on {where}: {o.task}, {len(train)} training users, {len(held)} held out")
     if o.personalization and o.reward_model:
-        reward_model = load_reward_model(o.reward_model, device)
-    elif o.personalization and reward_model is None:
-        reward_model = obtain_reward_model(o, sampler, tokenizer, train, out / "reward")
+        judge = bert_judge(load_reward_model(o.reward_model, device))
+    elif judge is None:
+        frozen = copy.deepcopy(sampler).requires_grad_(False) if o.judge == "ratio" else sampler
+        judge = obtain_judge(o, frozen, tokenizer, train, out / "reward")
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
     for name, k in (("no_profile", 0), ("before", o.k), ("after", o.k)):
         if name in scores:
             continue
         if name == "after":
-            train_policy(o, out, stop, decoder, sampler, tokenizer, reward_model, train, held)
+            train_policy(o, out, stop, decoder, sampler, tokenizer, judge, train, held)
         how = sampler, tokenizer, held, dataclasses.replace(o, k=k)
         sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
         greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")

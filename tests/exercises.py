@@ -906,43 +906,43 @@ EXERCISES = [
     ),
     Exercise(
         20, "The reward of a completion", "reward.py", "rewards", 4,
-        "R = accuracy + 0.1 format + w sigmoid(s); an empty answer earns format alone",
+        "R = w_a accuracy + w_f format + w_p personalization; an empty answer earns format alone",
         ["tests/test_reward.py::TestRewards"],
-        "Take three completions, the second of them without an answer, and follow each score to "
-        "its completion.",
+        "Take three completions, the second of them without an answer, and follow each of the "
+        "judge's values to its completion.",
         [
-            Mutant("the raw score instead of its sigmoid",
-                   "Personalization outgrows accuracy; answers stop resembling the target.",
-                   ".sigmoid().tolist()", ".tolist()"),
+            Mutant("accuracy is not weighted",
+                   "With --accuracy 0 the log still shows rewards near 3.",
+                   "accuracy * row[\"accuracy\"]", "row[\"accuracy\"]"),
             Mutant("format weighs as much as accuracy",
                    "Reward rises at once and stays: completions close their thoughts, no more.",
-                   "0.1 * row[\"format\"]", "row[\"format\"]"),
-            Mutant("scores go to the wrong completion",
-                   "Behind an empty answer, completions earn what their neighbours should.",
-                   "zip(earners, shares, strict=True)", "zip(rows, shares, strict=False)"),
+                   "format * row[\"format\"]", "row[\"format\"]"),
+            Mutant("values go to the wrong completion",
+                   "After an empty answer, completions earn what their neighbours should.",
+                   "zip(earners, judge(theirs, answers), strict=True)",
+                   "zip(rows, judge(theirs, answers), strict=False)"),
             Mutant("the placeholder earns",
                    "The policy learns to answer 'generated title'.",
                    "if not is_placeholder(answer, example.task):", "if answer:"),
             Mutant("the guard of LaMP-4 in every task",
                    "On LaMP-5 and LaMP-7 a few rewards are -1, and `reward_spread` is huge.",
-                   "elif reward_model and example.task == \"LaMP-4\":", "elif reward_model:"),
+                   "task_of(example.task).penalty", "-10.0"),
         ],
         """
         rows = []
         for completion, example in zip(completions, examples, strict=True):
             answer = extract_answer(completion, example.task)
             answered = not is_placeholder(answer, example.task)
-            accuracy, personal = 0.0, 0.0
-            if answered:
-                accuracy = accuracy_reward(answer, example.target)
-            if reward_model and answered:
-                score = float(reward_model.score_all([example.query], [answer])[0])
-                personal = 1 / (1 + math.exp(-score))
-            elif reward_model and example.task == "LaMP-4":
+            exact, personal = 0.0, 0.0
+            if answered and example.target is not None:
+                exact = accuracy_reward(answer, example.target)
+            if judge and answered:
+                (personal,) = judge([example], [answer])
+            elif judge and example.task == "LaMP-4":
                 personal = -10.0
             shaped = format_reward(completion)
-            total = accuracy + shaped / 10 + weight * personal
-            rows.append({"answer": answer, "accuracy": accuracy, "format": shaped,
+            total = accuracy * exact + format * shaped + personalization * personal
+            rows.append({"answer": answer, "accuracy": exact, "format": shaped,
                          "personalization": personal, "reward": total})
         return rows
         """,

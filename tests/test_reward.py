@@ -91,6 +91,100 @@ class TestInfoNCE:
         close(loss, torch.tensor(3e4))
 
 
+def transformers_model(kind, directory):
+    """A random model of transformers, saved where load_decoder finds it."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(directory)
+    return model
+
+
+def ratio_problem(prompts=4, group=3, longest=9):
+    """Two prompts a query and the answers that follow either; one answer is empty."""
+    rng = random.Random(0)
+
+    def ids(low, high):
+        return [rng.randrange(97) for _ in range(rng.randint(low, high))]
+
+    with_profile, without = ([ids(3, size) for _ in range(prompts)] for size in (30, 8))
+    answers = [[ids(1, longest) for _ in range(group)] for _ in range(prompts)]
+    answers[1][2] = []
+    return with_profile, without, answers
+
+
+class TestLikelihoodRatio:
+    @pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+    def test_equals_a_plain_computation_with_transformers(self, tmp_path, kind):
+        theirs = transformers_model(kind, tmp_path)
+        with_profile, without, answers = ratio_problem()
+
+        @torch.no_grad()
+        def log_probability(prompt, answer):
+            logits = theirs(torch.tensor([prompt + answer])).logits[0].double()
+            places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            return sum(logits[n].log_softmax(-1)[t] for n, t in zip(places, answer, strict=True))
+
+        expected = torch.tensor([
+            [log_probability(p, answer) - log_probability(q, answer) for answer in group]
+            for p, q, group in zip(with_profile, without, answers, strict=True)
+        ])  # fmt: skip
+        ratios = reward.likelihood_ratio(
+            prlm.load_decoder(tmp_path), with_profile, without, answers
+        )
+        assert ratios.shape == (4, 3) and expected.abs().mean() > 1
+        close(ratios, expected.float(), 1e-4)
+        assert ratios[1, 2] == 0  # an empty answer
+
+    def test_does_not_depend_on_batches_groups_or_neighbours(self, tmp_path):
+        transformers_model("Qwen2", tmp_path)
+        decoder = prlm.load_decoder(tmp_path)
+        with_profile, without, answers = ratio_problem()
+        whole = reward.likelihood_ratio(decoder, with_profile, without, answers)
+        close(reward.likelihood_ratio(decoder, with_profile, without, answers, 1), whole)
+        alone = [
+            [reward.likelihood_ratio(decoder, [p], [q], [[answer]]).item() for answer in group]
+            for p, q, group in zip(with_profile, without, answers, strict=True)
+        ]
+        close(torch.tensor(alone), whole)
+
+    def test_a_prompt_runs_once_within_the_budget_and_without_gradient(self, tmp_path, monkeypatch):
+        transformers_model("Qwen2", tmp_path)
+        decoder, asked = prlm.load_decoder(tmp_path), []
+        real = prlm.token_logprobs
+
+        def spy(decoder, prompts, completions):
+            asked.append(prompts)
+            tokens = sum(map(len, prompts)) + sum(len(a) for group in completions for a in group)
+            assert len(prompts) == 1 or tokens <= 60
+            return real(decoder, prompts, completions)
+
+        monkeypatch.setattr(prlm, "token_logprobs", spy)
+        with_profile, without, answers = ratio_problem()
+        ratios = reward.likelihood_ratio(decoder, with_profile, without, answers, 60)
+        assert not ratios.requires_grad
+        assert sorted(p for batch in asked for p in batch) == sorted(with_profile + without)
+        assert len(asked) > 2
+
+    def test_the_same_prompt_twice_says_nothing(self, tmp_path):
+        transformers_model("Qwen2", tmp_path)
+        with_profile, _, answers = ratio_problem()
+        decoder = prlm.load_decoder(tmp_path)
+        ratios = reward.likelihood_ratio(decoder, with_profile, with_profile, answers)
+        assert ratios.abs().max() == 0
+
+    def test_nothing_to_compare(self, tmp_path):
+        transformers_model("Qwen2", tmp_path)
+        assert reward.likelihood_ratio(prlm.load_decoder(tmp_path), [], [], []).numel() == 0
+
+
 class TestRewardModel:
     def test_scores_equal_transformers(self, model, tmp_path):
         transformers = pytest.importorskip("transformers")
@@ -183,12 +277,12 @@ class TestRewards:
 
     @pytest.mark.parametrize("weight", [None, 0.1, 2.0])
     def test_parts_and_sum(self, model, weight):
-        """`weight` None is without a reward model."""
+        """`weight` None is without a judge."""
         completions = [case[0] for case in CASES]
         queries = random_texts(len(completions))
         examples = [example(case[1], query=q) for case, q in zip(CASES, queries, strict=True)]
-        how = () if weight is None else (model, weight)
-        rows = reward.rewards(completions, examples, *how)
+        how = {} if weight is None else {"judge": reward.bert_judge(model)}
+        rows = reward.rewards(completions, examples, **how, personalization=weight or 0.1)
         for row, e, case in zip(rows, examples, CASES, strict=True):
             _, task, answered, accuracy, shaped = case
             personal = 0.0
@@ -204,14 +298,40 @@ class TestRewards:
         assert rows[0]["answer"] == "tennis wins"
 
     def test_nothing_to_judge(self, model):
-        assert reward.rewards([], [], model) == []
-        (row,) = reward.rewards(["hm"], [example()], model)
+        judge = reward.bert_judge(model)
+        assert reward.rewards([], [], judge) == []
+        (row,) = reward.rewards(["hm"], [example()], judge)
         assert row["reward"] == pytest.approx(-1.0) and row["answer"] == ""
 
-    def test_the_default_weight_is_a_tenth(self):
-        table = Fake({"tennis wins": math.log(3)})  # whose sigmoid is 3/4
-        (row,) = reward.rewards(["{'title': 'tennis wins'}"], [example()], table)
-        assert row["reward"] == pytest.approx(3 + 0.075)
+    def test_the_weights(self):
+        """By default 1, a tenth and a tenth; the parts in the rows are not multiplied by them."""
+        judge = reward.bert_judge(Fake({"tennis wins": math.log(3)}))  # whose sigmoid is 3/4
+        completion = "hm\n</think>\n{'title': 'tennis wins'}"
+        parts = {"accuracy": 3, "format": 1, "personalization": 0.75}
+        expected = {"": 3.175, "accuracy": 0.175, "format": 3.075, "personalization": 3.1}
+        for name, total in expected.items():
+            weights = {name: 0.0} if name else {}
+            (row,) = reward.rewards([completion], [example()], judge, **weights)
+            assert {key: row[key] for key in parts} == pytest.approx(parts)
+            assert row["reward"] == pytest.approx(total)
+
+    def test_a_user_without_gold_text(self):
+        """Nothing but the accuracy is missing."""
+        judge = reward.bert_judge(Fake({"tennis wins": 0}))
+        (row,) = reward.rewards(["{'title': 'tennis wins'}"], [example(target=None)], judge)
+        assert (row["accuracy"], row["personalization"]) == (0.0, 0.5)
+
+    def test_a_judge_sees_only_answers_with_their_examples(self):
+        seen, examples = [], [example(case[1], query=str(n)) for n, case in enumerate(CASES)]
+
+        def judge(examples, answers):
+            seen.extend((e.query, answer) for e, answer in zip(examples, answers, strict=True))
+            return [float(e.query) for e in examples]
+
+        rows = reward.rewards([case[0] for case in CASES], examples, judge)
+        expected = [(str(n), rows[n]["answer"]) for n, case in enumerate(CASES) if case[2]]
+        assert seen == expected
+        assert all(rows[int(n)]["personalization"] == float(n) for n, _ in expected)
 
 
 def contrast(count=110, seed=0):

@@ -30,8 +30,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
-import make
-
 import eval as scoring
 import prlm
 import retrieve
@@ -90,7 +88,7 @@ def fine_tune(o: rl.Options) -> None:
     decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
     train, held = (retrieve.load_lamp(o.data, o.task, split) for split in ("train", "dev"))
     prompts = retrieve.make_prompts(o, tokenizer, train)
-    texts = [make.answer_block(o.task, example.target) for example in train]
+    texts = [retrieve.answer_block(o.task, example.target) for example in train]
     answers = [[*tokenizer.encode(text), min(tokenizer.eos_ids)] for text in texts]
     optimizer, lines = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0), []
     for step in range(o.steps):
@@ -136,7 +134,7 @@ def judge_folder(o: rl.Options, arm: str) -> Path:
     return out.with_name(f"judge{o.seed}") if arm in SPECIAL_JUDGES else out / "reward"
 
 
-def special_judge(o: rl.Options, arm: str) -> reward.RewardModel | None:
+def special_judge(o: rl.Options, arm: str) -> reward.Judge | None:
     """Makes the reward models that rl.py does not, with their report beside the run."""
     if arm not in SPECIAL_JUDGES:
         return None
@@ -156,7 +154,7 @@ def special_judge(o: rl.Options, arm: str) -> reward.RewardModel | None:
         report |= reward.train_reward_model(o, model, pairs)
     report |= reward.probe(model, Path(o.data) / o.task.replace("-", "_") / "probe.json")
     prlm.write_json(folder / "report.json", report)
-    return model
+    return reward.bert_judge(model)
 
 
 def train(o: Options, task: str, arm: str, seed: int) -> None:

@@ -324,14 +324,9 @@ def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tu
     return opening + PLAIN, answer
 
 
-def answer_block(task: str, answer: str) -> str:
-    """The answer in the form that the prompt asks for."""
-    return f"<answer>\n{{'{retrieve.TASKS[task].answer}': '{answer}'}}\n</answer>"
-
-
 def spell(task: str, reasoning: str, answer: Post) -> tuple[str, str]:
     """The two parts of a completion: the reasoning block and the answer in its form."""
-    return f"<think>\n{reasoning}\n</think>\n", answer_block(task, answer.headline)
+    return f"<think>\n{reasoning}\n</think>\n", retrieve.answer_block(task, answer.headline)
 
 
 Row = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
