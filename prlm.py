@@ -305,26 +305,38 @@ class Completion:
     finished: bool
 
 
+def exact_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T of [batch, n, D] and [batch, m, D], summed and kept in float32 even from bfloat16.
+
+    Real checkpoints have scores of several hundred, which bfloat16 would round to steps of 2: the
+    softmax, and so the sampler, would disagree with the trainer's attention, which does not round.
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q, k.mT, out_dtype=torch.float32)  # a CPU lacks this, but has no hurry
+    return torch.bmm(q.float(), k.float().mT)
+
+
 class Cache:
     """Keys and values while sampling: each prompt's once for its group, the completions' per row.
 
     Rows lie [P, K, G]: the G·R queries of a group that share a key-value head meet the prompt's
     keys in one matrix product. A cache that repeats the prompt would read it G times.
 
-    A step sees `window` places of the completions, those not yet written hidden. As many as are
-    written is least work; more keep a step's shapes the same for long, which a graph needs.
+    A completion has a slot for each token. A step reads the first `window` of them and hides those
+    not yet written: reading no more than is written is the least work, but a CUDA graph needs
+    shapes that stay the same for many steps.
     """
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P = decoder.config, prompts.shape[0]
-        self.prompts, self.filled, self.window, self.scale = prompts, 0, 0, c.head_dim**-0.5
+        self.prompts, self.scale = prompts, c.head_dim**-0.5
         self.shared = []  # a layer: the prompts' keys and values, [P, K, T, D] each
         own = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
         self.own = decoder.head.new_zeros(own)
-        self.hide_own = decoder.head.new_full([max_new_tokens], -math.inf)  # [C]
-        self.place = torch.zeros(1, dtype=torch.long, device=decoder.head.device)
-        hide = decoder.head.new_zeros(prompts.mask.shape).masked_fill(~prompts.mask, -math.inf)
-        self.hide = hide[:, None, None].expand(-1, c.kv_heads, -1, -1)  # [P, K, 1, T]
+        self.length = self.window = 0  # tokens written of each completion, slots a step reads
+        self.slot = torch.zeros(1, dtype=torch.long, device=decoder.head.device)  # of the new token
+        seen = F.pad(prompts.mask, (0, max_new_tokens))  # [P, T+C]
+        self.hide = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The first pass: causal attention within each prompt, [N, heads, D]; the keys stay."""
@@ -333,29 +345,32 @@ class Cache:
         return self.prompts.flat(attention(q, k, v))
 
     def open(self, coarse: bool) -> None:
-        """Makes place for the next token of every row; `coarse` windows are 128, 256, 512, ..."""
-        self.place.fill_(self.filled)
-        self.hide_own[self.filled] = 0.0
-        self.filled += 1
-        window = max(128, 1 << (self.filled - 1).bit_length()) if coarse else self.filled
-        self.window = min(window, len(self.hide_own))
+        """Opens the next slot of every completion; `coarse` windows are 128, 256, 512, ..."""
+        self.slot.fill_(self.length)
+        self.hide[:, self.prompts.shape[1] + self.length] = 0.0
+        self.length += 1
+        window = max(128, 1 << (self.length - 1).bit_length()) if coarse else self.length
+        self.window = min(window, self.own.shape[5])
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token a row, [P*G, heads, D]: it sees its prompt and its completion so far."""
+        """One new token a row, [P*G, heads, D]: it sees its prompt and its completion so far.
+
+        Written as batched products because einsum, which reads better, is a tenth slower here.
+        """
         P, K, G, _, D = self.own.shape[2:]
-        n, R = self.window, q.shape[1] // K
+        n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
         for own, new in zip(self.own[layer], (k, v), strict=True):
-            own.index_copy_(3, self.place, new.view(P, G, K, 1, D).transpose(1, 2))
+            own.index_copy_(3, self.slot, new.view(P, G, K, 1, D).transpose(1, 2))
         own_keys, own_values = self.own[layer].flatten(1, 3)[:, :, :n]  # [P*K*G, n, D]
         keys, values = (x.flatten(0, 1) for x in self.shared[layer])  # [P*K, T, D]
-        q = q.view(P, G, K, R, D).transpose(1, 2).reshape(P * K, G * R, D) * self.scale
-        to_prompt = torch.baddbmm(self.hide.flatten(0, 1), q, keys.mT)  # [P*K, G*R, T]
-        q = q.view(P * K * G, R, D)
-        to_own = torch.baddbmm(self.hide_own[:n], q, own_keys.mT)  # [P*K*G, R, n]
-        scores = torch.cat([to_prompt.view(P * K * G, R, -1), to_own], -1)  # [P*K*G, R, T+n]
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        for_prompt, for_own = weights.split([keys.shape[1], n], -1)
-        out = torch.bmm(for_prompt.reshape(P * K, G * R, -1), values).view(P * K * G, R, D)
+        q = q.view(P, G, K, R, D).transpose(1, 2)  # [P, K, G, R, D]
+        to_prompt = exact_scores(q.reshape(P * K, G * R, D), keys)  # [P*K, G*R, T]
+        to_own = exact_scores(q.reshape(P * K * G, R, D), own_keys)  # [P*K*G, R, n]
+        scores = torch.cat([x.view(P, K * G * R, -1) for x in (to_prompt, to_own)], -1)
+        scores = torch.add(self.hide[:, None, : T + n], scores, alpha=self.scale)
+        weights = scores.softmax(-1).to(v.dtype).view(P * K * G, R, T + n)
+        for_prompt, for_own = weights.split([T, n], -1)
+        out = torch.bmm(for_prompt.reshape(P * K, G * R, T), values).view(P * K * G, R, D)
         out = torch.baddbmm(out, for_own, own_values)
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
@@ -365,9 +380,9 @@ class Cache:
         self.shared = [(k[prompts], v[prompts]) for k, v in self.shared]
         layers, two, _, K, _, C, D = self.own.shape
         new = self.own.new_zeros(layers, two, len(prompts), K, members.shape[1], C, D)
-        rows = members[:, None, :, None, None].expand(-1, K, -1, self.filled, D)
+        rows = members[:, None, :, None, None].expand(-1, K, -1, self.length, D)
         for target, source in zip(new.flatten(0, 1), self.own.flatten(0, 1), strict=True):
-            target[..., : self.filled, :] = source[prompts][..., : self.filled, :].gather(2, rows)
+            target[..., : self.length, :] = source[prompts][..., : self.length, :].gather(2, rows)
         self.own = new
 
 

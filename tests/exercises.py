@@ -599,28 +599,32 @@ EXERCISES = [
          "tests/test_prlm.py::TestDecoder::test_greedy_generate_equals_transformers"],
         "Build the whole list of keys that one row sees, prompt and completion, and compare with "
         "plain attention over it. Where does the new token's own key go? `cache.open` has just "
-        "counted it in `filled` and put its place in `place`; of the window's places, `hide_own` "
-        "is 0 at the written ones and -inf at the others.",
+        "counted it in `length` and put its number in `slot`; `hide` is 0 at the prompt's tokens "
+        "and at the slots written so far, -inf at the prompt's padding and the other slots.",
         [
             Mutant("the prompts' padding is attended",
                    "A prompt answers well alone and badly beside a longer one.",
-                   "torch.baddbmm(self.hide.flatten(0, 1), q, keys.mT)", "torch.bmm(q, keys.mT)"),
+                   "torch.add(self.hide[:, None, : T + n], scores, alpha=self.scale)",
+                   "torch.add(F.pad(self.hide[:, None, T : T + n], (T, 0)), scores, "
+                   "alpha=self.scale)"),
             Mutant("not scaled",
                    "Samples are dull and `gap` is large from the second token on.",
-                   " * self.scale", ""),
+                   ", alpha=self.scale", ""),
+            Mutant("scores are rounded to the precision of the keys",
+                   "`gap` is small on a toy; on a real checkpoint in bfloat16 it is above 1.",
+                   "torch.cat([x.view(P", "torch.cat([x.to(k.dtype).view(P"),
             Mutant("two softmaxes instead of one",
                    "`gap` is large; completions lose the thread of the prompt.",
-                   "scores.softmax(-1, dtype=torch.float32)",
-                   "torch.cat([part.softmax(-1, dtype=torch.float32)\n"
-                   "            for part in scores.split([keys.shape[1], n], -1)], -1)"),
+                   "scores.softmax(-1)",
+                   "torch.cat([part.softmax(-1) for part in scores.split([T, n], -1)], -1)"),
             Mutant("the newest value overwrites the one before it",
                    "`gap` is 0 for two tokens, then grows with every token.",
-                   "index_copy_(3, self.place, new",
-                   "index_copy_(3, (self.place - (new is v)).clamp(min=0), new"),
-            Mutant("places that are not written yet are attended",
+                   "index_copy_(3, self.slot, new",
+                   "index_copy_(3, (self.slot - (new is v)).clamp(min=0), new"),
+            Mutant("slots that are not written yet are attended",
                    "Fine on a CPU; on a GPU completions are dull from the first token on.",
-                   "torch.baddbmm(self.hide_own[:n], q, own_keys.mT)",
-                   "torch.bmm(q, own_keys.mT)"),
+                   "torch.add(self.hide[:, None, : T + n], scores, alpha=self.scale)",
+                   "torch.add(F.pad(self.hide[:, None, :T], (0, n)), scores, alpha=self.scale)"),
             Mutant("query heads go to the wrong key-value head",
                    "Right with a single key-value head, word salad with more.",
                    "q.view(P, G, K, R, D).transpose(1, 2)",
@@ -628,21 +632,22 @@ EXERCISES = [
         ],
         """
         P, K, G, _, D = self.own.shape[2:]
-        for place, new in ((0, k), (1, v)):
+        for kind, new in ((0, k), (1, v)):
             grid = new.view(P, G, K, D)
             for g in range(G):
-                self.own[layer, place, :, :, g, self.filled - 1] = grid[:, g]
-        rows, n = [], self.filled
+                self.own[layer, kind, :, :, g, self.length - 1] = grid[:, g]
+        rows, n = [], self.length
         for p in range(P):
-            seen = (self.hide[p, 0, 0] == 0).nonzero()[:, 0]  # the prompt's real tokens
+            prompt = self.hide[p, : self.prompts.shape[1]]
+            seen = (prompt == 0).nonzero()[:, 0]  # the prompt's real tokens
             for g in range(G):
                 keys, values = (
                     torch.cat([shared[p][:, seen], own[p, :, g, :n]], 1)  # [K, T+n, D]
                     for shared, own in zip(self.shared[layer], self.own[layer])
                 )
                 one = q[p * G + g].view(K, -1, D)  # [K, R, D]
-                weights = (one @ keys.mT * self.scale).softmax(-1)
-                rows.append((weights @ values).flatten(0, 1))
+                scores = one.float() @ keys.float().mT * self.scale
+                rows.append((scores.softmax(-1).to(v.dtype) @ values).flatten(0, 1))
         return torch.stack(rows)
         """,
     ),
@@ -685,7 +690,7 @@ EXERCISES = [
         ["tests/test_prlm.py::TestTwins"],
         "The prompt's last hidden state predicts the first token, which stands one place behind "
         "the prompt. `cache.open` makes place for the next token of every row before it is run; "
-        "`cache.filled` counts the tokens that the cache holds of each completion.",
+        "`cache.length` counts the tokens that the cache holds of each completion.",
         [
             Mutant("the end-of-sequence id is cut off, so it is never trained",
                    "Over the training, completions grow until all of them are truncated.",
@@ -737,7 +742,7 @@ EXERCISES = [
                     one.finished = token in stop
             todo = [[n for n, (p, g) in enumerate(row) if not groups[p][g].finished]
                     for row in writing]
-            if not any(todo) or cache.filled + 1 == max_new_tokens:
+            if not any(todo) or cache.length + 1 == max_new_tokens:
                 return groups
             alive, width = [n for n, row in enumerate(todo) if row], max(map(len, todo))
             if len(alive) * width <= 0.75 * len(places):
@@ -747,7 +752,7 @@ EXERCISES = [
                 cache.keep(torch.tensor(alive, device=device), torch.tensor(members, device=device))
                 ids = ids[[row * size + n for row, own in zip(alive, members) for n in own]]
                 writing = [[writing[row][n] for n in own] for row, own in zip(alive, members)]
-            behind = [len(prompts[p]) + cache.filled for row in writing for p, _ in row]
+            behind = [len(prompts[p]) + cache.length for row in writing for p, _ in row]
             cache.open(coarse=False)
             hidden = decoder.run(ids, torch.tensor(behind, device=device), cache.read_next)
         """,
