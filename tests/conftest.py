@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -11,6 +12,55 @@ import prlm
 import retrieve
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+def difference(got, expected, relative=0.0) -> str:
+    """The first place where two values differ and what stands there, in one line; else "".
+
+    `relative` is how far numbers may be apart, as a share of the largest one expected.
+    """
+    numbers = torch.Tensor | np.ndarray | float
+    if isinstance(expected, numbers) and isinstance(got, numbers | int):
+        a, b = (torch.as_tensor(x).detach().double() for x in (got, expected))
+        if a.shape != b.shape:
+            return f"expected the shape {[*b.shape]}, got {[*a.shape]}"
+        most = b[b.isfinite()].abs().max() if b.isfinite().any() else 0.0
+        right = (a == b) | ((a - b).abs() <= relative * most) | (a.isnan() & b.isnan())
+        if right.all():
+            return ""
+        place = (~right).nonzero()[0].tolist()
+        pair = f"expected {b[tuple(place)]:.6g}, got {a[tuple(place)]:.6g}"
+        several = f"at {place} of {[*b.shape]}: {pair}; {int((~right).sum())} places differ"
+        return several if place else pair
+    if isinstance(expected, dict) and isinstance(got, dict):
+        pairs = {key: (got[key], expected[key]) for key in expected if key in got}
+    elif isinstance(expected, list | tuple) and isinstance(got, list | tuple):
+        pairs = dict(enumerate(zip(got, expected)))
+    elif isinstance(expected, str) and isinstance(got, str) and got != expected:
+        n = next((n for n, pair in enumerate(zip(got, expected)) if len({*pair}) > 1), None)
+        n = min(len(got), len(expected)) if n is None else n
+        near = slice(max(n - 30, 0), n + 30)
+        return f"at character {n}: expected {expected[near]!r}, got {got[near]!r}"
+    else:
+        return "" if got == expected else f"expected {shorten(expected)}, got {shorten(got)}"
+    for key, pair in pairs.items():
+        if said := difference(*pair, relative):
+            return f"[{key!r}]: {said}"
+    if len(got) == len(expected) == len(pairs):
+        return ""
+    return f"expected {shorten(expected)}, got {shorten(got)}"
+
+
+def shorten(value, most=100) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else text[: most - 4] + " ..."
+
+
+def same(got, expected, case="", relative=0.0) -> None:
+    """Fails where two values differ, in one line: the case, the first place, and what is there."""
+    __tracebackhide__ = True
+    if said := difference(got, expected, relative):
+        raise AssertionError(f"{case if isinstance(case, str) else shorten(case)}: {said}")
 
 
 def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):

@@ -11,7 +11,8 @@ The files of the project are the solutions, and nothing in them is marked up. A 
 the repository's own tests, so it is only as good as they are. `selftest` finds out: they have to
 pass the reference and a second solution that is written differently, and to fail the blank, each of
 the typical mistakes below, a function that answers zero, one that repeats its first answer, and,
-for each argument, one that ignores it.
+for each argument, one that ignores it. And on random input the two solutions have to agree: where
+they do not, one of them is wrong, or the docstring leaves open what the tests do not ask.
 
 Standard library only, but for what the tests themselves import.
 """
@@ -23,7 +24,7 @@ import difflib
 import faulthandler
 import functools
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -43,6 +44,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("prlm.py", "retrieve.py", "eval.py", "reward.py", "rl.py")
 ANSWERS = ("tests/exercises.py", "tests/test_exercises.py")  # not in any student's copy
+MADE = "exercise.json"  # in a copy: which exercise it is for, and which of its bugs it holds
+NEEDED = ("pytest", "hypothesis", "torch", "transformers", "safetensors")  # for any test at all
 LIMIT = 180  # seconds for the tests of one exercise, after which a loop is taken to be endless
 
 
@@ -1202,16 +1205,26 @@ def copy_repository(target: Path, changed: dict[str, str]) -> None:
     """The repository in `target`, some of its modules with another text."""
     for name in repository_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
+        shutil.copyfile(ROOT / name, target / name)  # not the mode: the checkout may be read-only
     for name, text in changed.items():
         (target / name).write_text(text, encoding="utf-8")
 
 
-def start(e: Exercise, target: Path, text: str) -> None:
-    """A copy of the repository in which the exercise's file has `text`."""
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+def start(e: Exercise, target: Path, text: str, **more) -> None:
+    """A copy of the repository in which the exercise's file has `text`: all of it, or nothing."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is not empty: name a new directory")
-    copy_repository(target, {e.file: text})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".exercise") as folder:
+        copy = Path(folder) / "copy"
+        copy_repository(copy, {e.file: text, MADE: json.dumps({"exercise": e.number} | more)})
+        copy.replace(target)
+
+
+def made_for(directory: Path) -> dict:
+    """What `start` or `bug` has noted in a copy; {} for a file on its own."""
+    path = directory / MADE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # ---- Grading ---------------------------------------------------------------------------------
@@ -1221,14 +1234,42 @@ FLAGS = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temporar
 
 
 def submitted(e: Exercise, directory: Path) -> dict[str, str]:
-    """The modules that a directory holds: that of the exercise, others are the reference's."""
+    """The modules that a directory holds, that of the exercise among them; else a ValueError."""
     found = {
         n: (directory / n).read_text(encoding="utf-8") for n in MODULES if (directory / n).is_file()
     }
     if e.file not in found:
         problem = f"holds no {e.file}" if directory.is_dir() else "does not exist"
         raise ValueError(f"{directory} {problem}: exercise {e.number} is about {e.file}")
+    for other in EXERCISES:
+        blanked = f'raise NotImplementedError("exercise {other.number}:'
+        if other != e and blanked in found.get(other.file, ""):
+            raise ValueError(f"{directory} is a copy for exercise {other.number}, not {e.number}")
+    made = made_for(directory)
+    if made.get("exercise", e.number) != e.number:
+        raise ValueError(f"{directory} is a copy for exercise {made['exercise']}, not {e.number}")
+    changed = [name for name in found if found[name] != (ROOT / name).read_text(encoding="utf-8")]
+    if not made and changed:
+        try:
+            untouched = cut(found[e.file], e.function)[2] == cut(reference(e), e.function)[2]
+        except (SyntaxError, StopIteration):  # the grade will say so
+            untouched = False
+        if untouched:
+            problem = f"{e.function} is the original, and {', '.join(changed)} differ elsewhere"
+            raise ValueError(f"{directory}: {problem}; is it for another exercise?")
     return found
+
+
+def explain(problem, e: Exercise) -> str:
+    """What a failed test says, in one line: pytest's explanation, and where the error arose."""
+    text = problem.text or ""
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
+    lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("Use -v")]
+    said = " ".join(lines or [problem.get("message") or "error"]).removeprefix("AssertionError: ")
+    own = [line for line in text.splitlines() if line.startswith(f"{e.file}:")]
+    if own and not said.startswith("assert"):  # an exception below the student's function
+        said += f" ({':'.join(own[-1].split(':')[:2])})"
+    return said if len(said) <= 400 else said[:400] + " ..."
 
 
 def grade(e: Exercise, directory: Path) -> dict:
@@ -1237,57 +1278,74 @@ def grade(e: Exercise, directory: Path) -> dict:
     The tests are the reference's own, whatever the directory's are. The points are for all of
     them: a constant may pass a test or two, and a function is right or it is not.
     """
-    tests = defaultdict(list)  # name -> the message of each case, "" where it passed
-    modules = submitted(e, directory)
+    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    if missing:
+        needs = f"the tests need {', '.join(missing)}"
+        raise ValueError(f"{needs}: pip install -r {ROOT / 'tests' / 'requirements.txt'}")
+    tests = defaultdict(list)  # name -> (case, what it says, "" where it passed) of each case
+    modules, problem, passed = submitted(e, directory), "", False
+    try:
+        cut(modules[e.file], e.function)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        problem = f"{directory / e.file}:{error.lineno}: SyntaxError: {error.msg}: {line}"
+    except StopIteration:
+        problem = f"{directory / e.file} has no {e.function}"
+    if modules[e.file] == blank(reference(e), e):
+        problem = f"still blank: {e.function} in {directory / e.file}"
+    if not problem:
+        tests, passed, problem = run_tests(e, modules)
+    wrong = [(name, *one) for name, cases in tests.items() for one in cases if one[1]]
+    output = "" if passed else f"hint: {e.hint}"
+    if wrong:
+        name, case, _ = wrong[0]
+        output = f"begin with {name}{case and f', case {case}'}. {output}"
+    if modules[e.file] == reference(e):
+        problem = f"{directory / e.file} is the original: is it your own work?"
+    results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * passed}]
+    output = "\n".join(filter(None, [problem, output]))
+    results[0] |= {"max_score": e.points, "output": output}
+    for name, cases in tests.items():
+        bad = [(case, said) for case, said in cases if said]
+        said = "".join(f"{case}: {said}" if case else said for case, said in bad[:1])
+        if len(cases) > 1:
+            said = f"{len(cases) - len(bad)} of {len(cases)} cases passed. {said}".strip()
+        one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if bad else "passed"}
+        results.append(one | {"output": said})
+    return {"score": e.points * passed, "tests": results}
+
+
+def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
+    """(each test's cases, whether all is right, why nothing ran) of the modules in a fresh copy."""
+    tests = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         copy_repository(Path(folder), modules)
-        run = [sys.executable, "-m", "pytest", *FLAGS, "--junitxml=results.xml", *e.tests]
+        run = [sys.executable, "-m", "pytest", "-vv", *FLAGS, "--junitxml=results.xml", *e.tests]
         how = {"cwd": folder, "env": os.environ | PLAIN, "timeout": LIMIT}
         try:
             done = subprocess.run(run, capture_output=True, text=True, **how)
-            said = (done.stdout + done.stderr).strip()
-            cases = xml.etree.ElementTree.parse(f"{folder}/results.xml").iter("testcase")
-        except subprocess.TimeoutExpired:
-            cases, said = [], f"no end after {LIMIT} seconds: does a loop run for ever?"
+            cases = list(xml.etree.ElementTree.parse(f"{folder}/results.xml").iter("testcase"))
+        except subprocess.TimeoutExpired as stopped:
+            lines = (stopped.stdout or b"").decode(errors="replace").split("\n")
+            begun = [line.rpartition("::")[2].split() for line in lines if "::" in line]
+            where = f" in {begun[-1][0]}" if begun else ""  # pytest names a test as it starts it
+            return {}, False, f"no end after {LIMIT} seconds{where}: does a loop run for ever?"
         except (OSError, xml.etree.ElementTree.ParseError):
-            cases = []
+            return {}, False, "\n".join((done.stdout + done.stderr).strip().splitlines()[-4:])
         for case in cases:
             if case.find("skipped") is None:
-                problem = next(iter(case), None)
-                message = "" if problem is None else problem.get("message") or "error"
-                if message == "collection failure":  # such as a syntax error, which stands last
-                    message = problem.text.strip().splitlines()[-1].removeprefix("E").strip()
-                tests[case.get("name").split("[")[0]].append(message)
-    right = bool(tests) and done.returncode == 0
-    output = "" if right else f"hint: {e.hint}"
-    if not tests:  # nothing ran: say why
-        output = "\n".join([*said.splitlines()[-4:], output])
-    if modules[e.file] == blank(reference(e), e):
-        output = f"still blank: {e.function} in {directory / e.file}"
-    elif modules[e.file] == reference(e):
-        output = f"{directory / e.file} is the original: was it started for another exercise?"
-    results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * right}]
-    results[0] |= {"max_score": e.points, "output": output}
-    for name, messages in tests.items():
-        wrong = [message for message in messages if message]
-        said = wrong[0].strip().splitlines()[0][:200] if wrong else ""
-        if len(messages) > 1:
-            said = f"{len(messages) - len(wrong)} of {len(messages)} cases passed. {said}".strip()
-        one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if wrong else "passed"}
-        results.append(one | {"output": said})
-    return {"score": e.points * right, "tests": results}
+                problem, (name, _, id) = next(iter(case), None), case.get("name").partition("[")
+                said = "" if problem is None else explain(problem, e)
+                tests[name].append((id.removesuffix("]"), said))
+    return tests, bool(tests) and done.returncode == 0, "" if tests else "no test ran"
 
 
 # ---- Find the bug ----------------------------------------------------------------------------
 
 
-def bug_in(e: Exercise, directory: Path) -> tuple[Mutant, set[int]]:
-    """The bug that `bug` has put into a directory, and the lines of the file on which it stands."""
-    found, right = (directory / e.file).read_text(encoding="utf-8"), reference(e)
-    mutant = next((m for m in e.mutants if found == mutated(right, e, m)), None)
-    if mutant is None:
-        raise ValueError(f"{directory / e.file} is not as `bug {e.number}` has left it")
-    above, head, before, _ = cut(right, e.function)
+def bug_lines(e: Exercise, mutant: Mutant) -> set[int]:
+    """The lines on which the bug stands in the file, as `bug` has written it."""
+    above, head, before, _ = cut(reference(e), e.function)
     first, after = 1 + (above + head).count("\n"), before.replace(mutant.old, mutant.new)
     match = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
     lines = set()
@@ -1295,7 +1353,32 @@ def bug_in(e: Exercise, directory: Path) -> tuple[Mutant, set[int]]:
         if kind == "delete":  # the lines around the gap
             begin, end = begin - 1, end + 1
         lines |= set(range(first + begin, first + end)) if kind != "equal" else set()
-    return mutant, lines
+    return lines
+
+
+def moved(lines: set[int], before: str, after: str) -> set[int]:
+    """Where the same lines stand once a text was edited; of a changed one, the most similar."""
+    a, b = before.splitlines(), after.splitlines()
+
+    def alike(x: str, y: str) -> float:
+        return difflib.SequenceMatcher(None, x, y).ratio()
+
+    found = set()
+    for _, i, j, begin, end in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        for old in (line - 1 for line in lines if i < line <= j):
+            equal = a[i:j] == b[begin:end]
+            best = max(range(begin, end), key=lambda n, old=old: alike(a[old], b[n]), default=begin)
+            found.add(1 + (begin + old - i if equal else best))
+    return found
+
+
+def bug_in(e: Exercise, directory: Path) -> tuple[Mutant, set[int]]:
+    """The bug that `bug` has put into a directory, and the lines on which it stands there now."""
+    found, made = submitted(e, directory)[e.file], made_for(directory)
+    if "bug" not in made:
+        raise ValueError(f"{directory} was not made by `bug {e.number} {directory}`")
+    mutant = e.mutants[made["bug"] % len(e.mutants)]
+    return mutant, moved(bug_lines(e, mutant), mutated(reference(e), e, mutant), found)
 
 
 # ---- The graders, graded ---------------------------------------------------------------------
@@ -1345,20 +1428,21 @@ class Variant:
     """A version of an exercise's file that its tests have to pass, or to fail."""
 
     exercise: Exercise
-    kind: str  # reference, second solution, blank, mutant or cheat
+    kind: str  # reference, second solution, differential, blank, mutant or cheat
     name: str
     text: str
     how: str = ""  # of a cheat
 
     @property
     def right(self) -> bool:
-        return self.kind in ("reference", "second solution")
+        return self.kind in ("reference", "second solution", "differential")
 
 
 def variants(e: Exercise):
     text = reference(e)
     yield Variant(e, "reference", "", text)
     yield Variant(e, "second solution", "", with_body(text, e.function, e.solution))
+    yield Variant(e, "differential", "", text)
     yield Variant(e, "blank", "", blank(text, e))
     for mutant in e.mutants:
         yield Variant(e, "mutant", mutant.name, mutated(text, e, mutant))
@@ -1368,6 +1452,18 @@ def variants(e: Exercise):
         yield Variant(e, "cheat", name, text, how)
     for how in given:
         yield Variant(e, "cheat", f"ignores {how}", text, how)
+
+
+def agree(e: Exercise) -> str:
+    """What the comparison on random input says; a second line follows where it is not content.
+
+    Original and second solution must agree. And some mutant must not: else nothing is compared.
+    """
+    compare, text = importlib.import_module("differentials").compare, reference(e)
+    count, said = compare(e.file, e.function, text, with_body(text, e.function, e.solution))
+    differ = [compare(e.file, e.function, text, mutated(text, e, m))[1] != "" for m in e.mutants]
+    said = said or ("" if any(differ) else "no mutant differs: the random input is too tame")
+    return f"{count} cases, {sum(differ)} of {len(differ)} mutants differ\n{said}".strip()
 
 
 def preload() -> None:
@@ -1400,6 +1496,10 @@ def fork(v: Variant, folder: Path) -> int:
         faulthandler.dump_traceback_later(LIMIT, exit=True)  # a loop that never ends
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(folder))
+        if v.kind == "differential":
+            sys.path.insert(0, str(folder / "tests"))
+            print(said := agree(v.exercise), flush=True)
+            os._exit("\n" in said)
         if v.how:
             owner, _, name = v.exercise.function.rpartition(".")
             module = importlib.import_module(Path(v.exercise.file).stem)
@@ -1413,7 +1513,7 @@ def fork(v: Variant, folder: Path) -> int:
 
 def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
     """Runs every variant of the exercises and prints the counts; whether all were as expected."""
-    begun, running, expected, all_of = time.perf_counter(), {}, Counter(), Counter()
+    begun, running, expected, all_of, cases = time.perf_counter(), {}, Counter(), Counter(), 0
     for e in exercises:
         text = reference(e)
         if with_body(blank(text, e), e.function, cut(text, e.function)[2]) != text:
@@ -1432,6 +1532,9 @@ def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
             good = status == (0 if v.right else 1)  # 1: tests failed; any other: they did not run
             expected[v.kind] += good
             all_of[v.kind] += 1
+            if v.kind == "differential":  # "500 cases, 4 of 5 mutants differ"
+                said = (folder / "log").read_text().split()
+                cases += int(said[0]) if said and said[0].isdigit() else 0
             if verbose or not good:
                 said = "as expected" if good else f"NOT AS EXPECTED, pytest exits with {status}"
                 name = f"exercise {v.exercise.number}, {v.kind} {v.name}".strip()
@@ -1441,6 +1544,7 @@ def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
             shutil.rmtree(folder)
     print(f"{len(exercises)} exercises in {time.perf_counter() - begun:.0f} s")
     words = {"reference": "pass", "second solution": "pass"}
+    words |= {"differential": f"agree, on {cases:,} random cases"}
     for kind, count in all_of.items():
         print(f"{kind}: {expected[kind]} of {count} {words.get(kind, 'caught')}")
     return expected == all_of
@@ -1492,6 +1596,8 @@ def main() -> int:
         return {"start": run_start, "check": run_check, "bug": run_bug}[o.command](
             known[o.number], o
         )
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         if getattr(o, "json", False):  # Gradescope shows it to who has sent the wrong file
             print(json.dumps({"score": 0, "output": f"error: {error}"}))
@@ -1530,7 +1636,7 @@ def run_check(e: Exercise, o) -> int:
 def run_bug(e: Exercise, o) -> int:
     if o.line is None:
         mutant = e.mutants[o.seed % len(e.mutants)]
-        start(e, o.directory, mutated(reference(e), e, mutant))
+        start(e, o.directory, mutated(reference(e), e, mutant), bug=o.seed)
         print(f"{o.directory / e.file} has a bug in {e.function}. What one sees:")
         print(f"  {mutant.symptom}")
         print(
@@ -1543,4 +1649,10 @@ def run_bug(e: Exercise, o) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

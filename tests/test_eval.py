@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from conftest import same, shorten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,12 +65,13 @@ class TestLongestCommonSubsequence:
             for letters in (1, 2, 4, 30):
                 for _ in range(5):
                     a, b = (draw.choices(range(letters), k=draw.randint(0, size)) for _ in "ab")
-                    assert module.longest_common_subsequence(a, b) == naive_lcs(a, b)
+                    found = module.longest_common_subsequence(a, b)
+                    same(found, naive_lcs(a, b), f"{shorten(a)}, {shorten(b)}")
 
     def test_gaps_are_allowed_and_order_counts(self):
         for a, b, length in (("abcbdab", "bdcaba", 4), ("axbxc", "abc", 3), ("abc", "cba", 1),
                              ("", "", 0), ("a", "", 0), ("", "a", 0), ("aa", "a", 1)):  # fmt: skip
-            assert module.longest_common_subsequence(list(a), list(b)) == length
+            same(module.longest_common_subsequence([*a], [*b]), length, f"{[*a]}, {[*b]}")
 
 
 class TestRouge:

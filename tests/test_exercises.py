@@ -1,7 +1,10 @@
 """Copies differ in one body, grades are earned, bugs are found; `selftest` does the rest."""
 
 import json
+import subprocess
+import sys
 
+import differentials
 import exercises as module
 import pytest
 from exercises import EXERCISES, cut, mutated, reference
@@ -23,6 +26,7 @@ def test_the_table():
     assert len({(e.file, e.function) for e in EXERCISES}) == len(EXERCISES) >= 15
     assert all(len(e.mutants) >= 3 and e.points > 0 and e.tests and e.hint for e in EXERCISES)
     assert {e.file for e in EXERCISES} == set(module.MODULES)
+    assert differentials.FUNCTIONS.keys() == {e.function for e in EXERCISES}
 
 
 @each
@@ -46,6 +50,7 @@ def test_a_copy_has_all_but_the_answers(tmp_path, monkeypatch, capsys):
     assert {"conftest.py", "test_eval.py"} <= {path.name for path in (copy / "tests").iterdir()}
     assert (copy / "toy" / "policy").is_dir() and not (copy / ".git").exists()
     assert not any("exercises" in path.name for path in copy.rglob("*"))
+    assert json.loads((copy / "exercise.json").read_text()) == {"exercise": LCS.number}
     before = (copy / LCS.file).read_bytes()
     assert command(monkeypatch, "start", LCS.number, copy) == 2
     assert command(monkeypatch, "bug", LCS.number, copy) == 2
@@ -62,7 +67,7 @@ def test_without_git_the_same_files_are_copied(monkeypatch):
 
 @pytest.mark.parametrize("body, passed", [
     (LCS.solution, True), ("return len(b)", False), ("import sys; sys.exit(0)", False),
-    ("return len(b", None), ("while True: pass", None),
+    ("return [][len(b)]", False), ("return len(b", None), ("while True: pass", None),
 ])  # fmt: skip
 def test_a_grade(tmp_path, monkeypatch, capsys, body, passed):
     """One file is enough; `passed` None is where no test comes to its end."""
@@ -80,21 +85,109 @@ def test_a_grade(tmp_path, monkeypatch, capsys, body, passed):
         names = [test["name"] for test in others]
         assert len(set(names)) == len(names) == 3 and "test_equals_the_table" in names
         assert {test["status"] for test in others} >= {"passed" if passed else "failed"}
+        assert "begin with test_" in first["output"] or passed
+        if "[][" in body:  # the kind of error, and its line in the student's file
+            line = 1 + text[: text.index("return [][len(b)]")].count("\n")
+            assert any(f"IndexError: list index out of range ({LCS.file}:{line})" in test["output"]
+                       for test in others)  # fmt: skip
+        elif passed is False and "len(b)" in body:
+            assert any("'c', 'a', 'b', 'a']: expected 4, got 6" in test["output"]
+                       for test in others)  # fmt: skip
     elif "while" in body:
         assert "no end after 1 seconds" in first["output"]
     else:
-        assert "SyntaxError" in json.dumps(results)
+        line = 1 + text[: text.index("return len(b\n")].count("\n")
+        assert f"{LCS.file}:{line}: SyntaxError: " in first["output"]
+
+
+def test_an_endless_loop_names_its_test(monkeypatch):
+    said = b"tests/test_eval.py::TestA::test_x[a::b-1] PASSED [ 50%]\ntests/test_eval.py::test_y "
+
+    def run(command, **how):
+        if command[0] != "git":
+            raise subprocess.TimeoutExpired(command, 1, said)
+        return real(command, **how)
+
+    real = subprocess.run
+    monkeypatch.setattr(module.subprocess, "run", run)
+    tests, passed, problem = module.run_tests(LCS, {})
+    assert not tests and not passed and "no end after 180 seconds in test_y" in problem
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
+    copied, real = [], module.shutil.copyfile
+
+    def copyfile(source, target):
+        copied.append(target)
+        if len(copied) == 5:
+            raise OSError("no space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(module.shutil, "copyfile", copyfile)
+    assert command(monkeypatch, "start", LCS.number, tmp_path / "copy") == 2
+    assert "no space left" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "repository_files", lambda: [LCS.file, "tests/x"])
+    monkeypatch.setattr(module, "ROOT", tmp_path / "checkout")
+    for name in (LCS.file, "tests/x"):
+        path = module.ROOT / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a")
+        path.chmod(0o444)
+    module.copy_repository(tmp_path / "copy", {LCS.file: "b"})
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "copy").rglob("*"))
+
+
+def test_a_wrong_number_is_refused(tmp_path, monkeypatch, capsys):
+    """In a copy, which says for which exercise it was made, and with the files alone."""
+    copy, other = tmp_path / "copy", next(e for e in EXERCISES if e.file != LCS.file)
+    same_file = next(e for e in EXERCISES if e.file == LCS.file and e != LCS)
+    assert command(monkeypatch, "start", LCS.number, copy) == 0
+    for blanked in (True, False):
+        for _ in range(2):
+            for e in (other, same_file):
+                assert command(monkeypatch, "check", e.number, copy) == 2
+                said = capsys.readouterr().err
+                assert said.startswith("error: ") and said.count("\n") == 1
+                if blanked or (copy / "exercise.json").exists():
+                    assert f"a copy for exercise {LCS.number}, not {e.number}" in said
+            if not blanked:
+                (copy / "exercise.json").unlink(missing_ok=True)
+        text = module.with_body(reference(LCS), LCS.function, LCS.solution)
+        (copy / LCS.file).write_text(text, encoding="utf-8")
+    assert command(monkeypatch, "check", LCS.number, copy, "--json") == 0
+
+
+@pytest.mark.parametrize("missing", ["pytest", "transformers"])
+def test_without_what_the_tests_need(tmp_path, monkeypatch, capsys, missing):
+    (tmp_path / LCS.file).write_text(reference(LCS), encoding="utf-8")
+    real = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda n: n != missing and real(n))
+    assert command(monkeypatch, "check", LCS.number, tmp_path) == 2
+    assert f"need {missing}: pip install -r" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback():
+    run = [sys.executable, module.__file__, "list"]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
 
 
 @each
-def test_every_bug_has_its_line(e, tmp_path):
+def test_every_bug_has_its_line(e):
     above, head, body, _ = cut(reference(e), e.function)
     first = 1 + (above + head).count("\n")
     for mutant in e.mutants:
-        (tmp_path / e.file).write_text(mutated(reference(e), e, mutant), encoding="utf-8")
-        found, lines = module.bug_in(e, tmp_path)
-        assert found == mutant and 1 <= len(lines) <= 4
+        wrong, lines = mutated(reference(e), e, mutant), module.bug_lines(e, mutant)
+        assert 1 <= len(lines) <= 4 and module.moved(lines, wrong, wrong) == lines
         assert first <= min(lines) <= max(lines) <= first + body.count("\n") + 2
+        edited = wrong.splitlines()
+        for n in (len(edited) - 1, max(lines) + 1, min(lines) - 1, 3):  # prints, from the end on
+            edited.insert(n, "print('here')")
+        assert module.moved(lines, wrong, "\n".join(edited)) == {n + 2 for n in lines}
 
 
 def test_find_the_bug(tmp_path, monkeypatch, capsys):
@@ -109,8 +202,19 @@ def test_find_the_bug(tmp_path, monkeypatch, capsys):
     assert mutant.name not in capsys.readouterr().out
     assert command(monkeypatch, "bug", LCS.number, copy, "--line", line) == 0
     assert mutant.name in capsys.readouterr().out
-    (copy / LCS.file).write_text("", encoding="utf-8")
+    edited = [
+        *wrong[: line - 1],
+        "        print(row)",
+        wrong[line - 1] + "  # here?",
+        *wrong[line:],
+    ]
+    (copy / LCS.file).write_text("\n".join(edited), encoding="utf-8")
+    for n in (line - 1, line, line + 1, line + 2):
+        assert command(monkeypatch, "bug", LCS.number, copy, "--line", n) == (n != line + 1)
+    capsys.readouterr()
+    (copy / "exercise.json").unlink()
     assert command(monkeypatch, "bug", LCS.number, copy, "--line", line) == 2
+    assert "was not made by" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [

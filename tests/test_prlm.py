@@ -246,10 +246,11 @@ class TestDecoder:
 class TestCache:
     @pytest.mark.parametrize("coarse", [False, True])
     @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-    def test_a_step_equals_attention_over_all_that_a_row_has_seen(self, kv_heads, coarse):
-        """Two layers, three prompts of unequal length with two completions each, four tokens."""
+    @pytest.mark.parametrize("lengths", [(3, 1, 5), (4,)])
+    def test_a_step_equals_attention_over_all_that_a_row_has_seen(self, lengths, kv_heads, coarse):
+        """Two layers, prompts of unequal length with two completions each, four tokens."""
         generator, size = torch.Generator().manual_seed(0), 8
-        prompts = prlm.Ragged(ragged_prompts((3, 1, 5)))
+        prompts = prlm.Ragged(ragged_prompts(lengths))
         cache = prlm.Cache(small(num_key_value_heads=kv_heads), prompts, 2, 4)
 
         def draw(rows):
@@ -259,17 +260,17 @@ class TestCache:
 
         seen = {}  # (layer, row) -> its keys and values
         for layer in (0, 1):
-            q, *both = draw(9)
+            q, *both = draw(sum(lengths))
             cache.read_prompts(layer, q, *both)
-            for row in range(6):
+            for row in range(2 * len(lengths)):
                 seen[layer, row] = [x[prompts.rows == row // 2] for x in both]
         for _ in range(4):
             cache.open(coarse)
             for layer in (0, 1):
-                q, *both = draw(6)
+                q, *both = draw(2 * len(lengths))
                 found = cache.read_next(layer, q, *both)
                 assert found.shape == q.shape
-                for row in range(6):
+                for row in range(2 * len(lengths)):
                     new = [torch.cat([x, y[row : row + 1]]) for x, y in zip(seen[layer, row], both)]
                     seen[layer, row] = new
                     all_of = [x[None] for x in (q[row : row + 1], *new)]
