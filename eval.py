@@ -12,6 +12,7 @@ words: its numbers are not comparable. BLEU is theirs: characters, 4-grams, NLTK
     python eval.py --model toy/policy --data toy/lamp --task LaMP-4 --split dev --k 4
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -99,34 +100,84 @@ def bleu(prediction: str, reference: str) -> float:
 
 # ---- The answer in a completion ------------------------------------------------------------------
 
+SINGLE, DOUBLE = "'‘’", '"“”'  # quotation marks, straight and typographic
+ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\['"\\]""")
+
 
 def extract_answer(completion: str, task: str) -> str:
-    """The value of 'title' (or 'tweet') behind the reasoning; "" when there is none.
+    """The value of 'title', 'tweet' or what else the task asks for; "" where there is none.
 
-    Reasoning that never closes has no answer, whatever it quotes. A value ends at its quote before
-    a brace, a line's end or a tag, so apostrophes inside survive; quotes and braces may be missing.
-    Where the model first repeats the placeholder, the first real value counts.
+    1. Only what follows the last </think> counts, and nothing if there is a <think> in it:
+       reasoning that never closes has no answer, whatever it quotes.
+    2. Of that only what comes before the first </answer>, if there is one, and of that only what
+       follows the last <answer>, if there is one. Even there, text without a key is no answer.
+    3. A key is the task's word, in capitals or not, and a colon, with any blanks, line breaks and
+       asterisks (Markdown's) before and after the colon. There are three sorts, best first:
+       - the word between two quotation marks of any sort;
+       - the word after nothing on its line but spaces, tabs and any of { # > * -
+       - the word anywhere else in a line, but not right after a letter, a digit, _ or -. Here the
+         colon and the value have to be on the same line: "I call it the title: Deep Nets".
+    4. `read_value` reads the value that follows. All keys of one sort are found from left to right,
+       none of them within the value of another. Then each key with its value is replaced by a line
+       break, and the next sort is looked for in what is left.
+    5. The answer is the first value found that is neither empty nor the placeholder. If there is
+       none, it is the first placeholder.
 
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"
     """
-    kind = task_of(task)
+    word = re.escape(task_of(task).answer)
     text = completion.rpartition("</think>")[2]
     if "<think>" in text:
         return ""
-    text = text.partition("<answer>")[2] or text
+    text = text.partition("</answer>")[0].rpartition("<answer>")[2]
+    sorts = (
+        rf"[{SINGLE}{DOUBLE}]{word}[{SINGLE}{DOUBLE}][\s*]*:[\s*]*",
+        rf"^[ \t{{#>*-]*{word}[\s*]*:[\s*]*",
+        rf"(?<![\w-]){word}[ \t*]*:[ \t*]*(?=\S)",
+    )
     values = []
-    for key in re.finditer(rf"""(?<!\w)(?P<q>['"]?){kind.answer}(?P=q)\s*:\s*""", text):
-        rest = text[key.end() :].split("</answer>")[0]
-        quoted = re.match(r"""(?s)(['"])(.*?)\1\s*(?:\}|\n|$|,\s*['"])""", rest)
-        if quoted:
-            value = quoted[2]
-        else:  # no closing quote in place: to the end of the line or object
-            line = re.split(r"[\n}]", rest)[0].strip()
-            value = line.strip(line[:1]) if line[:1] in ("'", '"') else line
-        values.append(re.sub(r"""\\(['"])""", r"\1", value).strip())
-    real = [value for value in values if value and not is_placeholder(value, task)]
+    for sort in sorts:
+        key, rest, start = re.compile(sort, re.IGNORECASE | re.MULTILINE), [], 0
+        while found := key.search(text, start):
+            value, end = read_value(text, found.end())
+            values.append(value)
+            rest.append(text[start : found.start()])
+            start = end
+        text = "\n".join([*rest, text[start:]])
+    values = [value for value in values if value]
+    real = [value for value in values if not is_placeholder(value, task)]
     return (real or values or [""])[0]
+
+
+def read_value(text: str, start: int) -> tuple[str, int]:
+    r"""(the value that begins at `start`, the index at which it ends): never more than a line.
+
+    - A value that begins with a quotation mark ends at the first mark of the same sort, single or
+      double, that is followed by the end of the line, by a closing brace, or by a comma and another
+      quoted key. Before the first two, asterisks and . , ; and then blanks may stand. So a value
+      may hold quotes and apostrophes. A mark that a backslash escapes ends nothing.
+    - Any other value ends at the line's end or a closing brace, and loses the asterisks around it.
+      If it begins with a mark that nothing ends, it loses that mark.
+    - \' \" \\ and \u00e9 are read as in JSON; other backslashes stay (titles hold formulas).
+    - An object or a fenced block is no value: "", of no length.
+    """
+    if text.startswith(("{", "```"), start):
+        return "", start
+    after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*[{SINGLE}{DOUBLE}][\w -]+[{SINGLE}{DOUBLE}]\s*:"
+    for marks in (SINGLE, DOUBLE):
+        quoted = re.compile(rf"[{marks}]((?:\\.|[^\\\n])*?)[{marks}](?={after})")
+        if found := quoted.match(text, start):
+            value = found[1]
+            break
+    else:
+        found = re.compile(rf"[{SINGLE}{DOUBLE}]?([^\n}}]*)").match(text, start)
+        value = found[1].strip("* \t")
+
+    def plain(escape: re.Match) -> str:
+        return json.loads(f'"{escape[0]}"') if escape[0][1] == "u" else escape[0][1:]
+
+    return ESCAPE.sub(plain, value).strip(), found.end()
 
 
 def is_placeholder(answer: str, task: str) -> bool:

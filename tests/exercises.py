@@ -343,10 +343,10 @@ EXERCISES = [
     ),
     Exercise(
         7, "The answer in a completion", "eval.py", "extract_answer", 5,
-        "the value of 'title' (or 'tweet') behind the last </think>, \"\" where there is none",
+        "the value of 'title' (or 'tweet' …) after the reasoning, by the docstring's five rules",
         ["tests/test_eval.py::TestExtractAnswer"],
-        "Print the completions that fail. Is the text a thought? Does the value hold a quote? Is "
-        "it the placeholder?",
+        "Print the completion of a case that fails, and go through the rules one by one. "
+        "`read_value` reads a value and says where it ends.",
         [
             Mutant("thoughts without an answer behind them count",
                    "A completion that stops right after </think> earns accuracy.",
@@ -355,45 +355,73 @@ EXERCISES = [
             Mutant("a thought that never closes counts",
                    "Completions cut off in the middle of a thought earn accuracy.",
                    "    if \"<think>\" in text:\n        return \"\"\n", ""),
-            Mutant("a value ends at the first quote",
-                   "Answers such as \"It's a start\" come out as \"It\".",
-                   r"""\s*(?:\}|\n|$|,\s*['"])""", ""),
+            Mutant("bare keys come before quoted ones",
+                   "\"Here is the title: {'title': …\" gives an answer that begins with a brace.",
+                   "for sort in sorts:", "for sort in sorts[::-1]:"),
+            Mutant("a value is searched for keys",
+                   "A headline about somebody's \"job title: clerk\" can come out as \"clerk\".",
+                   "start = end", "start = found.end()"),
             Mutant("the last value counts",
                    "Afterthoughts and second attempts replace the answer.",
                    "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
             Mutant("the placeholder counts",
                    "A model that repeats the form before it fills it in earns nothing.",
-                   "if value and not is_placeholder(value, task)", "if value"),
+                   "if not is_placeholder(value, task)", "if value"),
             Mutant("the key may be the end of another word",
                    "'subtitle: ...' is read as an answer.",
-                   r"(?<!\w)(?P<q>", "(?P<q>"),
+                   r"(?<![\w-]){word}", "{word}"),
+            Mutant("the end of the answer block is not seen",
+                   "What a model says after </answer> replaces an answer that has no key.",
+                   "text.partition(\"</answer>\")[0]", "text"),
         ],
         r'''
-        name, quotes = task_of(task).answer, ("'", '"')
+        word, marks = task_of(task).answer, list("'\"‘’“”")
         text = completion.split("</think>")[-1]
         if "<think>" in text:
             return ""
-        text = text[text.index("<answer>") + 8 :] or text if "<answer>" in text else text
+        text = text.split("</answer>")[0].split("<answer>")[-1]
+
+        def skip(at: int, blanks: str | None) -> int:
+            # behind blanks (None: of any sort) and asterisks
+            while at < len(text) and (text[at] == "*" or text[at].strip(blanks) == ""):
+                at += 1
+            return at
+
+        def value_after(at: int, sort: int) -> int | None:
+            # where the value starts, if the word stands at `at` as a key of this sort
+            line, end = text[:at].split("\n")[-1], at + len(word)
+            if text[at:end].lower() != word:
+                return None
+            if sort == 0 and not (line[-1:] in marks and text[end : end + 1] in marks):
+                return None
+            if sort == 1 and line.strip(" \t{#>*-"):
+                return None
+            if sort == 2 and line and (line[-1] in "_-" or line[-1].isalnum()):
+                return None
+            blanks = " \t" if sort == 2 else None
+            colon = skip(end + (sort == 0), blanks)
+            if text[colon : colon + 1] != ":":
+                return None
+            start = skip(colon + 1, blanks)
+            if sort == 2 and not text[start : start + 1].strip():  # asterisks alone: a value of ""
+                return start - 1 if text[start - 1] == "*" else None
+            return start
+
         values = []
-        for key in re.finditer(rf"""(?<!\w)(?:'{name}'|"{name}"|{name})\s*:\s*""", text):
-            rest = text[key.end() :].partition("</answer>")[0]
-            value = None
-            for end in range(1, len(rest)):
-                if rest[0] in quotes and rest[end] == rest[0]:
-                    tail = rest[end + 1 :].lstrip()
-                    blanks = rest[end + 1 : len(rest) - len(tail)]
-                    comma = tail[:1] == "," and tail[1:].lstrip()[:1] in quotes
-                    if not tail or tail[0] == "}" or "\n" in blanks or comma:
-                        value = rest[1:end]
-                        break
-            if value is None:
-                value = rest.partition("\n")[0].partition("}")[0].strip()
-                value = value.strip(value[0]) if value.startswith(quotes) else value
-            values.append(value.replace("\\'", "'").replace('\\"', '"').strip())
-        for value in values:
-            if value and not is_placeholder(value, task):
-                return value
-        return values[0] if values else ""
+        for sort in range(3):
+            at, left = 0, ""
+            while at < len(text):
+                start = value_after(at, sort)
+                if start is None:
+                    left, at = left + text[at], at + 1
+                    continue
+                value, at = read_value(text, start)
+                values.append(value)
+                left = left[:-1] if sort == 0 else left
+                left = (left.rstrip(" \t{#>*-") if sort == 1 else left) + "\n"
+            text = left
+        good = [value for value in values if not is_placeholder(value, task)]
+        return next(iter(good), next(filter(None, values), ""))
         ''',
     ),
     # The language model

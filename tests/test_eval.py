@@ -4,6 +4,7 @@ import doctest
 import inspect
 import json
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -134,55 +135,178 @@ class TestBleu:
         assert not a or bleu(a, a) == pytest.approx(1) or len(a.lower()) < 4
 
 
+ANSWERS = [  # every way of writing "A Start" that counts
+    "{'title': 'A Start'}", '{"title": "A Start"}', """{'title': "A Start"}""",
+    "{'title':'A Start'}", "{ 'title' : 'A Start' }", "{\n 'title':\n 'A Start'\n}",
+    "'title': 'A Start'", "{'title': 'A Start'", "{'title': 'A Start", "{title: A Start}",
+    "title: A Start", '"title": A Start\n', "{'title': ' A Start '}", "{'title': 'A Start'}.",
+    "{'title': 'A Start', 'tweet': 'no'}", "{'tweet': 'no', 'title': 'A Start'}",
+    "Here it is:\n{'title': 'A Start'}\nI hope so.", "{'subtitle': 'a', 'title': 'A Start'}",
+    "{'title': 'generated title'}\n{'title': 'A Start'}", "{'title': ''}\n{'title': 'A Start'}",
+    "{'title': 'A Start'}\n{'title': 'Another'}", "```json\n{'title': 'A Start'}\n```",
+    # capitals, Markdown, typographic quotes, keys on both sides
+    "{'Title': 'A Start'}", '{"TITLE": "A Start"}', "Title: A Start", "Title: 'A Start'",
+    "**Title:** A Start", "**Title**: A Start", '**Title:** "A Start"', "**Title: A Start**",
+    "### Title: A Start", "- Title: A Start", "> *Title*: A Start\n> So it is.",
+    "**Title:**\n\nA Start\n\nI hope it helps.", "{“title”: “A Start”}", "{‘title’: ‘A Start’}",
+    "‘Title’: 'A Start'", "'title': “A Start”, 'tweet': “no”", "{'title': 'A Start',}",
+    '{\n  "id": 7,\n  "title": "A Start",\n  "first words": "no: a"\n}', "{'title': 'A Start'},",
+    # a quoted key beats a bare one wherever it stands, and a line's start beats its middle
+    "Here is the title: {'title': 'A Start'}", "Title: it is {'title': 'A Start'}, I think.",
+    "Sure! A title:\n```json\n{\n  \"title\": \"A Start\"\n}\n```\nIt is short.",
+    "The title: no\n'title': 'A Start'\nTitle: no", "As a title: no.\nTitle: A Start",
+    "I call it the title: A Start", "{'title': {'title': 'A Start'}}",
+    "Title:\n```\n{'name': 'no'}\n```\nTitle: A Start",
+    "Title: generated title\nTitle: A Start", "{'title': 'generated title'}\nTitle: A Start",
+]  # fmt: skip
+
+
+MARKS = {"'": "'‘’", "‘": "'‘’", "’": "'‘’", '"': '"“”', "“": '"“”', "”": '"“”'}
+
+
+def naive_value(text):
+    """What `read_value` finds at the start of a text: its rules, a character at a time."""
+    line, n = text.split("\n")[0], 1
+    if text.startswith(("{", "```")):
+        return "", 0
+    while line[:1] in MARKS and n < len(line):
+        if line[n] in MARKS[line[0]] and naive_end(text[n + 1 :]):
+            return naive_plain(line[1:n]), n + 1
+        n += 2 if line[n] == "\\" else 1
+    line = line.split("}")[0]
+    return naive_plain(line[line[:1] in MARKS :].strip("* \t")), len(line)
+
+
+def naive_end(rest):
+    """Whether a quotation mark with `rest` after it ends a value."""
+    after = rest.lstrip("*.,;").partition("\n")[0].strip()
+    if not after or after[0] == "}":
+        return True
+    key = rest[1:].strip() if rest[0] == "," else ""
+    inside = next(
+        (n for n in range(1, len(key)) if not key[n].isalnum() and key[n] not in "_ -"), 0
+    )
+    marks = key[:1] in MARKS and key[inside] in MARKS and inside > 1
+    return marks and key[inside + 1 :].strip()[:1] == ":"
+
+
+def naive_plain(value):
+    """Without the backslashes before quotation marks and backslashes, and blanks at the ends."""
+    found = ""
+    while value:
+        skipped = value[0] == "\\" and value[1:2] in ("'", '"', "\\")
+        found, value = found + value[skipped], value[skipped + 1 :]
+    return found.strip()
+
+
+MODELS_WORDS = [
+    ("The user's historical tweets:\n\n\"My train is late.\"\n\nThe answer:\n\n\"My train.\"", ""),
+    ("Your reasoning\n</thought>\n<answer>\nYour answer\n</answer>", ""),
+    ("\"@sailor42, thanks! Your boat is amazing as well!\"", ""),
+    ("I'll paraphrase the user's input tweet:\n\n\"I love how your boat has a heart.\"\n\nThis "
+     "answer aims to convey the same message as the original tweet.", ""),
+    ("\"@sailor42, it's a pity.\"\n\nUser's input tweet:\n\"I hate it when I'm on a train.\"\n\n"
+     "Answer:\n\"I'm", ""),
+    ("\"Tweet\": The user provided a tweet about skipping a ticket.",
+     "The user provided a tweet about skipping a ticket."),
+    ("Tweet: @sailor42 I'm going out so I can enjoy a live concert.\nUser's input: \"Hi, I'm out.\""
+     "\nAnswer: 'I'm going", "@sailor42 I'm going out so I can enjoy a live concert."),
+    ("Tweet: 'In the lounge in Oslo! I'm so tired already but it's a long way. I'm not sure.'",
+     "In the lounge in Oslo! I'm so tired already but it's a long way. I'm not sure."),
+    ("'The video: 1\n'tweet':'Played a role in the mayor's plan to help'\n'tweet':'The mayor's "
+     "compromise'\n'active_member': 'A man of", "Played a role in the mayor's plan to help"),
+    ("'Every month the paper looks back. So' 'tweet': 'boat news: every month is a week'",
+     "boat news: every month is a week"),
+    ("**genre:** World news", ""),
+    ("The tweet for the text is \"The Most Important Thing\"", ""),
+    ("<think>\nThe user wrote: late\n</think>\n<answer>\n{'tweet': 'I'm late, isn't it fun'}\n"
+     "</answer>", "I'm late, isn't it fun"),
+]  # fmt: skip
+
+
+class TestReadValue:
+    def test_a_value_ends_where_the_rules_say(self):
+        draw, pieces = (
+            random.Random(0),
+            [*"'\"‘’“”'\"*.,;:}{\\\n_-", " ", "a", "It's", "', 'b': ", "```"],
+        )
+        for _ in range(20_000):
+            text = "".join(draw.choices(pieces, k=draw.randint(1, 14)))
+            start = draw.choice(["", "'", '"', "“"])
+            assert module.read_value(start + text, 0) == naive_value(start + text), start + text
+            assert module.read_value("12" + start + text, 2)[0] == naive_value(start + text)[0]
+
+
 class TestExtractAnswer:
-    @pytest.mark.parametrize("answer", [
-        "{'title': 'A Start'}", '{"title": "A Start"}', """{'title': "A Start"}""",
-        "{'title':'A Start'}", "{ 'title' : 'A Start' }", "{\n 'title':\n 'A Start'\n}",
-        "'title': 'A Start'", "{'title': 'A Start'", "{'title': 'A Start", "{title: A Start}",
-        "title: A Start", '"title": A Start\n', "{'title': ' A Start '}", "{'title': 'A Start'}.",
-        "{'title': 'A Start', 'tweet': 'no'}", "{'tweet': 'no', 'title': 'A Start'}",
-        "Here it is:\n{'title': 'A Start'}\nI hope so.", "{'subtitle': 'a', 'title': 'A Start'}",
-        "{'title': 'generated title'}\n{'title': 'A Start'}", "{'title': ''}\n{'title': 'A Start'}",
-        "{'title': 'A Start'}\n{'title': 'Another'}", "```json\n{'title': 'A Start'}\n```",
-    ])  # fmt: skip
+    @pytest.mark.parametrize("answer", ANSWERS)
     def test_every_form_of_an_answer(self, answer):
         for before in ("", "<think>\nhm\n</think>\n", "hm, {'title': 'no'}\n</think>\n\n",
                        "<think>{'title': 'no'}</think>", "<think>a</think>b</think>"):  # fmt: skip
-            for form in ("{}", "<answer>\n{}\n</answer>", "<answer>{}</answer>\n{{'title': 'no'}}"):
+            for form in ("{}", "<answer>\n{}\n</answer>", "<answer>{}</answer>\n{{'title': 'no'}}",
+                         "An <answer>:\n<answer>{}", "{}</answer>'title': 'no'"):  # fmt: skip
                 assert extract_answer(before + form.format(answer), "LaMP-4") == "A Start"
                 assert extract_answer(before + form.format(answer), "LaMP-5") == "A Start"
-            other = before.replace("title", "tweet") + answer.replace("title", "tweet")
-            if "tweet" not in answer and "subtitle" not in answer:
-                assert extract_answer(other, "LaMP-7") == "A Start"
+            for task, name in (("LaMP-7", "tweet"), ("commits", "subject")):
+                swapped = answer.replace("tweet", "x").replace("title", name)
+                swapped = swapped.replace("Title", name.title()).replace("TITLE", name.upper())
+                assert extract_answer(before + swapped, task) == "A Start"
 
     @pytest.mark.parametrize(("value", "expected"), [
         ("'It's a start'", "It's a start"), ("'The 'real' start'", "The 'real' start"),
         ("'It\\'s a start'", "It's a start"), ('"It\'s a start"', "It's a start"),
-        ('"He said \\"hi\\""', 'He said "hi"'), ("'He said \"hi\"'", 'He said "hi"'),
+        ("\"He said \\\"hi\\\"\"", 'He said "hi"'), ("'He said \"hi\"'", 'He said "hi"'),
         ("'Job title: clerk'", "Job title: clerk"), ("'A {b} start'", "A {b} start"),
         ("'Dogs' best friend'", "Dogs' best friend"), ("'Ça: “va” 中'", "Ça: “va” 中"),
         ("'a, b: c; d.'", "a, b: c; d."), ("'Rock 'n' Roll, baby'", "Rock 'n' Roll, baby"),
+        ("'He said 'no', 'yes' and 'maybe''", "He said 'no', 'yes' and 'maybe'"),
+        ("'‘No’, they said'", "‘No’, they said"), ("“It’s “late””", "It’s “late”"),
+        ("'Caf\\u00e9 \\ud83d\\ude00'", "Café \U0001f600"),
+        ("\"a\\\\b \\\\u00e9\"", "a\\b \\u00e9"),
+        ("'on $\\alpha$ and \\nu'", "on $\\alpha$ and \\nu"), ("'say \\'}'", "say '}"),
+        ("'A start', 'other words': 'x', \"year\": 'y'", "A start"), ("'A start'.", "A start"),
+        ("'generated titles: a start'", "generated titles: a start"),
     ])  # fmt: skip
     def test_what_a_value_may_hold(self, value, expected):
-        for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>"):
+        for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>",
+                     "Title: {}", "**Title:**\n{}\n", "The title: {}\nIt's short."):  # fmt: skip
             assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
 
     def test_the_answer_tags_come_before_talk_about_them(self):
         text = "hm</think>\nThe title: should be short.\n<answer>\n{'title': 'Yes'}\n</answer>"
         assert extract_answer(text, "LaMP-4") == "Yes"
+        talk = "{'title': 'I think'}\n<answer>\nTitle: Yes\n</answer>\n{'title': 'So it was'}"
+        assert extract_answer(talk, "LaMP-4") == "Yes"
 
     @pytest.mark.parametrize("completion", [
         "", " \n", "A Start", "title", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
         "{'tweet': 'no'}", "{'subtitle': 'no'}", "subtitle: no", "<think>", "<think>\n</think>\n",
         "<think>\n{'title': 'no'}", "<think>\n{'title': 'no'}\n</think>\nno idea", "a</think>",
         "{'title': 'no'}\n</think>", "<think>a</think>\n<think>\n{'title': 'no'}",
-        "<think>\nhm\n<answer>\n{'title': 'no'}\n</answer>",
+        "<think>\nhm\n<answer>\n{'title': 'no'}\n</answer>", "sub-title: no", "my_title: no",
+        "<answer>\nA Start\n</answer>", "<answer>\nA Start\n</answer>\n{'title': 'no'}",
+        "I shorten the user's title:\n\nno", "Title:\n{'name': 'no'}", "Title:\n```json\n{}\n```",
+        "{'titles': 'no'}", "**Title:** **", "'title': }'no'",
     ])  # fmt: skip
     def test_nothing_there(self, completion):
-        """A thought is no answer, and neither is one that never ends."""
+        """A thought is no answer, neither is one that never ends, and prose has no key."""
         assert extract_answer(completion, "LaMP-4") == ""
-        swapped = completion.replace("title", "x").replace("tweet", "title")
+        swapped = completion.replace("title", "x").replace("tweet", "title").replace("Title", "X")
         assert extract_answer(swapped, "LaMP-7") == ""
+
+    @pytest.mark.parametrize(("completion", "expected"), MODELS_WORDS)
+    def test_what_a_small_instruct_model_writes(self, completion, expected):
+        """SmolLM2-135M-Instruct's own words, the tweets' exchanged."""
+        assert extract_answer(completion, "LaMP-7") == expected
+
+    @pytest.mark.parametrize(("completion", "expected"), [
+        ("{'title': 'generated title'}", "generated title"),
+        ("{'title': ''}\n{'title': 'Generated Title'}", "Generated Title"),
+        ("{'title': 'generated title: no'}", "generated title: no"),
+        ("Title: generated title\n'title': 'generated title!'", "generated title!"),
+    ])  # fmt: skip
+    def test_the_placeholder_is_better_than_nothing(self, completion, expected):
+        """And nothing inside of a value is taken for another key."""
+        assert extract_answer(completion, "LaMP-4") == expected
 
     def test_placeholder(self):
         echo = extract_answer("{'title': 'generated title'}", "LaMP-4")
@@ -206,6 +330,17 @@ class TestExtractAnswer:
     def test_never_raises(self, text, pieces):
         for completion in (text, "".join(pieces), "'title': " + text):
             assert isinstance(extract_answer(completion, "LaMP-5"), str)
+
+
+def test_long_completions_take_no_longer_than_they_are_long(self):
+    """A policy that repeats itself must not stop the training."""
+    pieces = ["'title': 'x", "'title': 'x', ", "title: {", "'title': '\n", "'title'*******"]
+    pieces += ["title ", "<answer>", "',,,,", "\\u00e9", "' a a ", "\n", "# ", "'title'"]
+    for piece in pieces:
+        for start in ("", "'title': '"):
+            begun = time.process_time()
+            extract_answer(start + piece * (200_000 // len(piece)), "LaMP-4")
+            assert time.process_time() - begun < 3  # seconds; a quadratic search takes minutes
 
 
 @pytest.fixture
