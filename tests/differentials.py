@@ -168,9 +168,30 @@ def _(m, r):
 
 @of("extract_answer")
 def _(m, r):
-    pieces = [*"{}'\":\n, ", "\\'", "<think>", "</think>", "<answer>", "</answer>", "a b", "it's"]
-    pieces += ["title", "tweet", "'title': '", '"title": "', "'}", "generated title", ", 'tweet'"]
-    return m.extract_answer("".join(r.choices(pieces, k=r.randint(0, 14))), "LaMP-4")
+    pieces = [
+        *"{}'\"‘’“”:;.\n\t ,*#>-_\\",
+        "\\'",
+        "```",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+    ]
+    pieces += [
+        "a b",
+        "it's",
+        "title",
+        "TITLE",
+        "tweet",
+        "'title': '",
+        '"Title": "',
+        "title: ",
+        "'}",
+    ]
+    pieces += ["generated title", ", 'tweet'", "“title”", "subtitle", "**Title:** ", "\n'title': "]
+    weights = r.choices([0, 0.3, 1, 3], k=len(pieces))  # so that some cases have much of a few
+    weights[0] = 1
+    return m.extract_answer("".join(r.choices(pieces, weights, k=r.randint(0, 24))), "LaMP-4")
 
 
 # ---- prlm.py ---------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ class TestExtractAnswer:
             assert isinstance(extract_answer(completion, "LaMP-5"), str)
 
 
-def test_long_completions_take_no_longer_than_they_are_long(self):
+def test_long_completions_take_no_longer_than_they_are_long():
     """A policy that repeats itself must not stop the training."""
     pieces = ["'title': 'x", "'title': 'x', ", "title: {", "'title': '\n", "'title'*******"]
     pieces += ["title ", "<answer>", "',,,,", "\\u00e9", "' a a ", "\n", "# ", "'title'"]
