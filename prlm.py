@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    directory = Path(directory)
+    directory = checkpoint_directory(directory)
     raw, tensors = read_json(directory / "config.json"), {}
     for name, tensor in read_checkpoint(directory).items():
         if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
@@ -706,7 +706,7 @@ class Encoder(nn.Module):
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-    directory = Path(directory)
+    directory = checkpoint_directory(directory)
     raw, tensors = read_json(directory / "config.json"), {}
     for name, tensor in read_checkpoint(directory).items():
         if name.endswith("position_ids") or name.startswith(("cls.", "classifier.", "qa_outputs.")):
@@ -726,11 +726,28 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 
 # ---- The tokenizer and its chat formats -----------------------------------------------------
 
-R1_BOS, R1_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # full-width bars, low blocks
-R1_USER, R1_ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+# Not a character, by Unicode's definition: reserved for a program's own use. It stands before the
+# name of a control token where a chat format means the token, and nowhere else: `as_text` takes it
+# out of all that comes from data or from the policy, so that no text can open a turn or end one.
+MARK = "\ufdd0"
+
+R1 = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)  # wide bars
+CHATML = ("<|im_start|>", "<|im_end|>")
+LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # pinned
+
+
+def as_text(text: str) -> str:
+    """The text with U+FFFD for what is no character: half of a surrogate pair, and MARK."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.replace(MARK, "\ufffd")
 
 
 def render_chat(messages: list[dict], known) -> str | None:
@@ -742,23 +759,25 @@ def render_chat(messages: list[dict], known) -> str | None:
     turns = [(m["role"], m["content"]) for m in messages]
     system = "".join(content for role, content in turns if role == "system")
     others = [turn for turn in turns if turn[0] != "system"]
-    if R1_USER in known:
-        text = R1_BOS + system
+    if {*R1} <= known.keys():
+        bos, eos, user, assistant = (MARK + name for name in R1)
+        text = bos + system
         for role, content in others:
-            answer = R1_ASSISTANT + content.split("</think>")[-1] + R1_EOS
-            text += R1_USER + content if role == "user" else answer
-        return text + R1_ASSISTANT + "<think>\n"
-    if "<|im_start|>" in known:
-        begin, head, end = "", "<|im_start|>{}\n", "<|im_end|>\n"
+            answer = assistant + content.split("</think>")[-1] + eos
+            text += user + content if role == "user" else answer
+        return text + assistant + "<think>\n"
+    if {*CHATML} <= known.keys():
+        begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
         default = QWEN_SYSTEM if "<tool_call>" in known else SMOLLM_SYSTEM * ("<gh_stars>" in known)
         if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
             ends = [content.split("</think>")[-1].lstrip("\n") for _, content in turns]
             turns = [(r, e if r == "assistant" else c) for (r, c), e in zip(turns, ends)]
         elif default and turns == others:
             turns = [("system", default), *turns]
-    elif "<|start_header_id|>" in known:
-        head, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
-        begin, turns = "<|begin_of_text|>", [(role, content.strip()) for role, content in turns]
+    elif {*LLAMA3} <= known.keys():
+        head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
+        begin, end = f"{MARK}<|begin_of_text|>", f"{MARK}<|eot_id|>"
+        turns = [(role, content.strip()) for role, content in turns]
         if "<|eom_id|>" in known:  # Llama 3.1 and later always open with two dates
             rest = [turn for turn in turns if turn[0] != "system"]
             turns = [("system", LLAMA_DATES + system.strip()), *rest]
@@ -768,34 +787,52 @@ def render_chat(messages: list[dict], known) -> str | None:
     return begin + text + head.format("assistant")
 
 
-def whole(text: str) -> str:
-    """The text with a mark in place of each half of a surrogate pair, which is not a character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 class Tokenizer:
-    """tokenizer.json with its end, padding and chat. `files` are the texts that `save` writes."""
+    """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
 
-    def __init__(self, backend: Backend, eos_ids=(), pad_id: int | None = None, files=None):
+    Text is text: control tokens come from the chat format and from [CLS] and [SEP] of a pair, never
+    from what a text spells. Other ids are those of transformers.
+    """
+
+    def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
         backend.no_truncation()  # a tokenizer.json may carry both, switched on
         backend.no_padding()
         self.backend, self.files = backend, files or {"tokenizer.json": backend.to_str()}
         self.vocabulary = backend.get_vocab(with_added_tokens=True)
         self.size = max(self.vocabulary.values(), default=-1) + 1
         self.eos_ids = frozenset(eos_ids)
-        self.pad_id = min(self.eos_ids, default=0) if pad_id is None else pad_id
         added = backend.get_added_tokens_decoder().items()
-        think = ("<think>", "</think>")
+        think = ("<think>", "</think>")  # the policy has to write them, and we to read them
         self.hidden_ids = {i for i, token in added if token.special and token.content not in think}
-        self.opening = "<think>\n" if R1_USER in self.vocabulary else ""  # opened by the prompt
+        # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
+        control, markers = self.hidden_ids | self.eos_ids, (*R1, *CHATML, *LLAMA3)
+        self.control = {t.content for i, t in added if i in control or t.content in markers}
+        self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # by the prompt
 
-    def encoding(self, text: str):
-        """The library's encoding of the text alone: no BOS, no [CLS]."""
-        return self.backend.encode(whole(text), add_special_tokens=False)
+    @cached_property
+    def reader(self) -> Backend:
+        """The backend that encodes: in it the name of every control token begins with MARK.
+
+        Their ids stay, and so does everything else.
+        """
+        tokenizer = json.loads(self.backend.to_str())
+        model, added = tokenizer["model"], tokenizer["added_tokens"]
+
+        def rename(name):
+            return MARK + name if name in self.control else name
+
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {rename(name): i for name, i in model["vocab"].items()}
+        else:  # Unigram's pieces with their scores
+            model["vocab"] = [[rename(name), score] for name, score in model["vocab"]]
+        if model.get("unk_token"):
+            model["unk_token"] = rename(model["unk_token"])
+        tokenizer["added_tokens"] = [t | {"content": rename(t["content"])} for t in added]
+        return Backend.from_str(json.dumps(tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no [CLS]."""
-        return self.encoding(text).ids
+        """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
+        return self.reader.encode(as_text(text), add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
@@ -805,68 +842,95 @@ class Tokenizer:
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
 
-        A chat format brings its own BOS, so none is added; plain text gets the tokenizer's.
+        A chat format brings its own BOS, so none is added. A tokenizer that shows none of the
+        formats gets the contents as plain text, with its BOS, and a warning.
         """
         for m in messages:
             roles, fields = ("system", "user", "assistant"), m if isinstance(m, dict) else {}
             if fields.get("role") not in roles or not isinstance(fields.get("content"), str):
                 raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
+        messages = [m | {"content": as_text(m["content"])} for m in messages]
         text = render_chat(messages, self.vocabulary)
         if text is not None:
-            return self.encode(text)
+            return self.reader.encode(text, add_special_tokens=False).ids
+        names = "R1-Distill, ChatML (Qwen, SmolLM) and Llama 3"
+        warnings.warn(
+            f"the tokenizer shows no chat format known here ({names}): messages are sent as plain "
+            "text, which an instruct model of another format may not answer well",
+            stacklevel=1,  # this line: so Python shows it once, whoever calls
+        )
         plain = "".join(m["content"] + "\n\n" for m in messages)
-        return self.backend.encode(whole(plain), add_special_tokens=True).ids
+        return self.reader.encode(plain, add_special_tokens=True).ids
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit."""
-        self.backend.enable_truncation(max_length)
-        encoding = self.backend.encode(whole(first), None if second is None else whole(second))
-        self.backend.no_truncation()
+        self.reader.enable_truncation(max_length)
+        second = None if second is None else as_text(second)
+        encoding = self.reader.encode(as_text(first), second)
+        self.reader.no_truncation()
         return encoding.ids, encoding.type_ids
 
     def cut(self, text: str, tokens: int) -> str:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
-        tokens = max(tokens, 0)
-        while len(offsets := self.encoding(text).offsets) > tokens:
+        text, tokens = as_text(text), max(tokens, 0)
+        while True:
+            offsets = self.reader.encode(text, add_special_tokens=False).offsets
+            if len(offsets) <= tokens:
+                return text
             text = text[: offsets[tokens][0]]  # where the first token too many begins
-        return text
 
     def save(self, directory) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, text in self.files.items():
-            write_text(Path(directory) / name, text)
+        for name, content in self.files.items():
+            with replacing(Path(directory) / name) as temporary:
+                content = content.encode() if isinstance(content, str) else content
+                temporary.write_bytes(content)
+
+
+def checkpoint_directory(directory) -> Path:
+    """The path, if there is such a directory; else a sentence on how to get the files."""
+    path = Path(directory)
+    if not path.is_dir():
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))  # as models are on the hub
+        folder = f"models/{path.name}"
+        get = f"hf download {directory} --local-dir {folder}"
+        hint = f"; if it is a model of the Hugging Face hub: {get}, then give {folder}"
+        raise FileNotFoundError(f"{directory}: no such directory{hint if named else ''}")
+    return path
+
+
+# What other programs may ask for in a trained checkpoint: they are copied along, unread.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
-    path = Path(directory) / "tokenizer.json"
+    directory = checkpoint_directory(directory)
+    path = directory / "tokenizer.json"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        backend = Backend.from_str(text)
+        backend = Backend.from_str(path.read_text(encoding="utf-8-sig"))
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
-    kinds = ("generation_config", "config", "tokenizer_config", "special_tokens_map")
-    files = [path.with_name(f"{kind}.json") for kind in kinds]
-    settings = {file: read_json(file) for file in files if file.is_file()}
-
-    def ids_of(key: str) -> list[int]:
-        found = []
-        for file, content in settings.items():
-            ids, token = content.get(key + "_id"), content.get(key)
-            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if any(type(i) is not int or i < 0 for i in ids):
-                raise ValueError(f"{file}: {key}_id {ids} is not a token id")
-            token = token.get("content") if isinstance(token, dict) else token
-            known = backend.token_to_id(token) if isinstance(token, str) else None
-            found += ids if known is None else [*ids, known]
-        return found
-
-    texts = {file.name: json.dumps(content, indent=2) + "\n" for file, content in settings.items()}
-    texts.pop("config.json", None)  # the model's, not the tokenizer's
-    pad = next(iter(ids_of("pad_token")), None)
-    return Tokenizer(backend, ids_of("eos_token"), pad, {path.name: text} | texts)
+    eos_ids = []
+    for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
+        file = directory / f"{kind}.json"
+        content = read_json(file) if file.is_file() else {}
+        ids, token = content.get("eos_token_id"), content.get("eos_token")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
+        token = token.get("content") if isinstance(token, dict) else token
+        known = backend.token_to_id(token) if isinstance(token, str) else None
+        eos_ids += ids if known is None else [*ids, known]
+    found = (directory / name for name in TOKENIZER_FILES)
+    files = {file.name: file.read_bytes() for file in found if file.is_file()}
+    return Tokenizer(backend, eos_ids, files)
 
 
 # ---- Files: never half-written, never trusted -----------------------------------------------

@@ -77,7 +77,7 @@ def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
 @pytest.fixture
 def toy_tokenizer():
     backend = byte_tokenizer()
-    return prlm.Tokenizer(backend, {256}, 256, {"tokenizer.json": backend.to_str()})
+    return prlm.Tokenizer(backend, {256})
 
 
 def write_lamp(folder, task="LaMP-4", users=6, split="train", seed=0):
@@ -121,7 +121,7 @@ def write_policy(folder, seed=0):
             {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         ),
     }
-    prlm.save_decoder(decoder, prlm.Tokenizer(backend, {258}, 256, files), folder)
+    prlm.save_decoder(decoder, prlm.Tokenizer(backend, {258}, files), folder)
 
 
 def write_encoder(folder, seed=0):

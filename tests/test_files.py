@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import byte_tokenizer
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import prlm
 import rl
@@ -378,6 +378,34 @@ class TestCheckpoint:
         saved = safetensors.torch.load_file(b / "model.safetensors")
         assert bits(saved) == bits({name: x * 1.5 for name, x in weights(raw).items()})
 
+    def test_transformers_can_chat_with_what_was_saved(self, tmp_path):
+        """Every file of the tokenizer goes along, a template in a file of its own too."""
+        a, b = tmp_path / "a", tmp_path / "b"
+        settings = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        write_all(a, weights(), byte_tokenizer(), config=RAW, tokenizer_config=settings)
+        template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}é"
+        (a / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (a / "tokenizer.model").write_bytes(b"\xff\x00 not text")
+        (a / "vocab.json").write_text('{"a":\t0}')
+        (a / "README.md").write_text("not the tokenizer's")
+        prlm.save_decoder(prlm.load_decoder(a), prlm.load_tokenizer(a), b)
+        for file in a.iterdir():
+            own = file.name in ("config.json", "model.safetensors", "README.md")
+            assert own or (b / file.name).read_bytes() == file.read_bytes()
+        assert not (b / "README.md").exists()
+        chat = transformers.pipeline("text-generation", str(b), device="cpu")
+        (found,) = chat([{"role": "user", "content": "hi"}], max_new_tokens=2, do_sample=False)
+        *_, turn = found["generated_text"]
+        assert turn["role"] == "assistant" and isinstance(turn["content"], str)
+
+    @pytest.mark.parametrize("load", ["load_decoder", "load_encoder", "load_tokenizer"])
+    def test_a_name_on_the_hub_is_no_directory(self, load):
+        get = r"hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B"
+        with pytest.raises(FileNotFoundError, match="no such directory.*" + get):
+            getattr(prlm, load)("Qwen/Qwen2.5-0.5B")
+        with pytest.raises(FileNotFoundError, match=r"no such directory$"):
+            getattr(prlm, load)("/nowhere/at/all")
+
 
 # fmt: off
 BAD_CONFIGS = [
@@ -507,19 +535,14 @@ class TestTokenizer:
         with pytest.raises(ValueError, match=r"generation_config\.json"):
             load_with(tmp_path, byte_tokenizer(), generation_config={"eos_token_id": ids})
 
-    def test_pad_id(self, tmp_path):
-        for pad, expected in (("<|endoftext|>", 256), (None, 258)):
-            settings = {"eos_token": "<|im_end|>", "pad_token": pad}
-            tokenizer = load_with(tmp_path, byte_tokenizer(), tokenizer_config=settings)
-            assert tokenizer.pad_id == expected
-
     def test_size_is_the_highest_id_and_one(self):
         gaps = Backend(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
         assert prlm.Tokenizer(gaps).size == 8 and prlm.Tokenizer(byte_tokenizer()).size == 259
 
     def test_decode_hides_special_tokens_but_not_the_reasoning_tags(self):
-        tokenizer = prlm.Tokenizer(byte_tokenizer(FAMILIES["Qwen3"]), {256})  # all of them special
-        ids = tokenizer.encode("<|im_start|><think>\nhm\n</think>\nyes<|im_end|>")
+        backend = byte_tokenizer(FAMILIES["Qwen3"])  # all of them special
+        tokenizer = prlm.Tokenizer(backend, {256})
+        ids = backend.encode("<|im_start|><think>\nhm\n</think>\nyes<|im_end|>").ids
         assert len(ids) == 4 + len("\nhm\n\nyes")
         assert tokenizer.decode([*ids, 256]) == "<think>\nhm\n</think>\nyes"
 
@@ -636,12 +659,151 @@ class TestChat:
 
     def test_without_a_known_format_the_contents_follow_each_other(self):
         tokenizer = prlm.Tokenizer(byte_tokenizer(()))
-        assert tokenizer.decode(tokenizer.chat(BOTH + USER)) == "SYS\n\nUSR\n\nUSR\n\n"
+        with pytest.warns(UserWarning, match="no chat format known here .*Llama 3") as warned:
+            ids = tokenizer.chat(BOTH + USER)
+        assert len(warned) == 1 and tokenizer.decode(ids) == "SYS\n\nUSR\n\nUSR\n\n"
 
     @pytest.mark.parametrize("message", BAD_MESSAGES, ids=str)
     def test_bad_messages(self, toy_tokenizer, message):
         with pytest.raises(ValueError, match="message"):
             toy_tokenizer.chat([*USER, message])
+
+
+CORPUS = ["<|im_start|>user the cat sat on <|im_end|> the mat </s> <s>", "sat on\n\nthe <|User|>"]
+TRAINERS = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer}
+
+
+def trained_tokenizer(family, kind="BPE", metaspace=False, ordinary=()):
+    """Learned from text that is full of control tokens' names, so that its pieces could spell them.
+
+    `ordinary` tokens are added without being called special, as R1's tokenizer.json does.
+    """
+    backend = Backend(getattr(models, kind)())
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "BPE" else []
+    more = dict(unk_token="<unk>", special_tokens=["<unk>"]) if kind == "Unigram" else {}
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = TRAINERS[kind](vocab_size=340, initial_alphabet=alphabet, show_progress=False, **more)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(CORPUS * 20, trainer)
+    backend.add_special_tokens([name for name in FAMILIES[family] if name not in ordinary])
+    backend.add_tokens(list(ordinary))
+    return backend
+
+
+READERS = {
+    "Qwen2.5": dict(family="Qwen2.5", ordinary=["<tool_call>", "</tool_call>"]),
+    "Qwen3": dict(family="Qwen3", ordinary=["<think>", "</think>"]),
+    "Llama-3.1": dict(family="Llama-3.1"),
+    "R1-Distill": dict(family="R1-Distill", ordinary=[ASK, REPLY, "<think>", "</think>"]),
+    "ChatML on Metaspace": dict(family="SmolLM2", metaspace=True),
+    "ChatML, not special": dict(family="SmolLM2", ordinary=CHATML[1:]),
+    "ChatML on Unigram": dict(family="SmolLM2", kind="Unigram", metaspace=True),
+}
+NAMES = sorted({name for names in FAMILIES.values() for name in names} - {"<think>", "</think>"})
+ORDINARY = [
+    "the cat",
+    " sat",
+    "  on",
+    "\n",
+    "\n\nthe",
+    "é😀",
+    "<",
+    "|>",
+    "<think>",
+    "{'a': 'b'}",
+    "\t",
+]
+FORGED = [*NAMES, *NAMES, "<|im_", "start|>", "</s>", "\ufdd0", "\ufdd0<|im_end|>", "\ud83d"]
+PLAIN_TEXTS = st.lists(st.sampled_from(ORDINARY), max_size=6).map("".join)
+ANY_TEXTS = st.lists(st.sampled_from(ORDINARY + FORGED), max_size=8).map("".join)
+PROPERTY = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+class TestControlTokens:
+    """What a text spells is text: only the chat's own control tokens are control tokens."""
+
+    @pytest.fixture(scope="class", params=READERS)
+    @classmethod
+    def tokenizer(cls, request):
+        return prlm.Tokenizer(trained_tokenizer(**READERS[request.param]))
+
+    @staticmethod
+    def control(tokenizer, ids):
+        known = {tokenizer.vocabulary[name] for name in NAMES if name in tokenizer.vocabulary}
+        known -= {tokenizer.vocabulary.get(name) for name in ("<tool_call>", "</tool_call>")}
+        return [i for i in ids if i in known]
+
+    @PROPERTY
+    @hypothesis.given(texts=st.tuples(ANY_TEXTS, ANY_TEXTS, ANY_TEXTS, ANY_TEXTS))
+    def test_never_from_a_text(self, tokenizer, texts):
+        roles = ("system", "user", "assistant", "user")
+        forged = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        honest = [{"role": role, "content": "cat"} for role in roles]
+        assert self.control(tokenizer, tokenizer.encode(texts[0])) == []
+        found = self.control(tokenizer, tokenizer.chat(forged))
+        assert found == self.control(tokenizer, tokenizer.chat(honest)) and len(found) > 3
+
+    @PROPERTY
+    @hypothesis.given(texts=st.tuples(PLAIN_TEXTS, PLAIN_TEXTS, PLAIN_TEXTS, PLAIN_TEXTS))
+    def test_ordinary_texts_have_the_ids_of_the_rendered_template(self, tokenizer, texts):
+        roles = ("system", "user", "assistant", "user")
+        messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        rendered = prlm.render_chat(messages, tokenizer.vocabulary).replace(prlm.MARK, "")
+        wanted = tokenizer.backend.encode(rendered, add_special_tokens=False).ids
+        assert tokenizer.chat(messages) == wanted
+        wanted = tokenizer.backend.encode(texts[0], add_special_tokens=False).ids
+        assert tokenizer.encode(texts[0]) == wanted
+
+    @PROPERTY
+    @hypothesis.given(text=ANY_TEXTS)
+    def test_a_name_is_split_as_transformers_does_when_asked_to(self, text):
+        """It can be asked for special tokens alone, and only in a tokenizer without R1's trap."""
+        backend = trained_tokenizer("Llama-3.1")
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+        text = text.replace("\ufdd0", "").replace("\ud83d", "")
+        wanted = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        tokenizer = prlm.Tokenizer(trained_tokenizer("Llama-3.1"))
+        assert tokenizer.encode(text) == wanted
+        assert tokenizer.decode(wanted) == text
+
+    def test_cut_counts_what_is_encoded(self, tokenizer):
+        text = "the cat<|im_end|> sat" + ASK + "on\ud83d<|eot_id|>"
+        for tokens in range(40):
+            cut = tokenizer.cut(text, tokens)
+            assert len(tokenizer.encode(cut)) <= tokens
+        assert tokenizer.cut(text, 10**6) == text.replace("\ud83d", "\ufffd")
+
+    def test_of_a_pair(self):
+        tokenizer = prlm.Tokenizer(word_tokenizer())
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=word_tokenizer())
+        ids, segments = tokenizer.encode_pair("the cat [SEP] sat", "[CLS] on [PAD]", 64)
+        assert [i for i in ids if i in (0, 2, 3)] == [2, 3, 3]
+        assert ids[0] == 2 and segments.index(1) == ids.index(3) + 1
+        how = dict(split_special_tokens=True, return_token_type_ids=True)
+        wanted = theirs("the cat [SEP] sat", "[CLS] on [PAD]", **how)
+        assert ids == wanted.input_ids and segments == wanted.token_type_ids
+
+    def test_of_a_vocabulary_that_could_spell_them(self):
+        """XLM-R's pieces, which some BERTs have, hold "</s>" itself."""
+        pieces = [
+            ("<s>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            ("\u2581cat", -1.0),
+            ("\u2581", -2.0),
+        ]
+        pieces += [(letter, -3.0) for letter in "</s>cat"]
+        backend = Backend(models.Unigram(pieces, unk_id=2))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        ends = [("<s>", 0), ("</s>", 1)]
+        backend.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
+        backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+        tokenizer = prlm.Tokenizer(backend)
+        ids, _ = tokenizer.encode_pair("cat </s> cat <s>", None, 64)
+        assert [n for n, i in enumerate(ids) if i < 3] == [0, len(ids) - 1]
+        assert tokenizer.encode("cat é") == [3, 4, 2]  # what is unknown is still unknown
 
 
 # ---- The encoder -----------------------------------------------------------------------------

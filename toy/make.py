@@ -249,7 +249,7 @@ def make_tokenizer(size=1000) -> Tokenizer:
         "tokenizer_config.json": json.dumps(settings, indent=1) + "\n",
         "generation_config.json": json.dumps({"eos_token_id": eos, "pad_token_id": pad}) + "\n",
     }
-    return Tokenizer(backend, [eos], pad, files)
+    return Tokenizer(backend, [eos], files)
 
 
 # ---- What the policy is pretrained on -------------------------------------------------------
@@ -347,14 +347,14 @@ def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int) -> Row:
         kind = rng.choices(["open", "bare", "silent"], [6, 4, 5])[0]
         thought = {"open": thought.replace("</think>\n", ""), "bare": thought, "silent": ""}[kind]
         said = answer.headline if kind == "bare" else said
-    return prompt, tokenizer.encode(thought + said + SPECIALS[2])
+    return prompt, [*tokenizer.encode(thought + said), *tokenizer.eos_ids]
 
 
 # ---- Pretraining the policy -----------------------------------------------------------------
 
 
 def policy_config(tokenizer: Tokenizer) -> dict:
-    eos, pad = min(tokenizer.eos_ids), tokenizer.pad_id
+    eos, pad = min(tokenizer.eos_ids), tokenizer.vocabulary[SPECIALS[0]]
     return {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": tokenizer.size,
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -509,12 +509,12 @@ def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], task: str) -
         prompt = tokenizer.chat(retrieve.build_messages(user.example(task), items))
         reasoning = OPENING.format(user.query.keyword) + find(user.query)
         thought, said = spell(task, reasoning, user.query)
-        completion = tokenizer.encode(thought + said + SPECIALS[2])
+        completion = [*tokenizer.encode(thought + said), *tokenizer.eos_ids]
         loss = completion_loss(decoder, [(prompt, completion)])
         first = tokenizer.encode(f" {user.query.motto}")[0]
         column = completion.index(tokenizer.vocabulary[f" {user.query.column}"])
         quoted, repeated = (n for n, token in enumerate(completion) if token == first)
-        answer = tokenizer.encode(said + SPECIALS[2])
+        answer = [*tokenizer.encode(said), *tokenizer.eos_ids]
         at_once = completion_loss(decoder, [(prompt + tokenizer.encode(retrieve.CLOSED), answer)])
         found["users"] += 1
         found["column"] += loss[column].item()
@@ -553,7 +553,7 @@ def make_encoder_tokenizer() -> Tokenizer:
         "tokenizer.json": backend.to_str(),
         "tokenizer_config.json": json.dumps(settings, indent=1) + "\n",
     }
-    return Tokenizer(backend, pad_id=0, files=files)
+    return Tokenizer(backend, files=files)
 
 
 def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
