@@ -607,16 +607,19 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     return logprobs, mask
 
 
-def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `sizes`, the largest first, as many together as stay within `budget` (one at
-    least)."""
-    batches, room = [], 0
+def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
+    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one.
+
+    `padded`: each counts as much as the largest of its batch, since padding takes memory too.
+    """
+    batches, room, cost = [], 0, 0
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        if sizes[n] > room:
+        cost = cost if padded else sizes[n]
+        if not batches or cost > room:
             batches.append([])
-            room = budget
+            room, cost = budget, sizes[n]
         batches[-1].append(n)
-        room -= sizes[n]
+        room -= cost
     return batches
 
 

@@ -1,22 +1,30 @@
-"""The reward: accuracy, format, and a personalization model trained by contrast.
+"""The reward: accuracy, format, and a judge of personalization.
 
 A completion o with answer a for a query q whose user really wrote y earns
 
   R(o) = 1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y
   format          = 1 if the reasoning block is closed, else 0
-  personalization = sigmoid(s(q, a)),  s a BERT cross-encoder
+  personalization = sigmoid(s), s the score of one of two judges
 
-The cross-encoder learns, without labels, to tell an answer that the base policy gave WITH the
-user's profile (a+) from ones it gave without (a1- .. aN-). The loss is InfoNCE, which for N = 1 and
-temperature 1 is -log sigmoid(s+ - s-):
+--judge bert is the paper's: s(q, a) of a BERT cross-encoder. It learns, without labels, to tell an
+answer that the base policy gave WITH the user's profile d (a+) from ones it gave without (a1- ..
+aN-). The loss is InfoNCE, which for N = 1 and temperature 1 is -log sigmoid(s+ - s-):
 
   L = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
-s sees the query and the answer, never the profile: it can learn what personal answers have in
-common, not whose style one is. `probe` measures exactly that, so read it beside the pair accuracy.
+It sees the query and the answer, never the profile: it can learn what personal answers have in
+common, not whose style one is.
+
+--judge ratio is this project's own: the s that minimises InfoNCE has a closed form, and the base
+policy pi, from which both kinds of answers come, can compute it. Nothing is trained:
+
+  s(q, d, a) = log pi(a | q, d) - log pi(a | q)
+
+`probe` measures what either judge knows of the user. Read its figures beside the pair accuracy.
 
     python reward.py --model toy/policy --data toy/lamp --out runs/reward
+    python reward.py --judge ratio --out runs/ratio
 """
 
 import math
@@ -87,79 +95,6 @@ def rewards(
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
         row["reward"] += personalization * row["personalization"]
     return rows
-
-
-def trl_reward(task: str, judge: Judge | None = None, **weights: float):
-    """`rewards` as a reward function of TRL's GRPOTrainer, for those who outgrow rl.py.
-
-    Its data set needs the columns "query" and "target" beside "prompt".
-    """
-
-    def prlm_reward(completions, query, target, **_) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        examples = [Example("", "", task, q, [], t) for q, t in zip(query, target, strict=True)]
-        return [part["reward"] for part in rewards(texts, examples, judge, **weights)]
-
-    return prlm_reward
-
-
-# ---- A judge without training: the likelihood ratio ----------------------------------------------
-
-
-@torch.no_grad()
-def likelihood_ratio(
-    decoder: Decoder, with_profile: list[list[int]], without: list[list[int]],
-    answers: list[list[list[int]]], tokens_per_batch: int = 8192,
-) -> Tensor:  # fmt: skip
-    """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
-
-    with_profile and without [P] are prompts for the same query, answers [P][G] go on from either.
-    Each prompt runs once for its group; an empty answer has 0. Why this is the judge to have:
-
-      InfoNCE asks a critic s(q, d, a) to pick a+ ~ p(a | q, d) out of itself and a_i- ~ p(a | q).
-      Shown {a_0 .. a_N}, the posterior that a_n is the positive is p(a_n | q, d) / p(a_n | q),
-      divided by the sum of these ratios over all n. The loss is the cross-entropy of softmax(s)
-      against that, so its minimum is s* = log p(a | q, d) - log p(a | q) + c(q, d)
-      (van den Oord et al. 2018; Poole et al. 2019). Here p is pi: both answers are its samples.
-    """
-    P, G = len(answers), len(answers[0]) if answers else 0
-    totals = []
-    for prompts in (with_profile, without):
-        pairs = zip(prompts, answers, strict=True)
-        sizes = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
-        total = torch.zeros(P, G)
-        for rows in prlm.micro_batches(sizes, tokens_per_batch):
-            groups = [answers[n] for n in rows]
-            logprobs, _ = prlm.token_logprobs(decoder, [prompts[n] for n in rows], groups)
-            total[rows] = logprobs.sum(-1).cpu()
-        totals.append(total)
-    return totals[0] - totals[1]
-
-
-def ratio_judge(o: "RewardOptions", policy: Decoder, tokenizer: Tokenizer) -> Judge:
-    """sigmoid of the likelihood ratio under a frozen policy: does d make this answer likelier?
-
-    The reasoning is closed in both prompts, so what is compared are the answers alone.
-    """
-    rank, how = make_ranker(o), replace(o, reasoning=False)
-
-    def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        groups: dict[tuple, list[int]] = {}  # the answers of an example share its two prompts
-        for n, example in enumerate(examples):
-            groups.setdefault((example.id, example.query), []).append(n)
-        asked = [examples[members[0]] for members in groups.values()]
-        prompts = [make_prompts(replace(how, k=k), tokenizer, asked, rank) for k in (o.k, 0)]
-        ids = [tokenizer.encode(answer_block(o.task, answer)) for answer in answers]
-        width = max(map(len, groups.values()))
-        padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
-        ratios = likelihood_ratio(policy, *prompts, padded)  # [P, G]
-        values = [0.0] * len(answers)
-        for members, row in zip(groups.values(), ratios.sigmoid().tolist(), strict=True):
-            for n, value in zip(members, row, strict=False):  # behind them is padding
-                values[n] = value
-        return values
-
-    return judge
 
 
 # ---- The paper's judge: a model trained by contrast ----------------------------------------------
@@ -253,6 +188,9 @@ class RewardOptions(EvalOptions):
     negatives: int = 1  # reward model: negatives for each positive
     reward_epochs: int = 3  # reward model: passes over the pairs
     reward_lr: float = 1e-3  # reward model: peak learning rate; the authors' BERT-base has 5e-5
+    reward_model: str | None = None  # a trained one; without it one is trained
+    probe_examples: int = 200  # held-out records on which the judge is examined; 0 is none
+    tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
@@ -296,18 +234,63 @@ def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
     return won / max(total, 1)
 
 
+def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """(for training, held out): the pairs of a tenth of the queries are held out, one at least."""
+    ids = sorted({pair["id"] for pair in pairs})
+    if len(ids) < 2:
+        reason = "nearly all of the policy's answers are empty, or not in the form it was asked for"
+        advice = "take a policy that keeps to the form, --judge ratio, or no judge"
+        text = f"{len(pairs)} pairs of {len(ids)} queries are too few to train a reward model on"
+        raise ValueError(f"{text}: {reason}; {advice}")
+    random.Random(seed).shuffle(ids)
+    held = set(ids[: max(1, len(ids) // 10)])
+    return tuple([pair for pair in pairs if (pair["id"] in held) == side] for side in (False, True))
+
+
+def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
+    """Adds the gradient of the pairs' mean InfoNCE to the parameters and returns that mean.
+
+    Micro-batches of pairs of like length, at most `tokens_per_micro_batch` with their padding, so
+    that memory is bounded. A mean over pairs is the sum of its parts: where no dropout is drawn,
+    the gradient is the same whatever the budget.
+    """
+    limit, total = min(512, model.encoder.max_length), 0.0
+    device = model.classifier.weight.device.type
+    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    sizes = []
+    for pair in pairs:
+        texts = [pair["positive"], *pair["negatives"]]
+        ids = [model.tokenizer.encode_pair(pair["query"], text, limit)[0] for text in texts]
+        sizes.append((1 + o.negatives) * max(map(len, ids)))
+    for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch, padded=True):
+        with half:
+            positive, negatives = score_pairs(model, [pairs[n] for n in rows])
+        loss = info_nce(positive, negatives) * len(rows) / len(pairs)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was seen in `count` independent trials (Wilson 1927).
+
+    >>> [round(bound, 3) for bound in wilson(0.5, 100)], [round(b, 3) for b in wilson(1.0, 2)]
+    ([0.404, 0.596], [0.342, 1.0])
+    """
+    z = 1.96
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
     """InfoNCE, AdamW, linear decay, batches of 64, on nine tenths of the queries; returns a report.
 
-    The other tenth measures the pair accuracy: its queries were never seen.
+    The other tenth, whose queries were never seen, measures the pair accuracy. Its interval counts
+    a query as one trial, since the pairs of a query are alike. `loss` is the last epoch's mean.
     """
-    ids = sorted({pair["id"] for pair in pairs})
-    random.Random(o.seed).shuffle(ids)
-    held_ids = set(ids[: max(1, len(ids) // 10)])
-    held = [pair for pair in pairs if pair["id"] in held_ids]
-    kept = [pair for pair in pairs if pair["id"] not in held_ids]
-    if not kept:
-        raise ValueError(f"{len(pairs)} pairs of answers are too few to train a reward model on")
+    kept, held = split_pairs(pairs, o.seed)
     steps = o.reward_epochs * math.ceil(len(kept) / 64)
     optimizer = torch.optim.AdamW(model.parameters(), o.reward_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -316,58 +299,165 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     with tqdm(total=steps, desc="reward model", disable=None, leave=False) as bar:
         for epoch in range(o.reward_epochs):
             random.Random(f"{o.seed} {epoch}").shuffle(kept)
+            mean = 0.0
             for start in range(0, len(kept), 64):
-                loss = info_nce(*score_pairs(model, kept[start : start + 64]))
+                batch = kept[start : start + 64]
                 optimizer.zero_grad()
-                loss.backward()
+                loss = info_nce_backward(o, model, batch)
                 optimizer.step()
                 schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+                mean += loss * len(batch) / len(kept)
+                bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
     model.eval()
-    return {"pairs": len(pairs), "loss": loss.item(), "pair_accuracy": pair_accuracy(model, held)}
+    queries, accuracy = len({pair["id"] for pair in held}), pair_accuracy(model, held)
+    report = {"pairs": len(pairs), "held_out_pairs": len(held), "held_out_queries": queries}
+    low, high = wilson(accuracy, queries)
+    report |= {"loss": mean, "pair_accuracy": accuracy}
+    return report | {"pair_accuracy_low": low, "pair_accuracy_high": high}
 
 
-def probe(model: RewardModel, path) -> dict[str, float]:
-    """How often the user's own answer outscores a rival's, by the rival's name; chance is 0.5.
-
-    The file lists {"query", "own", and any rivals}: "other" is the same answer in another user's
-    style, "plain" with a plain word for the user's. A model that is blind to the profile cannot
-    beat chance by much on "other", however good its pair accuracy is.
-    """
-    rows = prlm.read_json(path, list)
-    queries, own = ([row[key] for row in rows] for key in ("query", "own"))
-    scores, shares = model.score_all(queries, own), {}
-    for rival in [key for key in rows[0] if key not in ("query", "own")]:
-        difference = scores - model.score_all(queries, [row[rival] for row in rows])
-        shares[f"own_over_{rival}"] = ((difference.sign() + 1) / 2).mean().item()
-    return shares
-
-
-def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, directory) -> RewardModel:
+def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
     directory, device = Path(directory), prlm.pick_device(o.device)
+    pairs_file, report = directory / "pairs.json", directory / "report.json"
 
     def train() -> None:
         torch.manual_seed(o.seed)
         model = RewardModel(prlm.load_encoder(o.encoder, device))
-        report = train_reward_model(o, model, prlm.read_json(directory / "pairs.json", list))
-        rivals = Path(o.data) / o.task.replace("-", "_") / "probe.json"
-        if rivals.is_file():
-            report |= probe(model, rivals)
+        found = train_reward_model(o, model, prlm.read_json(pairs_file, list))
         save_reward_model(model, directory)
-        prlm.write_json(directory / "report.json", report)  # last: it says all is there
+        prlm.write_json(report, found)  # last: it says that all is there
 
-    if prlm.on_first(lambda: not (directory / "report.json").is_file()):
+    if prlm.on_first(lambda: not report.is_file()):
         directory.mkdir(parents=True, exist_ok=True)
-        if prlm.on_first(lambda: not (directory / "pairs.json").is_file()):
-            pairs = build_pairs(o, decoder, tokenizer, examples)  # the slow part is kept
-            prlm.on_first(lambda: prlm.write_json(directory / "pairs.json", pairs))
+        if prlm.on_first(lambda: not pairs_file.is_file()):
+            pairs = build_pairs(o, policy, tokenizer, examples)
+            split_pairs(pairs, o.seed)  # too few are an error, and not kept
+            prlm.on_first(lambda: prlm.write_json(pairs_file, pairs))  # the slow part is kept
         prlm.on_first(train)
-    report = prlm.read_json(directory / "report.json")
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in report.items())
-    print(f"reward model: {shown} (by chance, accuracies are 0.5)")
     return load_reward_model(directory, device)
+
+
+# ---- The other judge: a likelihood ratio, without training ---------------------------------------
+
+
+@torch.no_grad()
+def likelihood_ratio(
+    decoder: Decoder, with_profile: list[list[int]], without: list[list[int]],
+    answers: list[list[list[int]]], tokens_per_batch: int = 8192,
+) -> Tensor:  # fmt: skip
+    """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
+
+    with_profile and without [P] are prompts for the same query, answers [P][G] go on from either.
+    Each prompt runs once for its group; an empty answer has 0. Why this is the judge to have:
+
+      InfoNCE asks a critic s(q, d, a) to pick a+ ~ p(a | q, d) out of itself and a_i- ~ p(a | q).
+      Shown {a_0 .. a_N}, the posterior that a_n is the positive is p(a_n | q, d) / p(a_n | q),
+      divided by the sum of these ratios over all n. The loss is the cross-entropy of softmax(s)
+      against that, so its minimum is s* = log p(a | q, d) - log p(a | q) + c(q, d)
+      (van den Oord et al. 2018; Poole et al. 2019). Here p is pi: both answers are its samples.
+    """
+    P, G = len(answers), len(answers[0]) if answers else 0
+    totals = []
+    for prompts in (with_profile, without):
+        pairs = zip(prompts, answers, strict=True)
+        sizes = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
+        total = torch.zeros(P, G)
+        for rows in prlm.micro_batches(sizes, tokens_per_batch):
+            groups = [answers[n] for n in rows]
+            logprobs, _ = prlm.token_logprobs(decoder, [prompts[n] for n in rows], groups)
+            total[rows] = logprobs.sum(-1).cpu()
+        totals.append(total)
+    return totals[0] - totals[1]
+
+
+def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judge:
+    """sigmoid of the likelihood ratio under a frozen policy: does d make this answer likelier?
+
+    The reasoning is closed in both prompts, so what is compared are the answers alone.
+    """
+    rank, how = make_ranker(o), replace(o, reasoning=False)
+
+    def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+        groups: dict[tuple, list[int]] = {}  # the answers of an example share its two prompts
+        for n, example in enumerate(examples):
+            groups.setdefault((example.id, example.query), []).append(n)
+        asked = [examples[members[0]] for members in groups.values()]
+        prompts = [make_prompts(replace(how, k=k), tokenizer, asked, rank) for k in (o.k, 0)]
+        ids = [tokenizer.encode(answer_block(o.task, answer)) for answer in answers]
+        width = max(map(len, groups.values()))
+        padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
+        ratios = likelihood_ratio(policy, *prompts, padded)  # [P, G]
+        values = [0.0] * len(answers)
+        for members, row in zip(groups.values(), ratios.sigmoid().tolist(), strict=True):
+            for n, value in zip(members, row, strict=False):  # behind them is padding
+                values[n] = value
+        return values
+
+    return judge
+
+
+# ---- What a judge knows ------------------------------------------------------------------------
+
+
+def prefers(judge: Judge, own: tuple, other: tuple) -> float:
+    """How often the judge gives more to own (examples, answers) than to other; ties are a half."""
+    pairs = zip(judge(*own), judge(*other), strict=True)
+    won = [0.5 if a == b else float(a > b) for a, b in pairs]
+    return sum(won) / len(won)
+
+
+def swap_profiles(examples: Sequence[Example]) -> list[Example]:
+    """Each example with the profile of the next one that is another user's, as far as any is."""
+    swapped = []
+    for n, example in enumerate(examples):
+        following = [*examples[n + 1 :], *examples[:n]]
+        other = next((e for e in following if e.user_id != example.user_id), example)
+        swapped.append(replace(example, profile=other.profile))
+    return swapped
+
+
+def probe(judge: Judge, examples: Sequence[Example], rivals: Sequence[dict] = ()) -> dict:
+    """What the judge knows of users that it was not trained on: shares, .5 by chance.
+
+    The swap test asks whether a user's real answer is worth more beside the user's own profile than
+    beside another user's. A judge that does not see the profile gives both the same: exactly .5.
+    With the 95 % interval, a user being one trial.
+
+    `rivals` are records {"query", "own", and any others} of these examples, in the toy: "other" is
+    the real answer in another user's style, "plain" the same with a plain word for the user's.
+    """
+    users = len({e.user_id for e in examples})
+    report = {}
+    if users > 1:
+        answers = [example.target for example in examples]
+        share = prefers(judge, (examples, answers), (swap_profiles(examples), answers))
+        low, high = wilson(share, users)
+        report = {"swap_test": share, "swap_test_low": low, "swap_test_high": high, "users": users}
+    by_query = {example.query.strip(): example for example in examples}
+    rows = [row for row in rivals if row["query"].strip() in by_query]
+    asked = [by_query[row["query"].strip()] for row in rows]
+    for rival in [key for key in (rows[0] if rows else ()) if key not in ("query", "own")]:
+        own, theirs = ([row[key] for row in rows] for key in ("own", rival))
+        report[f"own_over_{rival}"] = prefers(judge, (asked, own), (asked, theirs))
+    return report
+
+
+FEW = 30  # held-out queries: with fewer, an accuracy of .65 cannot be told from chance
+
+
+def explain(name: str, report: dict) -> str:
+    """The report as a line, and a sentence for each thing to beware of."""
+    lines = [f"judge {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report.items())]
+    queries = report.get("held_out_queries", FEW)
+    if queries < FEW:
+        interval = f"{report['pair_accuracy_low']:.2f} to {report['pair_accuracy_high']:.2f}"
+        lines.append(f"  only {queries} held-out queries: the pair accuracy may be {interval}")
+    if "swap_test" in report:
+        blind = ", as for any judge that does not see the profile" * (report["swap_test"] == 0.5)
+        lines.append(f"  the swap test is .5 by chance{blind}")
+    return "\n".join(lines)
 
 
 def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory) -> Judge:
@@ -375,9 +465,26 @@ def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory
 
     `policy` is frozen: "bert" samples its pairs from it, "ratio" keeps it.
     """
+    held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
     if o.judge == "ratio":
-        return ratio_judge(o, policy, tokenizer)
-    return bert_judge(obtain_reward_model(o, policy, tokenizer, examples, directory))
+        judge = ratio_judge(o, policy, tokenizer)
+    elif o.reward_model:
+        judge = bert_judge(load_reward_model(o.reward_model, prlm.pick_device(o.device)))
+    else:
+        judge = bert_judge(obtain_reward_model(o, policy, tokenizer, examples, directory))
+
+    def examine() -> dict:
+        file = Path(directory) / "report.json"
+        report = prlm.read_json(file) if file.is_file() else {}
+        if held and "swap_test" not in report:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rivals = Path(o.data) / o.task.replace("-", "_") / "probe.json"
+            report |= probe(judge, held, prlm.read_json(rivals, list) if rivals.is_file() else ())
+            prlm.write_json(file, report)
+        return report
+
+    print(explain(o.judge, prlm.on_first(examine)))
+    return judge
 
 
 def obtain_judge(o, policy: Decoder, tokenizer, examples, directory) -> Judge | None:

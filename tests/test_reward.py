@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import prlm
 import retrieve
 import reward
+import rl
 from retrieve import Example, load_lamp
 
 TOY = Path(__file__).parent.parent / "toy"
@@ -420,6 +422,44 @@ class TestPairs:
             with pytest.raises(ValueError, match="too few"):
                 reward.train_reward_model(reward.RewardOptions(), model, pairs)
 
+    @pytest.mark.parametrize("budget", [1, 60, 10**6])
+    def test_the_budget_changes_neither_loss_nor_gradient(self, model, budget, monkeypatch):
+        """Pairs of unequal length and number of negatives; without dropout."""
+        sizes, score, pairs = [], model.score, contrast(30)
+
+        def spy(queries, answers):
+            rows = [model.tokenizer.encode_pair(q, a, 64)[0] for q, a in zip(queries, answers)]
+            sizes.append((len(rows), max(map(len, rows))))
+            return score(queries, answers)
+
+        expected = reward.info_nce(*reward.score_pairs(model, pairs))
+        expected.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        monkeypatch.setattr(model, "score", spy)
+        o = reward.RewardOptions(negatives=2, tokens_per_micro_batch=budget)
+        close(reward.info_nce_backward(o, model, pairs), expected.detach())
+        largest = max(gradient.abs().max() for gradient in gradients)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            assert (parameter.grad - gradient).abs().max() <= 1e-5 * largest
+        assert sum(rows for rows, _ in sizes) == sum(1 + len(p["negatives"]) for p in pairs)
+        assert all(rows * width <= budget or rows <= 3 for rows, width in sizes)
+        assert (len(sizes) == 1) == (budget == 10**6)
+
+    def test_the_report_says_what_it_stands_on(self, model):
+        """Held-out pairs and queries, an interval, and the mean loss of the last epoch."""
+        model.encoder.dropout[:] = [0.0, 0.0]
+        pairs, o = contrast(100), reward.RewardOptions(reward_lr=1e-12, reward_epochs=2)
+        report = reward.train_reward_model(o, model, pairs)
+        assert (report["held_out_pairs"], report["held_out_queries"]) == (10, 5)
+        bounds = report["pair_accuracy_low"], report["pair_accuracy_high"]
+        assert bounds == reward.wilson(report["pair_accuracy"], 5)
+        kept, held = reward.split_pairs(pairs, o.seed)
+        assert len(kept) == 90 and report["pair_accuracy"] == reward.pair_accuracy(model, held)
+        with torch.no_grad():  # at this learning rate the model has stayed what it was
+            losses = [reward.info_nce(*reward.score_pairs(model, [pair])) for pair in kept]
+        close(torch.tensor(report["loss"]), sum(losses) / len(losses))
+
     @pytest.mark.parametrize("negatives", [1, 3])
     def test_pairs_are_with_against_without_the_profile(self, world, monkeypatch, negatives):
         examples = load_lamp(world / "lamp", "LaMP-4", "train")
@@ -459,15 +499,6 @@ class TestPairs:
         assert pairs == again and 0 < len(pairs) <= 36
         assert all(pair["positive"] and all(pair["negatives"]) for pair in pairs)
 
-    def test_probe_counts_a_tie_as_a_half(self, tmp_path):
-        rows = [("a", "b", "c"), ("b", "a", "c"), ("a", "c", "b"), ("b", "b", "c")]
-        keys, path = ("query", "own", "other", "plain"), tmp_path / "probe.json"
-        path.write_text(json.dumps([dict(zip(keys, ("q", *row), strict=True)) for row in rows]))
-        shares = reward.probe(Fake(dict(a=2, b=1, c=0)), path)
-        assert shares == {"own_over_other": 2.5 / 4, "own_over_plain": 1.0}
-        shares = reward.probe(Fake(dict(a=1, b=1, c=1)), path)
-        assert shares == {"own_over_other": 0.5, "own_over_plain": 0.5}
-
     def test_a_reward_model_is_made_once(self, world, tmp_path, monkeypatch):
         calls = []
 
@@ -482,12 +513,7 @@ class TestPairs:
 
         spy("build_pairs", contrast(40))
         spy("train_reward_model")
-        triples = [{"query": "wins", "own": "golf wins", "other": "oslo wins"}]
-        (tmp_path / "LaMP_4").mkdir()
-        (tmp_path / "LaMP_4" / "probe.json").write_text(json.dumps(triples))
-        options = reward.RewardOptions(
-            encoder=str(world / "encoder"), data=str(tmp_path), reward_epochs=1, device="cpu"
-        )
+        options = reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1)
         directory = tmp_path / "runs" / "reward"
 
         def get():
@@ -496,7 +522,7 @@ class TestPairs:
         first = get()
         assert calls == ["build_pairs", "train_reward_model"]
         report = json.loads((directory / "report.json").read_text())
-        assert report.keys() >= {"pairs", "pair_accuracy", "own_over_other"}
+        assert report.keys() >= {"pairs", "pair_accuracy"}
         second = get()
         assert len(calls) == 2
         queries, answers = random_texts(5, seed=1), random_texts(5, seed=2)
@@ -506,42 +532,122 @@ class TestPairs:
         assert torch.equal(get().score_all(queries, answers), expected)  # the same model comes out
         assert calls[2:] == ["train_reward_model"]
 
+    def test_a_better_policy_after_too_few_pairs(self, world, tmp_path, monkeypatch):
+        """What the first one gave is not kept: the same directory serves the next."""
+        options = reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1)
+        for pairs in ([], contrast(2)):  # none, or of one query only
+            monkeypatch.setattr(reward, "build_pairs", lambda *_, pairs=pairs: pairs)
+            with pytest.raises(ValueError, match=f"{len(pairs)} pairs of .* too few"):
+                reward.obtain_reward_model(options, None, None, [], tmp_path)
+        monkeypatch.setattr(reward, "build_pairs", lambda *_: contrast(40))
+        reward.obtain_reward_model(options, None, None, [], tmp_path)
+        assert json.loads((tmp_path / "report.json").read_text())["pairs"] == 40
 
-class TestTRL:
-    def test_trains_with_our_prompts_and_reward(self, tmp_path):
-        """Two steps of TRL's own trainer on the toy policy; its logged reward is ours."""
-        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-        examples = load_lamp(TOY / "lamp", "LaMP-4", "train")[:4]
-        tokenizer = prlm.load_tokenizer(TOY / "policy")
-        messages = [retrieve.build_messages(e, retrieve.retrieve(e, 2)) for e in examples]
-        prompts = [prlm.render_chat(chat, tokenizer.vocabulary) for chat in messages]
-        columns = {"prompt": prompts, "query": [e.query for e in examples]}
-        data = datasets.Dataset.from_dict(columns | {"target": [e.target for e in examples]})
-        paid, ours = [], reward.trl_reward("LaMP-4")
 
-        def watched(completions, **columns):
-            assert all(isinstance(text, str) for text in completions)
-            paid.extend(ours(completions, **columns))
-            return paid[-len(completions) :]
+def users(count=4):
+    """Users who each write one word of their own, which their targets have too."""
+    return [
+        Example(f"{n}", f"u{n}", "LaMP-4", f"query {n}", [{"title": f"w{n}", "text": "x"}], f"w{n}")
+        for n in range(count)
+    ]
 
-        how = trl.GRPOConfig(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=4,
-            max_completion_length=48, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-            save_strategy="no", disable_tqdm=True, seed=0,
-        )  # fmt: skip
-        trainer = trl.GRPOTrainer(str(TOY / "policy"), watched, how, data)
-        trainer.train()
-        logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-        assert logged == pytest.approx([sum(paid[n : n + 4]) / 4 for n in (0, 4)], rel=1e-4)
-        assert max(paid) > 0.1 and trainer.state.global_step == 2
 
-    def test_columns_and_chats(self):
-        pay = reward.trl_reward("LaMP-4")
-        good = "<think>\nhm\n</think>\n{'title': 'golf in oslo'}"
-        completions = [good, [{"role": "assistant", "content": good}], "no answer"]
-        targets = ["golf in oslo", "golf", "golf"]
-        found = pay(completions, query=["q"] * 3, target=targets, prompt=["p"] * 3)
-        examples = [Example("", "", "LaMP-4", "q", [], target) for target in targets]
-        texts = [good, good, "no answer"]
-        assert found == [part["reward"] for part in reward.rewards(texts, examples)]
-        assert found[0] == pytest.approx(3.1) and found[2] == 0
+def reader(examples, answers):
+    """A judge that knows the user: does the answer stand in the profile?"""
+    titles = [[item["title"] for item in e.profile] for e in examples]
+    return [float(a.split()[0] in own) for a, own in zip(answers, titles, strict=True)]
+
+
+class TestProbe:
+    def test_swap_test_of_one_who_reads_and_one_who_is_blind(self):
+        report = reward.probe(reader, users())
+        low, high = reward.wilson(1.0, 4)
+        expected = {"swap_test": 1.0, "swap_test_low": low, "swap_test_high": high, "users": 4}
+        assert report == expected
+        blind = reward.probe(lambda examples, answers: [float(len(a)) for a in answers], users())
+        assert blind["swap_test"] == 0.5
+        against = reward.probe(lambda *given: [-value for value in reader(*given)], users())
+        assert against["swap_test"] == 0.0
+
+    def test_the_other_profile_is_another_users(self):
+        """Records of one user stand together in many files; nothing else of a record changes."""
+        examples = [replace(e, user_id=f"u{n // 3}") for n, e in enumerate(users(6))]
+        for own, swapped in zip(examples, reward.swap_profiles(examples), strict=True):
+            (owner,) = (e.user_id for e in examples if e.profile == swapped.profile)
+            assert owner != own.user_id
+            assert replace(swapped, profile=own.profile) == own
+
+    def test_rivals_are_judged_beside_their_users_profiles(self):
+        rows = [
+            {"query": f" query {n}", "own": f"w{n}", "other": f"w{1 - n}", "plain": f"w{n} about"}
+            for n in range(2)
+        ]
+        rows.append({"query": "nobody's", "own": "w0", "other": "w1", "plain": "w2"})  # left out
+        report = reward.probe(reader, users(), rows)
+        assert (report["own_over_other"], report["own_over_plain"]) == (1.0, 0.5)
+
+    def test_one_user_has_no_other(self):
+        assert reward.probe(reader, users(1)) == {}
+
+    def test_wilsons_bounds_are_196_standard_errors_from_the_share(self):
+        """Their own standard errors, which is what keeps the interval open at 0 and 1."""
+        for won, count in ((0, 5), (3, 7), (40, 50), (200, 200)):
+            low, high = reward.wilson(won / count, count)
+            assert 0 <= low < high <= 1
+            for bound in (low, high):
+                squared = 1.96**2 * bound * (1 - bound) / count
+                assert (won / count - bound) ** 2 == pytest.approx(squared, abs=1e-12)
+
+
+class TestJudge:
+    """From the options to a judge and its report."""
+
+    @pytest.fixture
+    def toy(self):
+        return prlm.load_decoder(TOY / "policy"), prlm.load_tokenizer(TOY / "policy")
+
+    def test_ratio_equals_one_answer_at_a_time(self, toy):
+        """Answers of several users in any order: each is compared beside its own two prompts."""
+        decoder, tokenizer = toy
+        examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:3]
+        asked = [examples[n] for n in (0, 1, 0, 2, 0)]
+        answers = ["on golf no joke", "about tennis", examples[0].target, "why", "on and on"]
+        o = reward.RewardOptions(judge="ratio", k=3)
+        values = reward.ratio_judge(o, decoder, tokenizer)(asked, answers)
+        for e, answer, value in zip(asked, answers, values, strict=True):
+            logits = []
+            for k in (3, 0):
+                messages = retrieve.build_messages(e, retrieve.retrieve(e, k))
+                prompt = tokenizer.chat(messages) + tokenizer.encode(retrieve.CLOSED)
+                ids = tokenizer.encode(f"<answer>\n{{'title': '{answer}'}}\n</answer>")
+                logprobs, _ = prlm.token_logprobs(decoder, [prompt], [[ids]])
+                logits.append(logprobs.sum().item())
+            assert math.log(value / (1 - value)) == pytest.approx(logits[0] - logits[1], abs=1e-3)
+
+    def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
+        o = reward.RewardOptions(judge="ratio", data=str(TOY / "lamp"), probe_examples=30)
+        judge = reward.make_judge(o, *toy, [], tmp_path / "new")
+        report = json.loads((tmp_path / "new" / "report.json").read_text())
+        assert report["swap_test"] > 0.8 and report["own_over_other"] > 0.8
+        assert report["users"] == 30
+        assert "swap_test" in capsys.readouterr().out
+        examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
+        assert all(0 < v < 1 for v in judge(examples, [e.target for e in examples]))
+
+    def test_a_saved_reward_model_is_examined_too(self, world, model, toy, tmp_path, capsys):
+        reward.save_reward_model(model, tmp_path / "saved")
+        o = reward.RewardOptions(reward_model=str(tmp_path / "saved"), data=str(world / "lamp"))
+        judge = reward.make_judge(o, *toy, [], tmp_path / "run")
+        expected = model.score_all(["golf"], ["tennis"]).sigmoid().tolist()
+        assert judge([example(query="golf")], ["tennis"]) == expected
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["swap_test"] == 0.5  # it is blind to the profile
+        assert "does not see the profile" in capsys.readouterr().out
+
+    def test_no_weight_no_judge(self):
+        assert reward.obtain_judge(rl.Options(personalization=0), None, None, [], "") is None
+
+    def test_few_held_out_queries_are_mentioned(self):
+        report = {"held_out_queries": 2, "pair_accuracy_low": 0.3, "pair_accuracy_high": 0.97}
+        assert "only 2 held-out queries" in reward.explain("bert", report)
+        assert "only" not in reward.explain("bert", report | {"held_out_queries": 40})

@@ -12,9 +12,11 @@ import numpy as np
 import page
 import pytest
 import torch
+import trl_example
 
 import prlm
 import retrieve
+from reward import RewardOptions, rewards
 
 TOY = Path(__file__).parent.parent / "toy"
 
@@ -137,6 +139,51 @@ class TestExperiments:
         files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("predictions*")}
         experiments.main(o)
         assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 6
+
+
+class TestTRL:
+    """toy/trl_example.py"""
+
+    def test_trains_with_our_prompts_and_reward(self, tmp_path):
+        """Two steps of TRL's own trainer on the toy policy; its logged reward is ours."""
+        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        examples = retrieve.load_lamp(TOY / "lamp", "LaMP-4", "train")[:4]
+        tokenizer = prlm.load_tokenizer(TOY / "policy")
+        data = trl_example.columns(RewardOptions(k=2), tokenizer, examples)
+        prompts = retrieve.make_prompts(RewardOptions(k=2), tokenizer, examples)
+        assert [tokenizer.backend.encode(text).ids for text in data["prompt"]] == prompts
+        data = datasets.Dataset.from_dict(data)
+        paid, ours = [], trl_example.trl_reward(examples)
+
+        def watched(completions, **columns):
+            assert all(isinstance(text, str) for text in completions)
+            paid.extend(ours(completions, **columns))
+            return paid[-len(completions) :]
+
+        how = trl.GRPOConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=4,
+            max_completion_length=48, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
+            save_strategy="no", disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(str(TOY / "policy"), watched, how, data)
+        trainer.train()
+        logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+        assert logged == pytest.approx([sum(paid[n : n + 4]) / 4 for n in (0, 4)], rel=1e-4)
+        assert max(paid) > 0.1 and trainer.state.global_step == 2
+
+    def test_columns_chats_and_weights(self):
+        good = "<think>\nhm\n</think>\n{'title': 'golf in oslo'}"
+        completions = [good, [{"role": "assistant", "content": good}], "no answer"]
+        targets = ["golf in oslo", "golf", "golf"]
+        examples = [
+            retrieve.Example(str(n), "", "LaMP-4", "q", [], t) for n, t in enumerate(targets)
+        ]
+        pay = trl_example.trl_reward(examples[::-1], format=0.5)
+        found = pay(completions, id=["0", "1", "2"], prompt=["p"] * 3)
+        texts = [good, good, "no answer"]
+        rows = rewards(texts, examples, format=0.5)
+        assert found == [part["reward"] for part in rows]
+        assert found[0] == pytest.approx(3.5) and found[2] == 0
 
 
 class Balanced(HTMLParser):

@@ -1,0 +1,57 @@
+"""The prompts and the reward of this project in TRL's own trainer, for those who outgrow rl.py.
+
+pip install trl datasets
+python reward.py --out runs/reward
+python toy/trl_example.py --reward-model runs/reward --out runs/trl
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
+
+import prlm
+import retrieve
+from reward import Judge, RewardOptions, make_judge, rewards
+
+
+def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, **weights: float):
+    """`rewards` as a reward function of GRPOTrainer, whose data set needs a column "id"."""
+    by_id = {example.id: example for example in examples}
+
+    def prlm_reward(completions, id, **_) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        parts = rewards(texts, [by_id[one] for one in id], judge, **weights)
+        return [part["reward"] for part in parts]
+
+    return prlm_reward
+
+
+def columns(o: RewardOptions, tokenizer: prlm.Tokenizer, examples) -> dict[str, list[str]]:
+    """The data set: each record's id and its personalized prompt as text."""
+    prompts = retrieve.make_prompts(o, tokenizer, examples)
+    texts = [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in prompts]
+    return {"prompt": texts, "id": [example.id for example in examples]}
+
+
+@dataclass
+class Options(RewardOptions):
+    steps: int = 60  # of the trainer
+    out: str = "runs/trl"  # directory of what TRL writes, and of the judge
+
+
+def main(o: Options) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, examples = prlm.load_tokenizer(o.model), retrieve.load_lamp(o.data, o.task, "train")
+    policy = prlm.load_decoder(o.model, prlm.pick_device(o.device)).requires_grad_(False)
+    judge = make_judge(o, policy, tokenizer, examples, Path(o.out) / "reward")
+    data = Dataset.from_dict(columns(o, tokenizer, examples))
+    how = GRPOConfig(o.out, max_steps=o.steps, max_completion_length=o.max_new_tokens, seed=o.seed)
+    GRPOTrainer(o.model, trl_reward(examples, judge), how, data).train()
+
+
+if __name__ == "__main__":
+    prlm.command(main, Options, __doc__)
