@@ -120,16 +120,31 @@ class TestStatistics:
 
 
 class TestExperiments:
+    def options(self, folder, tasks):
+        for task in tasks:
+            users = [make.make_user(random.Random(f"{task} {n}")) for n in range(18)]
+            make.write_lamp(task, {"train": users[:12], "dev": users[12:]}, folder / "lamp")
+            make.write_probe(task, users[12:], folder / "lamp")
+        return experiments.Options(
+            model=str(TOY / "policy"), encoder=str(TOY / "encoder"), data=str(folder / "lamp"),
+            quick=True, steps=1, out=str(folder / "out"),
+        )  # fmt: skip
+
+    def test_judges_are_compared(self, tmp_path):
+        """Trained, untrained, and the ratio: only the last sees whose profile it is."""
+        o = self.options(tmp_path, [experiments.TASK])
+        for arm in experiments.JUDGES:
+            experiments.train(o, experiments.TASK, arm, 0)
+        lines = {line["row"]: line for line in experiments.judges(o, range(1))}
+        assert [*lines] == [experiments.ARMS[arm][0] for arm in experiments.JUDGES]
+        shares = ["pair_accuracy", "swap_test", "own_over_other", "own_over_plain", "rouge-l"]
+        assert all(0 <= line[share] <= 1 for line in lines.values() for share in shares)
+        *blind, ratio = (line["swap_test"] for line in lines.values())
+        assert blind == [0.5] * 3 and ratio > 0.6
+
     def test_the_whole_programme_in_miniature(self, tmp_path):
         """A step an arm, a handful of users: every table is there, a second call is quick."""
-        for task in ("LaMP-4", "LaMP-7"):
-            users = [make.make_user(random.Random(f"{task} {n}")) for n in range(18)]
-            make.write_lamp(task, {"train": users[:12], "dev": users[12:]}, tmp_path / "lamp")
-            make.write_probe(task, users[12:], tmp_path / "lamp")
-        o = experiments.Options(
-            model=str(TOY / "policy"), encoder=str(TOY / "encoder"), data=str(tmp_path / "lamp"),
-            quick=True, steps=1, out=str(tmp_path / "out"),
-        )  # fmt: skip
+        o = self.options(tmp_path, ["LaMP-4", "LaMP-7"])
         experiments.main(o)
         text = (tmp_path / "out" / "report.md").read_text()
         for arm in experiments.MAIN:

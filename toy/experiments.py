@@ -3,7 +3,8 @@
   1. Does reasoning trained by RL beat plain personalized RAG?   (three tasks, five rows)
   2. What do the reasoning and the contrastive reward each contribute?   (one change at a time)
   3. Is it robust to how many items are retrieved, and by what?   (k by retriever)
-  4. What has the reward model learned?   (pair accuracy, rivals, correlation with ROUGE)
+  4. What does the judge know, and what does a policy learn from it, alone too?
+     (pair accuracy, swap test, rivals, correlation with ROUGE; rewards without gold texts)
 
 Every training is a run of rl.py with the options that its row changes, so it can be stopped and
 gone on with; the supervised baseline is trained here. One process a core, each with one thread.
@@ -38,6 +39,8 @@ import rl
 
 # ---- The arms: what each row of a table changes ---------------------------------------------
 
+# Form and judge alone: what the users really wrote is not rewarded.
+NO_GOLD = {"accuracy": 0.0, "personalization": 1.0, "eval_every": 10}
 ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "prlm": ("PrLM", {}),
     "no_reasoning": ("GRPO without reasoning", {"reasoning": False}),
@@ -45,11 +48,16 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "no_judge": ("without the personalization reward", {"personalization": 0.0}),
     "untrained": ("reward model untrained", {}),
     "negatives4": ("InfoNCE with 4 negatives", {"negatives": 4}),
-    "profile": ("reward model sees the profile", {}),
+    "ratio": ("ratio judge", {"judge": "ratio"}),
+    "ratio1": ("ratio judge, weight 1", {"judge": "ratio", "personalization": 1.0}),
+    "bert_no_gold": ("no gold texts, PrLM's judge", NO_GOLD),
+    "ratio_no_gold": ("no gold texts, ratio judge", NO_GOLD | {"judge": "ratio"}),
 }
 MAIN = ["sft", "no_reasoning", "prlm"]
-SPECIAL_JUDGES = ["untrained", "profile"]  # arms whose reward model rl.py does not make by itself
-ABLATIONS = ["prlm", "no_reasoning", "no_judge", "untrained", "negatives4", "profile"]
+WITHOUT_GOLD = ["bert_no_gold", "ratio_no_gold"]
+ABLATIONS = ["prlm", "no_reasoning", "no_judge", "untrained", "negatives4", "ratio", "ratio1"]
+ABLATIONS += WITHOUT_GOLD
+JUDGES = ["prlm", "negatives4", "untrained", "ratio"]  # arms whose judges differ
 RETRIEVERS, ITEMS = ["random", "recency", "bm25", "dense"], [1, 2, 4, 8]
 TASK = "LaMP-4"  # of everything but the main table
 
@@ -112,49 +120,12 @@ def fine_tune(o: rl.Options) -> None:
     prlm.write_json(out / "scores.json", {"after": scores})
 
 
-class ProfileModel(reward.RewardModel):
-    """An extension: it sees the retrieved items behind the query; the authors' is blind to them."""
-
-    def __init__(self, encoder: prlm.Encoder, o: rl.Options):
-        super().__init__(encoder)
-        examples = [e for s in ("train", "dev") for e in retrieve.load_lamp(o.data, o.task, s)]
-        shown = {e.query.strip(): retrieve.retrieve(e, o.k, o.retriever) for e in examples}
-        self.shown = {
-            query: " ".join([query, *(retrieve.show(item, o.task) for item in items)])
-            for query, items in shown.items()
-        }
-
-    def score(self, queries, answers) -> torch.Tensor:
-        return super().score([self.shown[query.strip()] for query in queries], answers)
-
-
-def judge_folder(o: rl.Options, arm: str) -> Path:
-    """Where the report of a run's reward model lies."""
-    out = Path(o.out)
-    return out.with_name(f"judge{o.seed}") if arm in SPECIAL_JUDGES else out / "reward"
-
-
-def special_judge(o: rl.Options, arm: str) -> reward.Judge | None:
-    """Makes the reward models that rl.py does not, with their report beside the run."""
-    if arm not in SPECIAL_JUDGES:
-        return None
+def untrained_model(o: rl.Options) -> str:
+    """The directory of a reward model that has learned nothing, made beside the run."""
+    folder = Path(o.out).with_name(f"judge{o.seed}")
     torch.manual_seed(o.seed)
-    encoder, folder = prlm.load_encoder(o.encoder), judge_folder(o, arm)
-    model = reward.RewardModel(encoder) if arm == "untrained" else ProfileModel(encoder, o)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "pairs.json").is_file():
-        decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
-        train = retrieve.load_lamp(o.data, o.task, "train")
-        pairs = reward.build_pairs(o, decoder, tokenizer, train)
-        prlm.write_json(folder / "pairs.json", pairs)
-    pairs, report = prlm.read_json(folder / "pairs.json", list), {}
-    if arm == "untrained":
-        report["pair_accuracy"] = reward.pair_accuracy(model, pairs)
-    else:
-        report |= reward.train_reward_model(o, model, pairs)
-    report |= reward.probe(model, Path(o.data) / o.task.replace("-", "_") / "probe.json")
-    prlm.write_json(folder / "report.json", report)
-    return reward.bert_judge(model)
+    reward.save_reward_model(reward.RewardModel(prlm.load_encoder(o.encoder)), folder)
+    return str(folder)
 
 
 def train(o: Options, task: str, arm: str, seed: int) -> None:
@@ -163,8 +134,10 @@ def train(o: Options, task: str, arm: str, seed: int) -> None:
         return
     if arm == "sft":
         fine_tune(chosen)
+    elif arm == "untrained":
+        rl.main(replace(chosen, reward_model=untrained_model(chosen)))
     else:
-        rl.main(chosen, special_judge(chosen, arm))
+        rl.main(chosen)
 
 
 def read_scores(o: rl.Options) -> dict:
@@ -303,17 +276,38 @@ def correlation(path: Path) -> tuple[float, float]:
     return tuple(float(np.corrcoef(x.T)[0, 1]) if x.std(0).all() else 0.0 for x in (pairs, within))
 
 
+def held_out_accuracy(o: rl.Options, pairs: list[dict]) -> float:
+    """The pair accuracy of a run's judge on the held-out ones of these pairs."""
+    decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
+    judge = reward.make_judge(o, decoder, tokenizer, [], Path(o.out) / "reward")
+    examples = {e.id: e for e in retrieve.load_lamp(o.data, o.task, "train")}
+    _, held = reward.split_pairs(pairs, o.seed)
+    rows = [(examples[p["id"]], p["positive"], text) for p in held for text in p["negatives"]]
+    asked, better, worse = zip(*rows, strict=True)
+    return reward.prefers(judge, (asked, better), (asked, worse))
+
+
 def judges(o: Options, seeds: range) -> list[dict]:
-    """What each arm's reward model knows, a line an arm and seed."""
+    """What each arm's judge knows, and the policy that it has trained; a line an arm and seed.
+
+    Judges that rl.py trains are asked about the held-out of their own pairs, others of PrLM's.
+    """
     lines = []
-    for arm in ("prlm", "negatives4", "untrained", "profile"):
+    for arm in JUDGES:
         for seed in seeds:
             run = options_of(o, TASK, arm, seed)
-            report = prlm.read_json(judge_folder(run, arm) / "report.json")
-            total, within = correlation(Path(run.out) / "samples.jsonl")
-            lines.append(
-                {"row": ARMS[arm][0], "seed": seed, **report, "r": total, "r_group": within}
-            )
+            out, trained = Path(run.out), Path(options_of(o, TASK, "prlm", seed).out)
+            if arm == "untrained":
+                run = replace(run, reward_model=untrained_model(run))
+            found = {}
+            if arm in ("untrained", "ratio"):
+                pairs = prlm.read_json(trained / "reward" / "pairs.json", list)
+                found["pair_accuracy"] = held_out_accuracy(run, pairs)
+            report = prlm.read_json(out / "reward" / "report.json") | found
+            total, within = correlation(out / "samples.jsonl")
+            report |= {"r": total, "r_group": within}
+            report["rouge-l"] = read_scores(run)["after"]["rouge-l"]
+            lines.append({"row": ARMS[arm][0], "seed": seed, **report})
     return lines
 
 
@@ -463,13 +457,18 @@ def report(o: Options, results: dict, seeds: range) -> str:
             text += f"\n{name} (in brackets: from its best cell)\n\n"
             text += markdown(["", *(f"k = {k}" for k in ITEMS)], rows)
         text += "\n" + pictures(draw_grid, results["grid"], out / "robustness.png")
-        keys = ["pair_accuracy", "own_over_other", "own_over_plain", "r", "r_group"]
-        names = ["", "pair accuracy", "own over another user's style", "own over a plain one"]
-        names += ["r with ROUGE", "r within a group"]
-        text += "\n## The reward model (accuracies are .5 by chance)\n\n"
+        keys = ["pair_accuracy", "swap_test", "own_over_other", "own_over_plain", "r", "r_group"]
+        names = ["", "pair accuracy", "swap test", "own over another user's style"]
+        names += ["own over a plain one", "r with ROUGE", "r within a group", "ROUGE-L after RL"]
+        keys.append("rouge-l")
+        text += "\n## The judges (shares are .5 by chance)\n\n"
         text += markdown(names, average(results["judges"], keys))
     text += "\n## Learning curves, " + TASK + "\n\n"
-    text += pictures(draw_curves, o, arms, seeds, out / "curves.png")
+    shown = [arm for arm in arms if arm not in WITHOUT_GOLD]
+    text += pictures(draw_curves, o, shown, seeds, out / "curves.png")
+    if not o.quick:
+        text += "\n## Learning curves without gold texts, " + TASK + "\n\n"
+        text += pictures(draw_curves, o, WITHOUT_GOLD, seeds, out / "no_gold.png")
     costs = ["steps", "sampled_tokens", "seconds"]
     rows = []
     for name in dict.fromkeys(line["row"] for line in results["efforts"]):
