@@ -141,7 +141,7 @@ def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
             return None
         raise FileNotFoundError(f"{path}: no such file, and only the test split may lack outputs")
     content = read_json(path)
-    if str(content.get("task", task)).replace("_", "-") != task:
+    if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")
     golds, targets = content.get("golds"), {}
     if not isinstance(golds, list):

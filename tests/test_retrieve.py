@@ -202,18 +202,19 @@ class TestTasks:
             with pytest.raises(ValueError, match=f"belongs to {other}"):
                 load_lamp(tmp_path, task, "dev")
 
-    def test_one_more(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("name", ["my-mails", "my_mails"])
+    def test_one_more(self, tmp_path, monkeypatch, name):
         mine = module.Task("Answer: ", {"q": "question", "a": "reply"}, "write it.", penalty=-2.0)
-        monkeypatch.setitem(module.TASKS, "my-mails", mine)
+        monkeypatch.setitem(module.TASKS, name, mine)
         item = {"q": "why?", "a": "so"}
         good = {"id": 1, "input": "Answer: how?", "profile": [item]}
         write(tmp_path / "my_mails", [good], {1: "thus"}, task="my_mails")
-        (e,) = load_lamp(tmp_path, "my-mails", "dev")
+        (e,) = load_lamp(tmp_path, name, "dev")
         assert (e.query, e.target, mine.placeholder) == ("how?", "thus", "generated reply")
         user = build_messages(e, retrieve(e, 1))[1]["content"]
         assert user.startswith("'question': 'why?' 'reply': 'so'\nBased on ")
         assert user.endswith("'question': 'how?' 'reply':")
-        with pytest.raises(ValueError, match="my-mails"):
+        with pytest.raises(ValueError, match=name):
             load_lamp(tmp_path, "my mails", "dev")
 
 
