@@ -13,6 +13,7 @@ import page
 import pytest
 import torch
 import trl_example
+from conftest import write_lamp
 
 import prlm
 import retrieve
@@ -201,59 +202,271 @@ class TestTRL:
         assert found[0] == pytest.approx(3.5) and found[2] == 0
 
 
-class Balanced(HTMLParser):
-    def __init__(self):
+class Html(HTMLParser):
+    """Reads a page: its text, its tags with their attributes; AssertionError if one stays open."""
+
+    def __init__(self, html):
         super().__init__()
-        self.open, self.text = [], ""
+        self.open, self.text, self.tags = [], "", []
+        self.feed(html)
+        self.close()
+        assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "rect", "polyline", "circle"):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "polyline", "circle", "line"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        assert tag in ("rect", "polyline", "circle") or self.open.pop() == tag
+        assert tag in ("polyline", "circle", "line") or self.open.pop() == tag
 
     def handle_data(self, data):
         self.text += data
 
 
+HOSTILE = '</b></style><script>alert(1)</script>\x00\x1b[31m\u202e\ud800 & " onfocus="alert(1)'
+
+
 class TestPage:
-    def make_run(self, folder, policy, target="<script>alert(1)</script>"):
-        folder.mkdir()
-        options = {"model": str(policy), "task": "LaMP-4", "steps": 2}
-        prlm.write_json(folder / "config.json", options)
-        tokenizer = prlm.load_tokenizer(policy)
+    @pytest.fixture
+    def run(self, world, tmp_path):
+        """A run of two steps: three held-out records, the same two training records in each."""
+        self.tokenizer = prlm.load_tokenizer(world / "policy")
+        options = {"model": str(world / "policy"), "task": "LaMP-4", "k": 2, "steps": 2}
+        prlm.write_json(tmp_path / "config.json", options | {"group_size": 2, "accuracy": 2.0})
+        scores = {
+            name: {"rouge-l": x, "rouge-1": x} for name, x in zip(page.STAGES, (0.1, 0.3, 0.5))
+        }
+        prlm.write_json(tmp_path / "scores.json", scores)
+        for name, column in (("before", (0.25, 0.5, 0.75)), ("after", (0.5, 1.0, 0.25))):
+            answers = [self.answer(f"r{n}", f"{name} {n}") for n in range(3)]
+            lines = [a | {"rouge-l": score} for a, score in zip(answers, column, strict=True)]
+            self.write(tmp_path / "held_out" / f"{name}.jsonl", lines)
         samples = []
         for step in (1, 2):
-            for n, reward in enumerate((0.2, 1.5)):
-                tokens = tokenizer.encode(f"<think>\nwhy {n}\n</think>\n<b>{step}")
-                sample = {"step": step, "id": "7", "target": target, "prompt": "a < b & c"}
-                sample |= {"tokens": tokens, "logprobs": [-0.5] * len(tokens), "finished": n == 0}
-                sample |= {"completion": tokenizer.decode(tokens), "reward": reward}
-                sample |= {"accuracy": reward, "format": 1.0, "personalization": 0.5}
-                samples.append(sample | {"advantage": reward - 0.85})
-        metrics = [{"step": s, "reward": 0.85, "completion_tokens": 9.0} for s in (1, 2)]
-        metrics[1]["eval_rouge-l"] = 0.4
-        for name, lines in (("samples", samples), ("metrics", metrics)):
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (folder / f"{name}.jsonl").write_text(text)
+            for id, accuracies in (("7", (0.1236, 1.5)), ("8", (1.0, 1.0))):
+                for n, accuracy in enumerate(accuracies):
+                    parts = {"accuracy": accuracy, "format": 1.0, "personalization": 0.4567 * n}
+                    sample = self.answer(id, f"why {step} {n}", finished=n == 0) | parts
+                    sample["reward"] = 2 * accuracy + 0.1 + 0.04567 * n
+                    samples.append(
+                        sample | {"step": step, "advantage": n - 0.5 if id == "7" else 0.0}
+                    )
+        self.write(tmp_path / "samples.jsonl", samples)
+        metrics = [{"step": s, "reward": 0.85, "zero_spread_groups": 0.5} for s in (1, 2)]
+        metrics[1] |= {"eval_rouge-l": 0.5, "eval_rouge-1": 0.5}
+        self.write(tmp_path / "metrics.jsonl", metrics)
+        return tmp_path
 
-    def test_is_whole_escaped_and_alone(self, world, tmp_path):
-        self.make_run(tmp_path / "run", world / "policy")
-        page.main(page.Options(run=str(tmp_path / "run")))
-        html = (tmp_path / "run" / "report.html").read_text()
-        parser = Balanced()
-        parser.feed(html)
-        assert not parser.open and "a < b & c" in parser.text and "<b>2" in parser.text
-        assert "<script" not in html and not re.search(r"(src|href|url)\s*[=(]", html)
-        assert parser.text.index("reward 1.500") < parser.text.index("reward 0.200")
-        assert parser.text.count("cut off") == 2
+    def answer(self, id, text, logprob=-0.5, **more):
+        tokens = self.tokenizer.encode(f"<think>\nhm\n</think>\n<b>{text}")
+        sample = {"id": id, "query": f"query {id}", "target": text, "prompt": "a < b & c"}
+        sample |= {"completion": self.tokenizer.decode(tokens), "answer": text, "finished": True}
+        return sample | {"tokens": tokens, "logprobs": [logprob] * len(tokens)} | more
 
-    def test_a_run_without_steps_is_an_error(self, world, tmp_path):
-        self.make_run(tmp_path / "run", world / "policy")
-        (tmp_path / "run" / "metrics.jsonl").write_text("")
-        with pytest.raises(ValueError, match="no step"):
-            page.main(page.Options(run=str(tmp_path / "run")))
+    def write(self, path, lines):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def page(self, run, **options):
+        page.main(page.Options(run=str(run), **options))
+        return (run / "report.html").read_text()
+
+    def test_is_whole_escaped_and_alone(self, run):
+        html = self.page(run)
+        parsed = Html(html)
+        assert "a < b & c" in parsed.text and "<b>why 1" in parsed.text
+        assert {"script", "img", "link", "iframe", "a"}.isdisjoint(tag for tag, _ in parsed.tags)
+        assert not re.search(r"(src|href|url|@import)\s*[=(]?[\"' ]", html)
+        assert parsed.text.count("cut off") == 4
+
+    def test_data_cannot_break_out(self, run):
+        plain = {tag for tag, _ in Html(self.page(run)).tags}
+        for path in (*run.glob("*.jsonl"), *run.glob("held_out/*.jsonl")):
+            lines = prlm.read_lines(path)
+            for line in lines:
+                texts = {"id", "query", "target", "prompt", "answer"} & line.keys()
+                line |= {name: f"{line[name]}{HOSTILE}" for name in texts}
+                if "tokens" in line:
+                    line["tokens"] = self.tokenizer.encode(HOSTILE)
+                    line["logprobs"] = [-1.0] * len(line["tokens"])
+            self.write(path, lines)
+        prlm.write_json(run / "config.json", prlm.read_json(run / "config.json") | {"out": HOSTILE})
+        html = self.page(run)
+        parsed = Html(html)
+        assert {tag for tag, _ in parsed.tags} <= plain | {"i"}
+        assert not any(name.startswith("on") for _, attrs in parsed.tags for name in attrs)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
+        assert "\N{SYMBOL FOR NULL}\N{SYMBOL FOR ESCAPE}[31m" in parsed.text  # seen, not dropped
+
+    def test_parts_add_up_to_the_reward(self, run):
+        html = self.page(run)
+        cards = [card for card in html.split('<article class="card">') if "advantage <b" in card]
+        rewards = []
+        for card in cards:
+            *shares, reward = (float(x) for x in re.findall(r"<td>([.\d]+)</td></tr>", card))
+            factors = re.findall(r"<td>([.\d]+) × ([.\d]+) =</td>", card)
+            for share, (weight, value) in zip(shares, factors, strict=True):
+                assert share == pytest.approx(float(weight) * float(value), abs=0.0016)
+            assert [float(weight) for weight, _ in factors] == [2.0, 0.1, 0.1]
+            assert round(sum(shares), 3) == reward
+            rewards.append(reward)
+        group = [2 * 1.5 + 0.1 + 0.04567, 2 * 0.1236 + 0.1, 2.1 + 0.04567, 2.1]  # the best first
+        assert rewards == pytest.approx([*group[:2]] * 2 + [*group[2:]] * 2, abs=0.0016)
+
+    def test_gains_and_losses_come_largest_first(self, run):
+        text = Html(self.page(run)).text
+        assert re.findall(r"record (r\d)\s+ROUGE-L ([+−][.\d]+)", text) == [
+            ("r1", "+.500"), ("r0", "+.250"), ("r2", "−.500")
+        ]  # fmt: skip
+        assert "2 are better" in text and "1 worse" in text
+        text = Html(self.page(run, records=1)).text
+        assert re.findall(r"record (r\d)\s+ROUGE-L", text) == ["r1", "r2"]
+
+    def test_the_held_out_curve_starts_at_step_0(self, run):
+        html = self.page(run)
+        chart = html.split("<h3>Held-out users: greedy answers</h3>")[1].split("</figure>")[0]
+        first, last = re.findall(r'class="c0" points="(\S+) (\S+)"', chart)[0]
+        start = re.search(r'x="(\d+)" y="\d+">step 0', chart)[1]
+        assert float(first.split(",")[0]) == float(start)
+        height = [190 - float(point.split(",")[1]) for point in (first, last)]
+        assert (height[0] - 22) / (height[1] - 22) == pytest.approx(0.3 / 0.5, abs=0.01)
+        assert ">.300</text>" in chart and ">.500</text>" in chart
+
+    def test_groups_that_teach_nothing_are_folded(self, run):
+        lines = prlm.read_lines(run / "samples.jsonl")
+        for line in lines:
+            line["accuracy"] = 1.0 if line["step"] == 2 else line["accuracy"]
+        self.write(run / "samples.jsonl", lines)
+        html = self.page(run)
+        groups = re.findall(r'<details class="step"( open)?>\n<summary>(.*?)</summary>', html)
+        notes = [re.sub("<.*?>", "", note).split("  ")[0] for _, note in groups]
+        assert [is_open for is_open, _ in groups] == [" open", " open", "", ""]
+        for note, said in zip(notes, ("", "only the judge", "nothing", "nothing"), strict=True):
+            assert said in note and ("judge" in note) == (said == "only the judge")
+
+    def test_equal_completions_stand_once(self, run):
+        lines = prlm.read_lines(run / "samples.jsonl")
+        group = [line for line in lines if line["step"] == 1 and line["id"] == "7"]
+        self.write(run / "samples.jsonl", [group[0]] * 5 + [group[1]])
+        html = self.page(run)
+        assert html.count("advantage <b") == 2 and html.count("5 of 6") == 1
+
+    def test_the_size_is_bounded(self, run, capsys):
+        long = self.answer("x", "words " * 250, logprob=-2.0)
+        parts = dict.fromkeys(("accuracy", "format", "personalization", "reward"), 0.0)
+        lines = [
+            long | parts | {"step": step, "id": f"{n % 3}", "completion": str(n), "advantage": 1.0}
+            for step in range(1, 6) for n in range(3 * 12)
+        ]  # fmt: skip
+        self.write(run / "samples.jsonl", lines)
+        assert len(self.page(run)) < 1.5e6 and not capsys.readouterr().err
+        size = len(self.page(run, tokens=9000))
+        assert size > 5e6 and f"{size / 1e6:.0f} MB: lower --records" in capsys.readouterr().err
+
+    def test_an_unfinished_run_says_what_is_missing(self, run):
+        (run / "held_out" / "after.jsonl").unlink()
+        self.write(run / "metrics.jsonl", prlm.read_lines(run / "metrics.jsonl")[:1])
+        scores = prlm.read_json(run / "scores.json")
+        scores.pop("after")
+        prlm.write_json(run / "scores.json", scores)
+        text = Html(self.page(run)).text
+        missing = "1 of 2 steps are done, no score after RL, no held-out answers after RL"
+        assert f"Not there yet: {missing}." in text and "3 answers to held-out prompts" in text
+        for name in ("samples.jsonl", "metrics.jsonl", "held_out/before.jsonl"):
+            (run / name).unlink()
+        assert "no held-out answers before RL" in Html(self.page(run)).text
+        (run / "scores.json").unlink()
+        with pytest.raises(ValueError, match="nothing to show yet"):
+            self.page(run)
+
+    def test_an_older_run_knows_neither_weights_nor_queries(self, run):
+        options = prlm.read_json(run / "config.json")
+        options.pop("accuracy")
+        prlm.write_json(run / "config.json", options)
+        lines = prlm.read_lines(run / "samples.jsonl")
+        for line in lines:
+            line.pop("query")
+        self.write(run / "samples.jsonl", lines)
+        for path in run.glob("held_out/*"):
+            path.unlink()
+        text = Html(self.page(run)).text
+        assert "1 × accuracy + 0.1 × format + 0.1 × personalization" in text
+        assert "no held-out answers before RL, no held-out answers after RL" in text
+        assert "Tokens are shaded" in text
+
+    def test_an_evaluation(self, run):
+        options = prlm.read_json(run / "config.json")
+        options = {name: options[name] for name in ("model", "task", "k")}
+        prlm.write_json(run / "config.json", options | {"temperature": 0.7})
+        prlm.write_json(run / "scores.json", {"rouge-l": 0.5833, "rouge-1": 0.6})
+        (run / "held_out" / "after.jsonl").rename(run / "samples.jsonl")
+        (run / "metrics.jsonl").unlink()
+        text = Html(self.page(run, records=2)).text
+        assert ".583" in text and "sampled, at temperature 0.7" in text and "RL" not in text
+        assert re.findall(r"record (r\d)", text) == ["r1", "r0", "r2"]
+        withheld = [line | {"target": None} for line in prlm.read_lines(run / "samples.jsonl")]
+        for line in withheld:
+            line.pop("rouge-l")
+        self.write(run / "samples.jsonl", withheld)
+        (run / "scores.json").unlink()
+        text = Html(self.page(run)).text
+        assert "ROUGE" not in text and "None" not in text and "own title" not in text
+
+    def test_the_models_folder_may_have_moved(self, run, world):
+        (run / "checkpoint").symlink_to(world / "policy")
+        options = prlm.read_json(run / "config.json") | {"model": "gone", "warm_start": 62}
+        prlm.write_json(run / "config.json", options)
+        text = Html(self.page(run)).text
+        assert "After 62 supervised steps, reinforcement learning" in text and "<b>why 1" in text
+
+    @pytest.mark.parametrize("task", list(retrieve.TASKS))
+    def test_items_are_found_in_the_prompt(self, task, tmp_path):
+        tokenizer = prlm.load_tokenizer(TOY / "policy")
+        fields = list(retrieve.TASKS[task].fields)
+        write_lamp(tmp_path, task, users=20, split="dev")
+        for example in retrieve.load_lamp(tmp_path, task, "dev"):
+            items = retrieve.retrieve(example, 4)
+            prompt = tokenizer.decode(tokenizer.chat(retrieve.build_messages(example, items)))
+            wanted = [[item[field] for field in fields] for item in items]
+            assert [list(found)[: len(fields)] for found in page.items_of(prompt, task)] == wanted
+            prompt = tokenizer.decode(tokenizer.chat(retrieve.build_messages(example, [])))
+            assert page.items_of(prompt, task) == []
+
+    def test_tokens_that_share_a_character_are_one_piece(self, toy_tokenizer):
+        text = "naïve 🙂\n"
+        tokens = [
+            *toy_tokenizer.encode(text),
+            *toy_tokenizer.encode("🙂")[:2],
+        ]  # the last one is cut
+        found = page.pieces({"tokens": tokens, "logprobs": [-1.0] * len(tokens)}, toy_tokenizer)
+        assert [piece for piece, _ in found] == [*text, "\ufffd", "\ufffd"]
+        assert [logprob for _, logprob in found][:8] == [-1, -1, -2, -1, -1, -1, -4, -1]
+
+    def test_records_that_recur_are_followed(self):
+        seen = {1: "ab", 2: "cd", 3: "be", 4: "fb"}
+        samples = [{"step": step, "id": id} for step, ids in seen.items() for id in ids * 2]
+        found = page.followed(samples, 2)
+        assert {id: [*steps] for id, steps in found.items()} == {"b": [1, 3, 4], "a": [1]}
+        once = [sample for sample in samples if sample["id"] != "b"]
+        assert [*page.followed(once, 3)] == ["a", "d", "f"]  # of a c d e f
+
+    def test_long_curves_are_thinned_to_means(self):
+        points = page.block_means([(n, n % 2) for n in range(2400)])
+        assert len(points) == 120 and all(value == 0.5 for _, value in points)
+        assert points[0] == (9.5, 0.5) and points[-1] == (2389.5, 0.5)
+
+    def test_the_picture_starts_at_step_0_and_has_a_legend(self, run, monkeypatch):
+        figure = pytest.importorskip("matplotlib.figure")
+        seen, save = [], figure.Figure.savefig
+        monkeypatch.setattr(
+            figure.Figure, "savefig", lambda self, *a, **k: seen.append(self) or save(self, *a, **k)
+        )
+        page.draw_curves(run)
+        assert (run / "reward.png").read_bytes().startswith(b"\x89PNG")
+        curve = seen[0].axes[1].lines[0]
+        assert [*curve.get_xdata()] == [0, 2] and [*curve.get_ydata()] == [0.3, 0.5]
+        assert len(seen[0].legends[0].texts) == 2
 
 
 @pytest.mark.parametrize("task", make.TASKS)
