@@ -46,6 +46,9 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# cuDNN's attention plans anew, for seconds, for each new shape, and every batch here has another.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # ---- The decoder ----------------------------------------------------------------------------
 
 
@@ -132,7 +135,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
-    how = {"is_causal": True} if visible is None else {"attn_mask": visible[:, None]}
+    how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
+    if visible is not None and q.is_cuda:
+        # With a mask, enable_gqa would leave only the kernel that writes all scores out.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
 
@@ -538,12 +544,16 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         x, weight, targets, lse = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for rows, logits in HeadLogprobs.chunks(x, weight, ctx.temperature):
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # not in LoRA
+        matrix = weight.to(x.dtype)  # once, not once a chunk: a head can have 500 MB
+        for rows, logits in HeadLogprobs.chunks(x, matrix, ctx.temperature):
             slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]  # d logprob / d logit
             slope.scatter_add_(1, targets[rows, None], grad[rows, None])
             slope = (slope / ctx.temperature).to(x.dtype)  # [chunk, V]
-            grad_x[rows] = slope @ weight.to(x.dtype)
+            grad_x[rows] = slope @ matrix
+            if grad_weight is None:
+                continue
             if x.dtype == weight.dtype:
                 grad_weight.addmm_(slope.T, x[rows])
             else:

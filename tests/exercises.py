@@ -566,7 +566,7 @@ EXERCISES = [
                    ", **how)", ", scale=1.0, **how)"),
             Mutant("the mask is turned round",
                    "Right without a mask; with one, every token sees only what it must not.",
-                   "visible[:, None]", "~visible[:, None]"),
+                   "visible.unsqueeze(1)", "~visible.unsqueeze(1)"),
             Mutant("reshaped instead of transposed",
                    "One head is right; with more, positions and heads are mixed.",
                    "return out.transpose(1, 2)",

@@ -167,6 +167,29 @@ class TestAttention:
         close(prlm.attention(q, k, v, visible), expected, 1e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_on_cuda_a_mask_meets_a_head_of_keys_for_each_of_queries(kv_heads, monkeypatch):
+    """Seen on a pretended device; without a mask the heads stay shared."""
+    calls = []
+
+    def kernel(q, k, v, **how):
+        calls.append((k.shape[1], how["enable_gqa"], sorted(how)))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 5, n, 4, device="cuda") for n in (6, kv_heads))
+        visible = torch.ones(2, 5, 5, device="cuda", dtype=torch.bool)
+        prlm.attention(q, k, k, visible)
+        prlm.attention(q, k, k)
+    masked = (6, False, ["attn_mask", "enable_gqa"])
+    assert calls == [masked, (kv_heads, kv_heads < 6, ["enable_gqa", "is_causal"])]
+
+
+def test_no_attention_of_cudnn():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 class TestDecoder:
     def test_logits_equal_transformers(self, pair):
         model, decoder, _ = pair
@@ -573,6 +596,25 @@ class TestTwins:
         ):
             with pytest.raises(ValueError):
                 call()
+
+    def test_the_head_is_cast_once(self):
+        """bfloat16 products over a float32 head, in many chunks."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(300, 8, generator=generator).bfloat16().requires_grad_()
+        weight = torch.randn(40_000, 8, generator=generator).requires_grad_()
+        logprobs, _ = prlm.HeadLogprobs.apply(x, weight, torch.arange(300), 1.0)
+        with Operations() as seen:
+            logprobs.sum().backward()
+        calls = zip(seen.names, seen.calls, strict=True)
+        casts = [a[0].shape for name, (a, _) in calls if name == "aten._to_copy.default"]
+        assert casts.count(weight.shape) == 1 and seen.names.count("aten.mm.default") > 2
+
+    def test_a_frozen_head_gets_no_gradient(self):
+        x, weight = torch.randn(9, 4, requires_grad=True), torch.randn(30, 4)
+        logprobs, _ = prlm.HeadLogprobs.apply(x, weight, torch.arange(9), 1.0)
+        with Operations() as seen:
+            logprobs.sum().backward()
+        assert x.grad.abs().sum() > 0 and "aten.zeros_like.default" not in seen.names
 
     def test_chunked_head_equals_the_full_one(self):
         generator = torch.Generator().manual_seed(0)
