@@ -143,24 +143,57 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return out.transpose(1, 2)
 
 
-class Layer(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + down(silu(gate) * up).
+class Linear(nn.Linear):
+    """W x + b, and with `add_lora` also (alpha / r) B A x, for each block of W's rows on its own.
 
-    q, k and v stand in one matrix and so do gate and up: fewer, larger products are faster.
+    `rows` are the sizes of the blocks: q, k and v stand in one matrix and so do gate and up, since
+    fewer, larger products are faster. A [blocks * r, inputs], B [outputs, r] (Hu et al. 2021).
     """
+
+    def __init__(self, inputs: int, rows: list[int], bias: bool):
+        super().__init__(inputs, sum(rows), bias)
+        self.rows, self.scale = rows, 0.0
+        self.register_parameter("A", None)
+        self.register_parameter("B", None)
+
+    def add_lora(self, rank: int, alpha: float) -> None:
+        new = partial(torch.zeros, device=self.weight.device)  # float32, whatever W is held in
+        self.A = nn.Parameter(new(len(self.rows) * rank, self.in_features))
+        self.B = nn.Parameter(new(self.out_features, rank))  # 0: at first nothing changes
+        nn.init.kaiming_uniform_(self.A, math.sqrt(5))
+        self.scale = alpha / rank
+
+    def blocks(self, dtype):
+        """(A, B) of each block of rows."""
+        return zip(self.A.to(dtype).chunk(len(self.rows)), self.B.to(dtype).split(self.rows))
+
+    def merged(self) -> Tensor:
+        """W + (alpha / r) B A, rounded once to W's precision."""
+        change = torch.cat([b @ a for a, b in self.blocks(torch.float32)])
+        return (self.weight + self.scale * change).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.scale == 0:
+            return out
+        changes = [F.linear(F.linear(x, a), b) for a, b in self.blocks(x.dtype)]
+        return out + self.scale * torch.cat(changes, -1)
+
+
+class Layer(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + down(silu(gate) * up)."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
         self.c, self.heads = c, [c.heads, c.kv_heads, c.kv_heads]
         self.attention_norm = nn.RMSNorm(c.hidden, c.eps)
         self.mlp_norm = nn.RMSNorm(c.hidden, c.eps)
-        self.qkv = nn.Linear(c.hidden, sum(self.heads) * c.head_dim, c.qkv_bias)
-        self.qkv.rows = [heads * c.head_dim for heads in self.heads]
-        self.o = nn.Linear(c.heads * c.head_dim, c.hidden, c.o_bias)
+        self.qkv = Linear(c.hidden, [heads * c.head_dim for heads in self.heads], c.qkv_bias)
+        self.o = Linear(c.heads * c.head_dim, [c.hidden], c.o_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.eps), nn.RMSNorm(c.head_dim, c.eps)
-        self.gate_up = nn.Linear(c.hidden, 2 * c.intermediate, c.mlp_bias)
-        self.down = nn.Linear(c.intermediate, c.hidden, c.mlp_bias)
+        self.gate_up = Linear(c.hidden, 2 * [c.intermediate], c.mlp_bias)
+        self.down = Linear(c.intermediate, [c.hidden], c.mlp_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.c.head_dim))
@@ -229,8 +262,56 @@ class Decoder(nn.Module):
         return F.linear(x, self.head)
 
     def views(self) -> dict[str, Tensor]:
-        """Hugging Face's weight names, each with the part of our parameters that holds it."""
-        return checkpoint_views(self, DECODER_NAMES)
+        """Hugging Face's weight names, each with the part of our parameters that holds it.
+
+        With LoRA they are parts of the merged weights, and no longer of the parameters.
+        """
+        return checkpoint_views(self, DECODER_NAMES, merged_state(self))
+
+
+def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
+    """Freezes the decoder and gives every matrix of its layers an adapter that can be trained.
+
+    A is drawn from torch's own generator, as PEFT draws it; B is 0. The frozen weights stay as they
+    were loaded, in bfloat16 say; the adapters are float32.
+    """
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"LoRA needs a rank of at least 1 and alpha > 0, not {rank} and {alpha}")
+    decoder.requires_grad_(False)
+    for module in decoder.layers.modules():
+        if isinstance(module, Linear):
+            module.add_lora(rank, alpha)
+
+
+@contextmanager
+def without_lora(decoder: Decoder):
+    """Within it the decoder is the one that `add_lora` was given."""
+    linears = [module for module in decoder.modules() if isinstance(module, Linear)]
+    scales = [linear.scale for linear in linears]
+    for linear in linears:
+        linear.scale = 0.0
+    try:
+        yield
+    finally:
+        for linear, scale in zip(linears, scales, strict=True):
+            linear.scale = scale
+
+
+@torch.no_grad()
+def merged_parameters(decoder: Decoder):
+    """(name, tensor) of the plain decoder that computes the same, one merged matrix at a time."""
+    for name, parameter in decoder.named_parameters():
+        path, _, kind = name.rpartition(".")
+        linear = decoder.get_submodule(path)
+        if kind == "weight" and isinstance(linear, Linear) and linear.A is not None:
+            parameter = linear.merged()
+        if kind not in ("A", "B"):
+            yield name, parameter.detach()
+
+
+def merged_state(decoder: Decoder) -> dict[str, Tensor]:
+    """The state dict of the plain decoder that computes the same; without LoRA its own weights."""
+    return dict(merged_parameters(decoder))
 
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
@@ -714,7 +795,7 @@ class Encoder(nn.Module):
 
     def views(self) -> dict[str, Tensor]:
         """BERT's weight names, each with the part of our parameters that holds it."""
-        return checkpoint_views(self, ENCODER_NAMES)
+        return checkpoint_views(self, ENCODER_NAMES, dict(self.named_parameters()))
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
@@ -1124,14 +1205,14 @@ def read_checkpoint(directory) -> dict[str, Tensor]:
     return tensors
 
 
-def checkpoint_views(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
-    """A checkpoint's weight names, each with the part of a parameter that holds it.
+def checkpoint_views(module: nn.Module, names: dict[str, str], state) -> dict[str, Tensor]:
+    """A checkpoint's weight names, each with the part of a tensor of `state` that holds it.
 
     `names` translates each step of a parameter's path. A fused matrix has several names, one for
     each block of its rows: its `rows` say where they are cut, without it they are equal.
     """
     found = {}
-    for path, parameter in module.named_parameters():
+    for path, parameter in state.items():
         *outer, own, kind = path.split(".")
         prefix = "".join(f"{names.get(step, step)}." for step in outer)
         fused = names[own].split()
