@@ -1,8 +1,9 @@
 """LaMP records, retrieval from a user's own profile, and the personalized prompt.
 
-A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
-the same user wrote before. Personalized RAG ranks the profile against the query and puts the best k
-items in front of the question. This file is that path, from the JSON to the token ids:
+A LaMP record asks for one text (a headline, a title, a tweet) and comes with the user's profile:
+what the same user wrote before. Personalized RAG (retrieval-augmented generation) ranks the profile
+by the query and puts the best k items before the question. This file goes all the way, from LaMP's
+JSON to the token ids of the prompt:
 
   load_lamp        {split}_questions.json and {split}_outputs.json  ->  Example
   retrieve         none | random | recency | bm25 | dense           ->  the best k profile items
@@ -13,7 +14,7 @@ BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace t
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
 
-with f the count of w in d, |d| the words of d and their mean, n(w) the documents that hold w, of N.
+where w occurs f times in d and in n(w) of the N documents; d has |d| words, a document has `mean`.
 
     python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4
 """
@@ -114,7 +115,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     ids = Counter(e.id for e in examples)
     for id, count in ids.most_common(1):
         if count > 1:
-            raise ValueError(f"{path}: record id {id!r} stands {count} times")
+            raise ValueError(f"{path}: record id {id!r} is there {count} times")
     if targets is None:
         return examples
     odd = sorted(ids.keys() ^ targets.keys())
@@ -127,7 +128,8 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
 def _find(directory: Path, task: str, split: str) -> Path:
     if split not in get_args(Split):
         raise ValueError(f"split {split!r} is none of train, dev, test")
-    name, folder = f"{split}_questions.json", task.replace("-", "_")
+    name = f"{split}_questions.json"
+    folder = task.replace("-", "_")
     parents = [directory, directory / folder, directory / f"{folder}_time"]
     for path in (p / sub / name for p in parents for sub in (split, "")):
         if path.is_file():
@@ -143,9 +145,10 @@ def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
     content = read_json(path)
     if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")
-    golds, targets = content.get("golds"), {}
+    golds = content.get("golds")
     if not isinstance(golds, list):
         raise ValueError(f"{path}: no list of golds")
+    targets = {}
     for number, gold in enumerate(golds):
         gold = gold if isinstance(gold, dict) else {}
         if "id" not in gold or not isinstance(gold.get("output"), str):
@@ -161,36 +164,45 @@ def _example(record, number: int, task: str, path: Path) -> Example:
     if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
         raise ValueError(f"{path}: record {number} has no id")
     where = f"{path}: record {record['id']!r}"
-    text, profile = record.get("input"), record.get("profile")
+    text = record.get("input")
+    profile = record.get("profile")
     if not isinstance(text, str) or not isinstance(profile, list):
         raise ValueError(f"{where} needs an input (a string) and a profile (a list)")
     for other, content in TASKS.items():
         if other != task and text.startswith(content.prefix):
             raise ValueError(f"{where} belongs to {other}, not to {task}")
-    for place, item in enumerate(profile):
+    for position, item in enumerate(profile):
         item = item if isinstance(item, dict) else {}
         if not all(isinstance(item.get(key), str) for key in kind.fields):
             names = " and ".join(kind.fields)
-            raise ValueError(f"{where}: profile item {place} needs {names} (strings)")
-    id, user = record["id"], record.get("user_id")
-    user = id if user is None else user
-    return Example(str(id), str(user), task, text.removeprefix(kind.prefix), profile, None)
+            raise ValueError(f"{where}: profile item {position} needs {names} (strings)")
+    user = record.get("user_id")
+    return Example(
+        id=str(record["id"]),
+        user_id=str(record["id"] if user is None else user),
+        task=task,
+        query=text.removeprefix(kind.prefix),
+        profile=profile,
+        target=None,
+    )
 
 
 # ---- Retrieval -------------------------------------------------------------------------------
 
 
 class BM25:
-    """Okapi BM25 over tokenised documents, an index small enough to make anew for every user.
+    """Okapi BM25 over tokenised documents. A user's profile is small: each gets a new index.
 
-    `idf` "okapi" is the one above: exactly 0 for a word in half of the documents, which can silence
-    a whole query on a small profile. "lucene" is ln(1 + (N - n + 0.5) / (n + 0.5)), always above 0.
+    `idf` "okapi" is the formula above. It is exactly 0 for a word in half of the documents, so on a
+    small profile a whole query may find nothing. "lucene" is ln(1 + (N - n + 0.5) / (n + 0.5)),
+    always above 0.
     """
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
-        self.k1, self.counts = k1, defaultdict(dict)  # word -> {document: f(w, d)}
+        self.k1 = k1
+        self.counts = defaultdict(dict)  # word -> {document: f(w, d)}
         for number, text in enumerate(corpus):
             for word, count in Counter(text).items():
                 self.counts[word][number] = count
@@ -216,10 +228,11 @@ class BM25:
 
 
 class Dense:
-    """Ranks by the inner product of L2-normalised BERT embeddings, a profile embedded only once.
+    """Ranks by the cosine of BERT embeddings; each profile is embedded only once.
 
-    `pooling` "mean" averages the real tokens (the authors' choice), "cls" takes the first (what
-    bge models were trained for). `query_prefix` is what some models want before a query.
+    `pooling` "mean" averages the hidden states of the real tokens (the authors' choice), "cls"
+    takes the first one (as bge models were trained). `query_prefix` is the instruction that some
+    models expect before a query.
     """
 
     def __init__(self, encoder: Encoder, pooling="mean", query_prefix="", batch_size=32):
@@ -227,13 +240,17 @@ class Dense:
             raise ValueError(f"pooling {pooling!r} is neither mean nor cls")
         if encoder.tokenizer is None:
             raise ValueError("the encoder's directory has no tokenizer.json")
-        self.encoder, self.pooling, self.prefix = encoder, pooling, query_prefix
-        self.batch_size, self.profiles = batch_size, {}
+        self.encoder = encoder
+        self.pooling = pooling
+        self.query_prefix = query_prefix
+        self.batch_size = batch_size
+        self.profiles = {}  # the texts of a profile -> their vectors
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [N, H], batched by length."""
-        limit, device = min(512, self.encoder.max_length), self.encoder.norm.weight.device
+        limit = min(512, self.encoder.max_length)
+        device = self.encoder.norm.weight.device
         rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
         vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
@@ -251,7 +268,7 @@ class Dense:
         key = tuple(texts)  # by text: LaMP's item ids are not unique across records
         if key not in self.profiles:
             self.profiles[key] = self.embed(texts)
-        return self.profiles[key] @ self.embed([self.prefix + query])[0]
+        return self.profiles[key] @ self.embed([self.query_prefix + query])[0]
 
 
 def show(item: dict, task: str) -> str:
@@ -276,12 +293,13 @@ def parse_date(item: dict, example: Example) -> tuple[int, ...]:
 
 def retrieve(
     example: Example, k: int, retriever: str = "bm25", seed: int = 0,
-    dense: Dense | None = None, idf: str = "okapi",
+    dense: Dense | None = None, idf: str = "okapi", lowercase: bool = False,
 ) -> list[dict]:  # fmt: skip
     """The best k items of the user's own profile, best first; fewer if the profile is shorter.
 
     Items that tie, at 0 too, keep the profile's order. Recency puts the newest first; random is
-    the same draw for the same seed and record.
+    the same draw for the same seed and record. BM25 splits texts at blanks and keeps their case;
+    `lowercase` takes ROUGE's words instead, the runs of [a-z0-9] in the lowercased text.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -298,7 +316,8 @@ def retrieve(
     else:
         texts = [show(item, example.task) for item in profile]
         if retriever == "bm25":
-            scores = BM25([t.split() for t in texts], idf=idf).scores(example.query.split())
+            split = (lambda text: re.findall("[a-z0-9]+", text.lower())) if lowercase else str.split
+            scores = BM25([split(t) for t in texts], idf=idf).scores(split(example.query))
         elif dense is None:
             raise ValueError("the dense retriever needs an encoder: --encoder DIRECTORY")
         else:
@@ -320,7 +339,7 @@ ANSWER_FORMAT = " Answer in English as {{'{answer}': '{placeholder}'}}, without 
 
 
 def instruction(task: str, personal: bool) -> str:
-    """The request of a task; `personal` is whether profile items stand above it."""
+    """The request of a task; `personal`: profile items come before it."""
     kind = TASKS[task]
     start = WITH_PROFILE + kind.request[0] if personal else kind.request[0].upper()
     form = ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
@@ -333,7 +352,7 @@ def answer_block(task: str, answer: str) -> str:
 
 
 def question(task: str, query: str) -> str:
-    """The query in the items' key style, open where the answer goes: 'text': '…' 'title':"""
+    """The query in the form of an item, up to where the answer would be: 'text': '…' 'title':"""
     first, *rest = TASKS[task].fields.values()
     return f"'{first}': '{query.strip()}'" + "".join(f" '{name}':" for name in rest)
 
@@ -342,13 +361,15 @@ def build_messages(
     example: Example, items: list[dict],
     tokenizer: Tokenizer | None = None, max_prompt_tokens: int | None = None,
 ) -> list[dict]:  # fmt: skip
-    """Chat messages: the system message; then items, instruction and query in one user message.
+    """Chat messages: the system message, then one user message of items, instruction and query.
 
-    With a tokenizer and a budget the rendered chat has at most `max_prompt_tokens`. The query is
-    served first, and cut only if it cannot fit by itself. The items share the rest evenly: what a
-    short one leaves goes to those behind it, a long one loses the end of its text, not its title.
-    Without items the prompt does not speak of profiles. ValueError if the bare instruction is
-    over the budget.
+    The user message has an item a line, as `show` gives it, then `instruction`, then `question`.
+    With a tokenizer and a budget, `tokenizer.chat` of the messages has at most `max_prompt_tokens`
+    ids; a prompt that fits is left as it is. Otherwise the query comes first: it is cut only if it
+    is too long without any item. The items share the rest evenly, and what a short one leaves goes
+    to those after it. `_cut_item` shortens a long one; one that loses all of itself is left out.
+    Without items the prompt does not speak of profiles. ValueError if the bare instruction is over
+    the budget.
     """
 
     def messages(shown: list[str], query: str) -> list[dict]:
@@ -370,12 +391,15 @@ def build_messages(
         need = f"the bare instruction takes {max_prompt_tokens + bare}"
         raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, but {need}: raise it")
     # Where two pieces meet, tokens can merge or split, so a cut is checked on the whole prompt.
-    query, room = example.query, -bare
+    query = example.query
+    room = -bare
     while over(messages([], query)) > 0:
-        query, room = tokenizer.cut(example.query.strip(), room), room - 1
-    room = -over(messages([], query))
+        query = tokenizer.cut(example.query.strip(), room)
+        room -= 1
+    room = -over(messages([], query))  # for the items
     while True:
-        cut, left = [], room
+        cut = []
+        left = room
         for n, item in enumerate(items):
             text = _cut_item(item, example.task, tokenizer, left // (len(items) - n) - 1)
             left -= (len(tokenizer.encode(text)) + 1) * bool(text)  # 1 for the line break
@@ -405,11 +429,12 @@ class PromptOptions:
     task: TaskName = "LaMP-4"  # an entry of TASKS in retrieve.py
     retriever: Retriever = "bm25"  # how profile items are ranked
     k: int = 4  # profile items in the prompt
+    lowercase: bool = False  # BM25 on lowercased [a-z0-9]+ words, not on blank-separated ones
     idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
     encoder: str = "toy/encoder"  # BERT checkpoint, of the dense retriever and the reward model
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
-    query_prefix: str = ""  # what the dense retriever puts before a query (bge models want one)
-    max_prompt_tokens: int = 512  # longer prompts lose the ends of their items
+    query_prefix: str = ""  # what the dense retriever puts before a query (bge models expect it)
+    max_prompt_tokens: int = 512  # in a longer prompt, the items lose their ends
     reasoning: bool = True  # without it the prompt closes the reasoning: answer at once
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -421,7 +446,8 @@ def make_ranker(o: PromptOptions):
     if o.retriever == "dense":
         encoder = prlm.load_encoder(o.encoder, prlm.pick_device(o.device))
         dense = Dense(encoder, o.pooling, o.query_prefix)
-    return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense, o.idf)
+    how = dict(seed=o.seed, dense=dense, idf=o.idf, lowercase=o.lowercase)
+    return lambda example, k: retrieve(example, k, o.retriever, **how)
 
 
 def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:

@@ -142,7 +142,9 @@ def _(m, r):
     example = m.Example(str(r.random()), "u", task, phrase(r), items, None)
     shared = types.SimpleNamespace(scores=lambda q, t: np.array([len({*q} & {*x}) for x in t]))
     idf, dense = r.choice(["okapi", "lucene"]), r.choice([shared, shared, None])
-    found = m.retrieve(example, r.randint(-1, 7), retriever, r.randint(0, 3), dense, idf)
+    found = m.retrieve(
+        example, r.randint(-1, 7), retriever, r.randint(0, 3), dense, idf, r.random() < 0.3
+    )
     return len(found) if retriever == "random" else found
 
 

@@ -176,7 +176,7 @@ EXERCISES = [
                    "random.Random(f\"{seed} {example.id}\")", "random.Random(seed)"),
             Mutant("the query is ranked as letters",
                    "BM25 ranks hardly better than random; its scores are mostly 0.",
-                   ".scores(example.query.split())", ".scores(list(example.query))"),
+                   "scores(split(example.query))", "scores(list(example.query))"),
         ],
         """
         if k < 0:
@@ -199,8 +199,12 @@ EXERCISES = [
             if retriever == "dense":
                 keys = dense.scores(example.query.strip(), texts).tolist()
             else:
-                index = BM25([text.split() for text in texts], idf=idf)
-                keys = index.scores(example.query.split()).tolist()
+                texts.append(example.query)
+                if lowercase:
+                    ascii = "abcdefghijklmnopqrstuvwxyz0123456789"
+                    texts = ["".join(c if c in ascii else " " for c in t.lower()) for t in texts]
+                *corpus, query = [text.split() for text in texts]
+                keys = BM25(corpus, idf=idf).scores(query).tolist()
         best = []
         for place, key in enumerate(keys):  # insertion: behind all that are at least as good
             at = next((n for n, other in enumerate(best) if keys[other] < key), len(best))

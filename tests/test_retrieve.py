@@ -300,6 +300,23 @@ class TestRetrieve:
                 for k in (1, 3, len(rows), len(rows) + 5):
                     assert places(retrieve(e, k, idf=idf), e) == order[:k]
 
+    @pytest.mark.parametrize("idf", ["okapi", "lucene"])
+    def test_bm25_on_lowercased_words(self, idf):
+        """Those that ROUGE counts: neither case nor what stands between words matters."""
+        draw, differ = random.Random(4), 0
+        for _ in range(60):
+            words = ["Oslo!", "oslo", "RAIN-rain", "Café", "it's", "7"]
+            texts = [" ".join(draw.choices(words, k=5)) for _ in range(7)]
+            e = example(
+                " ".join(draw.choices(["OSLO", "rain", "caf", "IT", "sun's", "7?"], k=4)), texts
+            )
+            rows = [re.findall("[a-z0-9]+", f"'tweet': '{text}'".lower()) for text in texts]
+            query = re.findall("[a-z0-9]+", e.query.lower())
+            order = np.argsort(-naive_bm25(rows, query, idf=idf).round(9), kind="stable").tolist()
+            assert places(retrieve(e, 7, idf=idf, lowercase=True), e) == order
+            differ += places(retrieve(e, 7, idf=idf), e) != order
+        assert differ > 30
+
     def test_ties_go_to_the_lower_index(self):
         e = example("the rare word", ["x y z", "a rare word !", "x z y", "a rare word !"] * 30)
         order = [*range(1, 120, 2), *range(0, 120, 2)]
@@ -560,18 +577,20 @@ class TestPrompt:
             assert len(toy_tokenizer.chat(messages)) <= budget
 
     def test_every_option_counts(self, toy_tokenizer):
-        e, prompts = example("a", ["x " * 70, "y", "z a z", "z a z z"]), set()
+        texts = ["x " * 70, "y", "z a z", "z a z z", "A", "w z a z"]  # "a" in half of them, or in 4
+        e, prompts = example("a", texts), set()
         base = module.PromptOptions(task="LaMP-7", k=2, max_prompt_tokens=800)
         for change in ({}, {"k": 3}, {"k": 0}, {"max_prompt_tokens": 600}, {"idf": "lucene"},
-                       {"retriever": "random"}, {"retriever": "random", "seed": 4}):  # fmt: skip
+                       {"retriever": "random"}, {"retriever": "random", "seed": 4},
+                       {"lowercase": True}):  # fmt: skip
             o = replace(base, **change)
-            items = retrieve(e, o.k, o.retriever, o.seed, None, o.idf)
+            items = retrieve(e, o.k, o.retriever, o.seed, None, o.idf, o.lowercase)
             messages = build_messages(e, items, toy_tokenizer, o.max_prompt_tokens)
             prompt = toy_tokenizer.chat(messages)
             assert module.make_prompts(o, toy_tokenizer, [e, e]) == [prompt, prompt]
             assert len(prompt) <= o.max_prompt_tokens
             prompts.add(tuple(prompt))
-        assert len(prompts) == 7
+        assert len(prompts) == 8
 
     @pytest.mark.parametrize("opens", [False, True])
     def test_without_reasoning_the_prompt_closes_it(self, toy_tokenizer, opens):
