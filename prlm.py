@@ -461,7 +461,7 @@ class Cache:
         out = torch.baddbmm(out, for_own, own_values)
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
-    def keep(self, prompts: Tensor, members: Tensor) -> None:
+    def shrink(self, prompts: Tensor, members: Tensor) -> None:
         """Shrinks the batch to `prompts` [P'] and of their groups to `members` [P', G']."""
         self.hide = self.hide[prompts]
         self.shared = [(k[prompts], v[prompts]) for k, v in self.shared]
@@ -477,12 +477,17 @@ class Recorded:
     """The decode step as a CUDA graph: one launch, where dozens a layer take longer than they work.
 
     A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
-    number of rows (each Cache.keep lowers it) or the cache's window changes. Where that fails once,
-    the step runs as it is.
+    number of rows (each Cache.shrink lowers it) or the cache's window changes. Where that fails
+    once, the step runs as it is.
     """
+
+    devices = ("cuda",)  # the kinds of device that have graphs
+    newest = None  # the last graph, kept because the next one takes over its memory pool
+    side = None  # the stream to record on; one for all, since cuBLAS keeps 32 MB for each
 
     def __init__(self, step, cache: Cache):
         self.step, self.cache = step, cache  # hidden = step(ids, positions)
+        Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
         self.shape, self.graph, self.refused = None, None, False
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -499,37 +504,43 @@ class Recorded:
         return self.hidden
 
     def record(self, ids: Tensor, positions: Tensor) -> None:
-        self.graph = None  # the old one's memory goes first
-        self.step(ids, positions)  # libraries load what they need outside of a recording
+        """`torch.cuda.graph` does this too, but it first waits for the device and gives all cached
+        memory back to it: a rollout records half a dozen times and would pay for it each time.
+        """
         self.ids, self.positions = ids.clone(), positions.clone()
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
-        side = torch.cuda.Stream(ids.device)
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
+        pool = Recorded.newest.pool() if Recorded.newest else None
+        self.side.wait_stream(main)
         try:
-            # Only this thread has to hold still: NCCL's watchdog is another one.
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
-                self.hidden = self.step(self.ids, self.positions)
+            with torch.cuda.stream(self.side):
+                # Once as it is: libraries load and allocate what must not happen in a recording.
+                self.step(self.ids, self.positions)
+                # Only this thread has to hold still: NCCL's watchdog is another one.
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    self.hidden = self.step(self.ids, self.positions)
+                finally:
+                    graph.capture_end()
+            self.graph = Recorded.newest = graph
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a recording that breaks off stays on its own
             self.graph, self.refused = None, True
             warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
-
-
-def can_record(device: torch.device) -> bool:
-    return device.type == "cuda"
+        main.wait_stream(self.side)
 
 
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """One id a row of softmax(logits / temperature) [rows, V], and its log-probability.
 
-    One uniform number a row is looked up in the running sum of the probabilities. Temperature 0
-    takes the likeliest id and reports its log-probability at temperature 1.
+    Temperature 0 takes the likeliest id and reports its log-probability at temperature 1.
     """
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
+        # A uniform number is looked up in the running sum of the probabilities. torch.multinomial
+        # draws a number for every id of the vocabulary instead: 3 to 7 times slower on a CPU.
         sums = probabilities.cumsum(-1)
-        place = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
-        ids = torch.searchsorted(sums, place, right=True)  # right: never an id of probability 0
-        ids = ids.clamp(max=logits.shape[-1] - 1)
+        uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
+        ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
+        ids = ids.clamp(max=logits.shape[-1] - 1)  # where rounding makes the number the whole sum
     else:
         ids = probabilities.argmax(-1, keepdim=True)
     chosen = probabilities.gather(-1, ids).clamp(min=torch.finfo(torch.float32).tiny)
@@ -560,30 +571,36 @@ def generate(
     cache = Cache(decoder, rows, G, max_new_tokens)
     hidden = decoder.run(rows.tokens, rows.positions, cache.read_prompts)  # [N, H]
     hidden = hidden[rows.starts + rows.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
-    positions = rows.lengths.repeat_interleave(G)  # [P*G] where the next token stands
-    answer = torch.arange(P * G, device=device)  # [P*G] the completion a row is writing
+    positions = rows.lengths.repeat_interleave(G)  # [P*G] of the next token
+    writing = torch.arange(P * G, device=device)  # [P*G] which completion a row writes
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(P * G, max_new_tokens, device=device)
-    graphs, run_step = can_record(device), partial(decoder.run, attend=cache.read_next)
-    run_step = Recorded(run_step, cache) if graphs else run_step
+    recorded = device.type in Recorded.devices
+    run_step = partial(decoder.run, attend=cache.read_next)
+    run_step = Recorded(run_step, cache) if recorded else run_step
+    # Leaving the batch copies the cache of those who stay, and asks for another recording. With
+    # these shares all copies together cost a few steps, and there are few recordings.
+    small_enough = 0.5 if recorded else 0.75
     for step in range(max_new_tokens):
         ids, chosen = sample(F.linear(hidden, head[: decoder.vocab_limit]), temperature, generator)
-        tokens[answer, step], logprobs[answer, step] = ids, chosen
+        tokens[writing, step], logprobs[writing, step] = ids, chosen
         done |= torch.isin(ids, eos).view_as(done)
-        if device.type == "cpu" or step % 16 == 15:  # to look at `done`, a GPU must be waited for
-            open_rows = (~done).sum(1)  # [P] unfinished completions of each prompt
-            width, alive = int(open_rows.max()), open_rows.nonzero()[:, 0]
+        # To look at `done`, the host waits until a GPU has done all it was told: so now and then.
+        if device.type == "cpu" or step % 16 == 15:
+            unfinished = (~done).sum(1)  # [P] completions of each prompt
+            width, alive = int(unfinished.max()), unfinished.nonzero()[:, 0]
             if width == 0:
                 break
-            if len(alive) * width <= (0.5 if graphs else 0.75) * done.numel():
-                members = done[alive].sort(dim=1, stable=True).indices[:, :width]  # open ones first
+            if len(alive) * width <= small_enough * done.numel():
+                # A stable sort puts each group's unfinished members first, in their order.
+                members = done[alive].sort(dim=1, stable=True).indices[:, :width]
                 kept = (alive[:, None] * done.shape[1] + members).flatten()
-                cache.keep(alive, members)
+                cache.shrink(alive, members)
                 done = done.flatten()[kept].view_as(members)
-                ids, positions, answer = ids[kept], positions[kept], answer[kept]
+                ids, positions, writing = ids[kept], positions[kept], writing[kept]
         if step + 1 < max_new_tokens:
-            cache.open(coarse=graphs)
+            cache.open(coarse=recorded)
             hidden, positions = run_step(ids, positions), positions + 1
     stop, completions = set(eos_ids), []
     for ids, chosen in zip(tokens.tolist(), logprobs.tolist(), strict=True):

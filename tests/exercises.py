@@ -784,7 +784,8 @@ EXERCISES = [
                 size = len(writing[0])
                 members = [sorted(range(size), key=lambda n, row=row: n not in todo[row])[:width]
                            for row in alive]
-                cache.keep(torch.tensor(alive, device=device), torch.tensor(members, device=device))
+                cache.shrink(torch.tensor(alive, device=device),
+                             torch.tensor(members, device=device))
                 ids = ids[[row * size + n for row, own in zip(alive, members) for n in own]]
                 writing = [[writing[row][n] for n in own] for row, own in zip(alive, members)]
             behind = [len(prompts[p]) + cache.length for row in writing for p, _ in row]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -351,7 +352,17 @@ class Recording(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.shares = [], None
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.shares = pool
+        self.__enter__()
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+
+    def pool(self):
+        return self
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "local_scalar" in str(function) or "nonzero" in str(function):
@@ -377,11 +388,13 @@ class TestRecorded:
             made.append(Recording())
             return made[-1]
 
-        monkeypatch.setattr(prlm, "can_record", lambda device: True)
+        monkeypatch.setattr(prlm.Recorded, "devices", ("cpu",))
+        monkeypatch.setattr(prlm.Recorded, "newest", None)
+        monkeypatch.setattr(prlm.Recorded, "side", None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
-        for name in ("current_stream", "Stream", "set_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda stream: stream)
+        for name in ("current_stream", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: SimpleNamespace(wait_stream=id))
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
         return made
 
     def test_greedy_answers_are_those_of_eager_steps(self, graphs, monkeypatch):
@@ -391,10 +404,19 @@ class TestRecorded:
         ends = {group[0].tokens[n] for group, n in zip(long, (5, 90))}
         found = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
         recorded = len(graphs)
-        monkeypatch.setattr(prlm, "can_record", lambda device: False)
+        monkeypatch.setattr(prlm.Recorded, "devices", ())
         wanted = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
         assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in wanted]
         assert 4 <= recorded == len(graphs) < 10
+
+    def test_recordings_share_one_memory_pool_and_never_empty_it(self, graphs, monkeypatch):
+        """A pool lives as long as a graph that uses it: each shares that of the one before it."""
+        for name in ("synchronize", "empty_cache", "graph"):  # what costs, and who would do it
+            monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(name))
+        for _ in range(2):
+            prlm.generate(small(), ragged_prompts(), 1, 140, 0.0)
+        assert len(graphs) == 4 and [graph.shares for graph in graphs] == [None, *graphs[:-1]]
+        assert prlm.Recorded.newest is graphs[-1]
 
     def test_the_trainer_agrees(self, graphs):
         decoder, prompts = small(), ragged_prompts((7, 1, 12))
@@ -406,21 +428,23 @@ class TestRecorded:
         close(logprobs[mask], torch.cat(sampled), 1e-4)
 
     def test_without_a_graph_the_step_runs_as_it_is(self, graphs, monkeypatch):
-        """The recording breaks off midway: its stream is left, nothing is tried a second time."""
+        """The recording breaks off midway: it is ended, nothing is tried a second time."""
 
         class Broken(Recording):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 raise RuntimeError("operation not permitted when stream is capturing")
 
-        streams = []
+            def capture_end(self):
+                super().capture_end()
+                ended.append(self)
+
+        ended = []
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "before")
-        monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
         decoder, prompts = small(), ragged_prompts()
         with pytest.warns(UserWarning, match="no CUDA graph.*not permitted"):
             found = prlm.generate(decoder, prompts, 2, 140, 0.0)
-        assert streams == ["before"]
-        monkeypatch.setattr(prlm, "can_record", lambda device: False)
+        assert len(ended) == 1 and prlm.Recorded.newest is None
+        monkeypatch.setattr(prlm.Recorded, "devices", ())
         wanted = prlm.generate(decoder, prompts, 2, 140, 0.0)
         assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in wanted]
 
@@ -473,8 +497,8 @@ class TestTwins:
         decoder.vocab_limit = 90
         prompts = ragged_prompts()
         shrunk = []
-        keep = prlm.Cache.keep
-        monkeypatch.setattr(prlm.Cache, "keep", lambda *a: (shrunk.append(1), keep(*a)))
+        shrink = prlm.Cache.shrink
+        monkeypatch.setattr(prlm.Cache, "shrink", lambda *a: (shrunk.append(1), shrink(*a)))
         eos = set(range(0, 90, 5))
         groups = prlm.generate(decoder, prompts, 5, 16, temperature, eos, seed=0)
         assert len(shrunk) > 1  # finished rows have left the batch more than once
