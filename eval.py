@@ -1,13 +1,14 @@
 """Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
 
-ROUGE is that of LaMP's official evaluation, Google's rouge_score without stemming: lowercased
-[a-z0-9]+ words, n-gram counts (a repeated word counts as often as both sides have it), F1:
+ROUGE measures how many words of two texts match. It is that of LaMP's official evaluation, Google's
+rouge_score without stemming: lowercased [a-z0-9]+ words, n-gram counts (a repeated word counts as
+often as both sides have it), and of precision and recall the harmonic mean, F1:
 
   ROUGE-n = 2 p r / (p + r),  p = matches / n-grams of the prediction,  r = matches / of the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-The authors' release scores with rouge_chinese after jieba, sets of n-grams with punctuation as
-words: its numbers are not comparable. BLEU is theirs: characters, 4-grams, NLTK's method 3.
+The authors' release scores with rouge_chinese after jieba: sets of n-grams, punctuation as words.
+Its numbers cannot be compared with these. BLEU is theirs: characters, 4-grams, NLTK's method 3.
 
     python eval.py --model toy/policy --data toy/lamp --task LaMP-4 --split dev --k 4
 """
@@ -35,30 +36,36 @@ def words(text: str) -> list[str]:
 
 
 def f1(matches: int, predicted: int, wanted: int) -> float:
-    precision, recall = matches / max(predicted, 1), matches / max(wanted, 1)
+    precision = matches / max(predicted, 1)
+    recall = matches / max(wanted, 1)
     return 2 * precision * recall / (precision + recall) if matches else 0.0
 
 
 def common(a: list, b: list, n: int) -> int:
-    """How many n-grams of `a` and `b` match, each as often as it stands on both sides."""
+    """How many n-grams of `a` and `b` match: each as often as both sides have it."""
     ngrams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 
 
 def longest_common_subsequence(a: list, b: list) -> int:
-    """Its length, a whole row of the usual table at a time, as the bits of one integer.
+    """Its length, L(len(a), len(b)) in the table with L(i, 0) = L(0, j) = 0 and
 
-    Bit j of `row` is 0 where the table's row grows from column j to j + 1; the carry of the sum
-    moves each such step to the first match before it (Hyyrö 2004).
+    L(i, j) = L(i-1, j-1) + 1 where the i-th of `a` equals the j-th of `b`,
+              else max(L(i-1, j), L(i, j-1))
+
+    From one column to the next, a row of the table grows by 1 or not at all. So one bit a column
+    says it all, and a row is computed at once, by arithmetic on one integer (Hyyrö 2004): the
+    reward scores every completion, and a loop over the columns takes 7 times as long.
     """
-    matches: dict = {}
-    for place, token in enumerate(b):
-        matches[token] = matches.get(token, 0) | 1 << place
-    everything = (1 << len(b)) - 1
-    row = everything
+    columns: dict = {}  # token -> the columns with this token, a bit each
+    for j, token in enumerate(b):
+        columns[token] = columns.get(token, 0) | 1 << j
+    all_columns = (1 << len(b)) - 1
+    row = all_columns  # bit j is 0 where the row grows from column j to j + 1: nowhere yet
     for token in a:
-        found = row & matches.get(token, 0)
-        row = (row + found | row - found) & everything
+        matches = row & columns.get(token, 0)
+        # The carry of the sum moves each growth back to the first match since the growth before.
+        row = (row + matches | row - matches) & all_columns
     return len(b) - row.bit_count()
 
 
@@ -77,16 +84,17 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def bleu(prediction: str, reference: str) -> float:
-    """BLEU-4 over lowercased characters: the geometric mean of p_1 .. p_4, and if the prediction's
-    length c is below the reference's r, times exp(1 - r / c).
+    """BLEU-4 over lowercased characters: the geometric mean of the n-gram precisions p_1 .. p_4,
+    times exp(1 - r / c) if the prediction's length c is below the reference's length r.
 
-    Smoothing method 3 of NLTK: the k-th order without a match counts 1 / 2^k matches.
+    NLTK's smoothing method 3: the k-th order without a match counts as having 1 / 2^k matches.
 
     >>> bleu("a", "b"), bleu("abcd", "abcd")
     (0.0, 1.0)
     """
     a, b = list(prediction.lower()), list(reference.lower())
-    logs, misses = [], 0
+    logs = []  # of p_1 .. p_4
+    misses = 0
     for n in range(1, 5):
         matches = common(a, b, n)
         if not matches:
@@ -322,7 +330,7 @@ def summary(records: list[dict], task: str) -> str:
 
 
 def write_predictions(path, task: str, answers: dict[str, str]) -> None:
-    """LaMP's submission format, which its evaluation script reads."""
+    """The answers in LaMP's submission format, which its evaluation script reads."""
     golds = [{"id": id, "output": answer} for id, answer in answers.items()]
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 
