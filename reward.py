@@ -178,7 +178,7 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
     return model
 
 
-# ---- Its training: pairs, InfoNCE, and two honest figures ----------------------------------------
+# ---- Its training: pairs, InfoNCE, and an accuracy on unseen queries ----------------------------
 
 
 @dataclass
@@ -198,14 +198,19 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
 
     Sampled at T = 0.7. Empty answers are dropped; a pair needs a positive and a negative.
     """
-    answers = []
-    for name, k, size in (("with", o.k, 1), ("without", 0, o.negatives)):
+
+    def answers(name: str, k: int, count: int) -> list[list[str]]:
         prompts = make_prompts(replace(o, k=k), tokenizer, examples)
-        how = size * o.pairs_per_query, 0.7, f"answers {name} profile"
-        groups = zip(examples, complete(o, decoder, tokenizer, prompts, *how), strict=True)
-        answers.append([[extract_answer(t, e.task) for t in group] for e, group in groups])
+        texts = complete(
+            o, decoder, tokenizer, prompts, group_size=count, temperature=0.7, description=name
+        )
+        groups = zip(examples, texts, strict=True)
+        return [[extract_answer(text, e.task) for text in group] for e, group in groups]
+
+    with_profile = answers("answers with profile", o.k, o.pairs_per_query)
+    without = answers("answers without profile", 0, o.negatives * o.pairs_per_query)
     pairs = []
-    for example, positives, others in zip(examples, *answers, strict=True):
+    for example, positives, others in zip(examples, with_profile, without, strict=True):
         for n, positive in enumerate(positives):
             negatives = [a for a in others[n * o.negatives : (n + 1) * o.negatives] if a]
             if positive and negatives:
@@ -230,7 +235,8 @@ def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
     for start in range(0, len(pairs), 64):
         positive, negatives = score_pairs(model, pairs[start : start + 64])
         margin = (positive[:, None] - negatives)[negatives.isfinite()]
-        won, total = won + ((margin.sign() + 1) / 2).sum().item(), total + len(margin)
+        won += ((margin.sign() + 1) / 2).sum().item()
+        total += len(margin)
     return won / max(total, 1)
 
 
@@ -248,16 +254,17 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
-    """Adds the gradient of the pairs' mean InfoNCE to the parameters and returns that mean.
+    """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean.
 
-    Micro-batches of pairs of like length, at most `tokens_per_micro_batch` with their padding, so
-    that memory is bounded. A mean over pairs is the sum of its parts: where no dropout is drawn,
-    the gradient is the same whatever the budget.
+    The pairs are scored in micro-batches (`score_pairs`) of at most o.tokens_per_micro_batch
+    tokens, padding counted: texts x the longest of them. A pair stays whole, however long it is.
+    Loss and gradient are those of all pairs at once, whatever the budget, unless dropout is drawn:
+    then the noise differs. On CUDA the products are bfloat16.
     """
-    limit, total = min(512, model.encoder.max_length), 0.0
+    limit = min(512, model.encoder.max_length)
     device = model.classifier.weight.device.type
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    sizes = []
+    total, sizes = 0.0, []
     for pair in pairs:
         texts = [pair["positive"], *pair["negatives"]]
         ids = [model.tokenizer.encode_pair(pair["query"], text, limit)[0] for text in texts]
@@ -265,7 +272,7 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
     for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch, padded=True):
         with half:
             positive, negatives = score_pairs(model, [pairs[n] for n in rows])
-        loss = info_nce(positive, negatives) * len(rows) / len(pairs)
+        loss = info_nce(positive, negatives) * len(rows) / len(pairs)  # its share of the mean
         loss.backward()
         total += loss.item()
     return total
@@ -349,33 +356,41 @@ def likelihood_ratio(
 ) -> Tensor:  # fmt: skip
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
 
-    with_profile and without [P] are prompts for the same query, answers [P][G] go on from either.
-    Each prompt runs once for its group; an empty answer has 0. Why this is the judge to have:
+    with_profile and without [P] are prompts for the same query; the answers [P][G] go on from
+    either. Each prompt runs once for its group (`prlm.token_logprobs`), no gradient is kept, and
+    groups run together as long as they have at most `tokens_per_batch` tokens, prompt and answers.
+    An empty answer has 0; without prompts the result is [0, 0]. Why this is the judge to have:
 
-      InfoNCE asks a critic s(q, d, a) to pick a+ ~ p(a | q, d) out of itself and a_i- ~ p(a | q).
-      Shown {a_0 .. a_N}, the posterior that a_n is the positive is p(a_n | q, d) / p(a_n | q),
-      divided by the sum of these ratios over all n. The loss is the cross-entropy of softmax(s)
-      against that, so its minimum is s* = log p(a | q, d) - log p(a | q) + c(q, d)
-      (van den Oord et al. 2018; Poole et al. 2019). Here p is pi: both answers are its samples.
+      InfoNCE asks a critic s(q, d, a) to find a+ ~ p(a | q, d) among a1- .. aN- ~ p(a | q).
+      Shown all of them, the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
+      w_n = p(a_n | q, d) / p(a_n | q). The loss is the cross-entropy of softmax(s) against that,
+      so its minimum is s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
+      (van den Oord et al. 2018; Poole et al. 2019). Here p is pi: it has written both kinds.
     """
-    P, G = len(answers), len(answers[0]) if answers else 0
-    totals = []
-    for prompts in (with_profile, without):
+    group_size = len(answers[0]) if answers else 0
+
+    def score(prompts: list[list[int]]) -> Tensor:
+        total = torch.zeros(len(prompts), group_size)
         pairs = zip(prompts, answers, strict=True)
         sizes = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
-        total = torch.zeros(P, G)
         for rows in prlm.micro_batches(sizes, tokens_per_batch):
-            groups = [answers[n] for n in rows]
-            logprobs, _ = prlm.token_logprobs(decoder, [prompts[n] for n in rows], groups)
-            total[rows] = logprobs.sum(-1).cpu()
-        totals.append(total)
-    return totals[0] - totals[1]
+            asked = [prompts[n] for n in rows]
+            logprobs, _ = prlm.token_logprobs(decoder, asked, [answers[n] for n in rows])
+            total[rows] = logprobs.sum(-1).cpu()  # 0 after an answer's end
+        return total
+
+    return score(with_profile) - score(without)
 
 
 def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judge:
-    """sigmoid of the likelihood ratio under a frozen policy: does d make this answer likelier?
+    """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy.
 
-    The reasoning is closed in both prompts, so what is compared are the answers alone.
+    That is the probability that a was written with the profile, if one was as likely as the other
+    beforehand; it lies in (0, 1), as the paper's. The reasoning is closed in both prompts, so that
+    the answers alone are compared, in the form that the prompt asks for.
+
+    What the query explains cancels out: an answer about something else is worth as much. So where
+    no gold text is rewarded beside it, keep the policy near the base, which is --beta.
     """
     rank, how = make_ranker(o), replace(o, reasoning=False)
 
@@ -384,11 +399,13 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
         for n, example in enumerate(examples):
             groups.setdefault((example.id, example.query), []).append(n)
         asked = [examples[members[0]] for members in groups.values()]
-        prompts = [make_prompts(replace(how, k=k), tokenizer, asked, rank) for k in (o.k, 0)]
+        with_profile = make_prompts(how, tokenizer, asked, rank)
+        without = make_prompts(replace(how, k=0), tokenizer, asked, rank)
         ids = [tokenizer.encode(answer_block(o.task, answer)) for answer in answers]
         width = max(map(len, groups.values()))
         padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
-        ratios = likelihood_ratio(policy, *prompts, padded)  # [P, G]
+        budget = o.tokens_per_micro_batch
+        ratios = likelihood_ratio(policy, with_profile, without, padded, budget)  # [P, G]
         values = [0.0] * len(answers)
         for members, row in zip(groups.values(), ratios.sigmoid().tolist(), strict=True):
             for n, value in zip(members, row, strict=False):  # behind them is padding

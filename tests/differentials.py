@@ -324,6 +324,26 @@ def _(m, r):
     return model.score(queries, answers)
 
 
+@of("likelihood_ratio")
+def _(m, r):
+    P, G = r.randint(0, 3), r.randint(1, 3)
+    prompts = [[ids(r, 5) or [1] for _ in range(P)] for _ in "dq"]
+    answers = [[ids(r, 4) for _ in range(G)] for _ in range(P)]
+    return m.likelihood_ratio(decoder(prlm, r), *prompts, answers, r.choice([1, 20, 999]))
+
+
+@of("info_nce_backward")
+def _(m, r):
+    model = fill(r, m.RewardModel(prlm.load_encoder(encoder_directory())))
+    o = m.RewardOptions(negatives=r.randint(1, 3), tokens_per_micro_batch=r.choice([1, 60, 9999]))
+    pairs = []
+    for _ in range(r.randint(1, 5)):
+        query, own, *others = (phrase(r, "golf", "oslo", "no") for _ in range(r.randint(3, 5)))
+        pairs.append({"query": query, "positive": own, "negatives": others[: o.negatives]})
+    loss = m.info_nce_backward(o, model, pairs)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 @of("rewards")
 def _(m, r):
     names = {"LaMP-4": "title", "LaMP-5": "title", "LaMP-7": "tweet"}

@@ -1164,6 +1164,83 @@ EXERCISES = [
         return low + (peak - low) * math.cos(math.pi * share / 2) ** 2
         """,
     ),
+    # The reward, continued
+    Exercise(
+        26, "The likelihood ratio", "reward.py", "likelihood_ratio", 5,
+        "s*(q, d, a) = sum over the tokens of a of log pi(a_t | q, d, ..) - log pi(a_t | q, ..)",
+        ["tests/test_reward.py::TestLikelihoodRatio"],
+        "Give it the same prompt on both sides: is every ratio 0? Then two groups, one answer "
+        "empty: which row of the result belongs to which prompt?",
+        [
+            Mutant("the mean over tokens",
+                   "Ratios depend on the longest answer of the batch.",
+                   "logprobs.sum(-1)", "logprobs.mean(-1)"),
+            Mutant("the wrong way round",
+                   "Answers that anybody could have written earn most.",
+                   "score(with_profile) - score(without)", "score(without) - score(with_profile)"),
+            Mutant("what is likely, not what the profile makes likelier",
+                   "The policy learns to give short answers that say nothing.",
+                   "score(with_profile) - score(without)", "score(with_profile)"),
+            Mutant("micro-batches lose the order",
+                   "As soon as there is more than one batch, users earn what others should.",
+                   "total[rows] = ", "total[: len(rows)] = "),
+            Mutant("the budget is not kept",
+                   "The GPU's memory is full as soon as prompts are long.",
+                   "(sizes, tokens_per_batch)", "(sizes, 10**9)"),
+        ],
+        """
+        total = torch.zeros(len(answers), max(map(len, answers), default=0))
+        for n, group in enumerate(answers):
+            for sign, prompt in ((1, with_profile[n]), (-1, without[n])):
+                logprobs, mask = prlm.token_logprobs(decoder, [prompt], [group])
+                total[n] += sign * logprobs[0].where(mask[0], 0.0).sum(1).cpu()
+        return total
+        """,
+    ),
+    Exercise(
+        27, "InfoNCE in micro-batches", "reward.py", "info_nce_backward", 5,
+        "the mean over B pairs = sum over micro-batches of (b / B) x the mean of their b pairs",
+        ["tests/test_reward.py::TestMicroBatches"],
+        "Cut five pairs into batches of two, two and one: what does each batch's mean weigh in the "
+        "mean of all five? How many tokens has a batch after padding?",
+        [
+            Mutant("every micro-batch counts as much as all pairs",
+                   "A smaller budget acts like a larger learning rate.",
+                   " * len(rows) / len(pairs)", ""),
+            Mutant("the last micro-batch's loss",
+                   "The loss in the log jumps about, and is low when the last pairs are short.",
+                   "total += loss.item()", "total = loss.item()"),
+            Mutant("padding is not counted",
+                   "The GPU's memory is full now and then, when a long text meets short ones.",
+                   ", padded=True", ""),
+            Mutant("negatives are not counted",
+                   "With four negatives the GPU's memory is full, with one it is not.",
+                   "(1 + o.negatives) * max", "max"),
+            Mutant("each micro-batch forgets the one before",
+                   "With a small budget the model learns from a few pairs of each batch only.",
+                   "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
+        ],
+        """
+        limit, loss = min(512, model.encoder.max_length), 0.0
+        longest = {}
+        for n, pair in enumerate(pairs):
+            for text in (pair["positive"], *pair["negatives"]):
+                ids, _ = model.tokenizer.encode_pair(pair["query"], text, limit)
+                longest[n] = max(longest.get(n, 0), len(ids))
+        rest = sorted(longest, key=longest.get)
+        while rest:
+            rows = [rest.pop()]
+            width = (1 + o.negatives) * longest[rows[0]]
+            while rest and (len(rows) + 1) * width <= o.tokens_per_micro_batch:
+                rows.append(rest.pop())
+            for_chosen, for_others = score_pairs(model, [pairs[n] for n in rows])
+            part = sum(info_nce(for_chosen[n : n + 1], for_others[n : n + 1])
+                       for n in range(len(rows))) / len(pairs)
+            part.backward()
+            loss += part.item()
+        return loss
+        """,
+    ),
 ]
 
 # fmt: on

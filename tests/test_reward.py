@@ -356,6 +356,37 @@ def contrast(count=110, seed=0):
     ]
 
 
+class TestMicroBatches:
+    @pytest.mark.parametrize("budget", [1, 150, 10**6])
+    def test_the_budget_changes_neither_loss_nor_gradient(self, model, budget, monkeypatch):
+        """Pairs of unequal length and number of negatives; without dropout."""
+        sizes, score, pairs = [], model.score, contrast(30)
+        for n in (3, 20):
+            pairs[n]["positive"] += " wins" * 20
+
+        def spy(queries, answers):
+            rows = [model.tokenizer.encode_pair(q, a, 64)[0] for q, a in zip(queries, answers)]
+            sizes.append((len(rows), max(map(len, rows))))
+            return score(queries, answers)
+
+        o = reward.RewardOptions(negatives=2, tokens_per_micro_batch=budget)
+        for part in (pairs[:10], pairs[10:]):
+            monkeypatch.undo()
+            model.zero_grad()
+            expected = reward.info_nce(*reward.score_pairs(model, part))
+            expected.backward()
+            gradients = [p.grad.clone() for p in model.parameters()]
+            model.zero_grad()
+            monkeypatch.setattr(model, "score", spy)
+            close(reward.info_nce_backward(o, model, part), expected.detach())
+            largest = max(gradient.abs().max() for gradient in gradients)
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                assert (parameter.grad - gradient).abs().max() <= 1e-5 * largest
+        assert sum(rows for rows, _ in sizes) == sum(1 + len(p["negatives"]) for p in pairs)
+        assert all(rows * width <= budget or rows <= 3 for rows, width in sizes)
+        assert (len(sizes) == 2) == (budget == 10**6)
+
+
 class TestPairs:
     """From the policy's answers to a trained reward model."""
 
@@ -422,30 +453,6 @@ class TestPairs:
             with pytest.raises(ValueError, match="too few"):
                 reward.train_reward_model(reward.RewardOptions(), model, pairs)
 
-    @pytest.mark.parametrize("budget", [1, 60, 10**6])
-    def test_the_budget_changes_neither_loss_nor_gradient(self, model, budget, monkeypatch):
-        """Pairs of unequal length and number of negatives; without dropout."""
-        sizes, score, pairs = [], model.score, contrast(30)
-
-        def spy(queries, answers):
-            rows = [model.tokenizer.encode_pair(q, a, 64)[0] for q, a in zip(queries, answers)]
-            sizes.append((len(rows), max(map(len, rows))))
-            return score(queries, answers)
-
-        expected = reward.info_nce(*reward.score_pairs(model, pairs))
-        expected.backward()
-        gradients = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        monkeypatch.setattr(model, "score", spy)
-        o = reward.RewardOptions(negatives=2, tokens_per_micro_batch=budget)
-        close(reward.info_nce_backward(o, model, pairs), expected.detach())
-        largest = max(gradient.abs().max() for gradient in gradients)
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            assert (parameter.grad - gradient).abs().max() <= 1e-5 * largest
-        assert sum(rows for rows, _ in sizes) == sum(1 + len(p["negatives"]) for p in pairs)
-        assert all(rows * width <= budget or rows <= 3 for rows, width in sizes)
-        assert (len(sizes) == 1) == (budget == 10**6)
-
     def test_the_report_says_what_it_stands_on(self, model):
         """Held-out pairs and queries, an interval, and the mean loss of the last epoch."""
         model.encoder.dropout[:] = [0.0, 0.0]
@@ -465,7 +472,7 @@ class TestPairs:
         examples = load_lamp(world / "lamp", "LaMP-4", "train")
         tokenizer, asked = prlm.load_tokenizer(world / "policy"), []
 
-        def fake(o, decoder, tokenizer, prompts, group_size=1, temperature=0.0, *_):
+        def fake(o, decoder, tokenizer, prompts, group_size=1, temperature=0.0, description=""):
             texts = [tokenizer.decode(prompt) for prompt in prompts]
             titles = [any(item["title"] in text for item in e.profile)
                       for e, text in zip(examples, texts, strict=True)]  # fmt: skip
