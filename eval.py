@@ -108,12 +108,14 @@ def bleu(prediction: str, reference: str) -> float:
 
 # ---- The answer in a completion ------------------------------------------------------------------
 
-SINGLE, DOUBLE = "'‘’", '"“”'  # quotation marks, straight and typographic
+SINGLE = "'‘’"  # quotation marks, straight and typographic
+DOUBLE = '"“”'
 ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\['"\\]""")
 
 
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title', 'tweet' or what else the task asks for; "" where there is none.
+    ValueError if there is no such task.
 
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it:
        reasoning that never closes has no answer, whatever it quotes.
@@ -146,7 +148,9 @@ def extract_answer(completion: str, task: str) -> str:
     )
     values = []
     for sort in sorts:
-        key, rest, start = re.compile(sort, re.IGNORECASE | re.MULTILINE), [], 0
+        key = re.compile(sort, re.IGNORECASE | re.MULTILINE)
+        rest = []  # the text without keys and values
+        start = 0
         while found := key.search(text, start):
             value, end = read_value(text, found.end())
             values.append(value)
@@ -172,6 +176,7 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     """
     if text.startswith(("{", "```"), start):
         return "", start
+    # Apostrophes and inner quotes are not followed by any of these.
     after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*[{SINGLE}{DOUBLE}][\w -]+[{SINGLE}{DOUBLE}]\s*:"
     for marks in (SINGLE, DOUBLE):
         quoted = re.compile(rf"[{marks}]((?:\\.|[^\\\n])*?)[{marks}](?={after})")
