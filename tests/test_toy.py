@@ -11,6 +11,7 @@ import make
 import numpy as np
 import page
 import pytest
+import tokenizers
 import torch
 import trl_example
 from conftest import write_lamp
@@ -230,7 +231,7 @@ HOSTILE = '</b></style><script>alert(1)</script>\x00\x1b[31m\u202e\ud800 & " onf
 class TestPage:
     @pytest.fixture
     def run(self, world, tmp_path):
-        """A run of two steps: three held-out records, the same two training records in each."""
+        """A run of two steps: four held-out records, the same two training records in each."""
         self.tokenizer = prlm.load_tokenizer(world / "policy")
         options = {"model": str(world / "policy"), "task": "LaMP-4", "k": 2, "steps": 2}
         prlm.write_json(tmp_path / "config.json", options | {"group_size": 2, "accuracy": 2.0})
@@ -238,17 +239,23 @@ class TestPage:
             name: {"rouge-l": x, "rouge-1": x} for name, x in zip(page.STAGES, (0.1, 0.3, 0.5))
         }
         prlm.write_json(tmp_path / "scores.json", scores)
-        for name, column in (("before", (0.25, 0.5, 0.75)), ("after", (0.5, 1.0, 0.25))):
-            answers = [self.answer(f"r{n}", f"{name} {n}") for n in range(3)]
+        for name, column in (
+            ("before", (0.25, 0.5, 0.75, 0.5)), ("after", (0.5, 1.0, 0.25, 0.4)),
+        ):  # fmt: skip
+            answers = [self.answer(f"r{n}", f"{name} {n}") for n in range(4)]
             lines = [a | {"rouge-l": score} for a, score in zip(answers, column, strict=True)]
             self.write(tmp_path / "held_out" / f"{name}.jsonl", lines)
         samples = []
         for step in (1, 2):
-            for id, accuracies in (("7", (0.1236, 1.5)), ("8", (1.0, 1.0))):
+            for id, accuracies in (("7", (0.2002, 1.5)), ("8", (1.0, 1.0))):
                 for n, accuracy in enumerate(accuracies):
-                    parts = {"accuracy": accuracy, "format": 1.0, "personalization": 0.4567 * n}
+                    parts = {
+                        "accuracy": accuracy,
+                        "format": 1.0,
+                        "personalization": 0.004 + 0.4567 * n,
+                    }
                     sample = self.answer(id, f"why {step} {n}", finished=n == 0) | parts
-                    sample["reward"] = 2 * accuracy + 0.1 + 0.04567 * n
+                    sample["reward"] = 2 * accuracy + 0.1 + 0.0004 + 0.04567 * n
                     samples.append(
                         sample | {"step": step, "advantage": n - 0.5 if id == "7" else 0.0}
                     )
@@ -311,15 +318,15 @@ class TestPage:
             assert [float(weight) for weight, _ in factors] == [2.0, 0.1, 0.1]
             assert round(sum(shares), 3) == reward
             rewards.append(reward)
-        group = [2 * 1.5 + 0.1 + 0.04567, 2 * 0.1236 + 0.1, 2.1 + 0.04567, 2.1]  # the best first
+        group = [3.1 + 0.04607, 2 * 0.2002 + 0.1004, 2.1 + 0.04607, 2.1004]  # the best first
         assert rewards == pytest.approx([*group[:2]] * 2 + [*group[2:]] * 2, abs=0.0016)
 
     def test_gains_and_losses_come_largest_first(self, run):
         text = Html(self.page(run)).text
         assert re.findall(r"record (r\d)\s+ROUGE-L ([+−][.\d]+)", text) == [
-            ("r1", "+.500"), ("r0", "+.250"), ("r2", "−.500")
+            ("r1", "+.500"), ("r0", "+.250"), ("r2", "−.500"), ("r3", "−.100")
         ]  # fmt: skip
-        assert "2 are better" in text and "1 worse" in text
+        assert "2 are better" in text and "2 worse" in text
         text = Html(self.page(run, records=1)).text
         assert re.findall(r"record (r\d)\s+ROUGE-L", text) == ["r1", "r2"]
 
@@ -360,7 +367,9 @@ class TestPage:
             for step in range(1, 6) for n in range(3 * 12)
         ]  # fmt: skip
         self.write(run / "samples.jsonl", lines)
-        assert len(self.page(run)) < 1.5e6 and not capsys.readouterr().err
+        html = self.page(run)
+        assert len(html) < 1.5e6 and not capsys.readouterr().err
+        assert html.count("<mark>") < 3 * 3 * 8 * page.LONG / len("words ") + 20  # answers, too
         size = len(self.page(run, tokens=9000))
         assert size > 5e6 and f"{size / 1e6:.0f} MB: lower --records" in capsys.readouterr().err
 
@@ -372,7 +381,7 @@ class TestPage:
         prlm.write_json(run / "scores.json", scores)
         text = Html(self.page(run)).text
         missing = "1 of 2 steps are done, no score after RL, no held-out answers after RL"
-        assert f"Not there yet: {missing}." in text and "3 answers to held-out prompts" in text
+        assert f"Not there yet: {missing}." in text and "4 answers to held-out prompts" in text
         for name in ("samples.jsonl", "metrics.jsonl", "held_out/before.jsonl"):
             (run / name).unlink()
         assert "no held-out answers before RL" in Html(self.page(run)).text
@@ -404,7 +413,7 @@ class TestPage:
         (run / "metrics.jsonl").unlink()
         text = Html(self.page(run, records=2)).text
         assert ".583" in text and "sampled, at temperature 0.7" in text and "RL" not in text
-        assert re.findall(r"record (r\d)", text) == ["r1", "r0", "r2"]
+        assert re.findall(r"record (r\d)", text) == ["r1", "r0", "r2", "r3"]
         withheld = [line | {"target": None} for line in prlm.read_lines(run / "samples.jsonl")]
         for line in withheld:
             line.pop("rouge-l")
@@ -434,14 +443,21 @@ class TestPage:
             assert page.items_of(prompt, task) == []
 
     def test_tokens_that_share_a_character_are_one_piece(self, toy_tokenizer):
-        text = "naïve 🙂\n"
-        tokens = [
-            *toy_tokenizer.encode(text),
-            *toy_tokenizer.encode("🙂")[:2],
-        ]  # the last one is cut
+        encode = toy_tokenizer.encode
+        text, torn = "naïve 🙂\n", encode("🙂")[1:] * 2  # the middle of a character
+        tokens = [*encode(text), *torn, *encode("ok"), *encode("🙂")[:2]]
         found = page.pieces({"tokens": tokens, "logprobs": [-1.0] * len(tokens)}, toy_tokenizer)
-        assert [piece for piece, _ in found] == [*text, "\ufffd", "\ufffd"]
+        assert [piece for piece, _ in found][:8] == [*text]
         assert [logprob for _, logprob in found][:8] == [-1, -1, -2, -1, -1, -1, -4, -1]
+        assert sum(logprob for _, logprob in found) == -len(tokens)
+        assert re.fullmatch("\ufffd+ok\ufffd", "".join(piece for piece, _ in found[8:]))
+
+    def test_words_keep_the_space_before_them(self):
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1}, "▁a"))
+        backend.decoder = tokenizers.decoders.Metaspace()
+        sample = {"tokens": [0, 1, 0], "logprobs": [0.0, 0.0, 0.0]}
+        found = page.pieces(sample, prlm.Tokenizer(backend))
+        assert [piece for piece, _ in found] == ["a", " b", " a"]
 
     def test_records_that_recur_are_followed(self):
         seen = {1: "ab", 2: "cd", 3: "be", 4: "fb"}

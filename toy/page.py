@@ -245,10 +245,10 @@ def pieces(sample: dict, tokenizer: Tokenizer) -> list[tuple[str, float]]:
         ids = [i for i, _ in held]
         # A token's text may depend on the one before: some tokenizers drop the first space.
         text = decode(before + ids)[len(decode(before)) :]
-        if "\ufffd" not in text or len(held) == 4:  # a character has at most four bytes
+        if not text.endswith("\ufffd"):  # else the rest of a character's bytes is to come
             found.append((text, sum(x for _, x in held)))
             before, held = ids, []
-    return found + [("\ufffd", x) for _, x in held]
+    return [*found, ("\ufffd", sum(x for _, x in held))] if held else found
 
 
 def shaded(found: list[tuple[str, float]], most: int) -> str:
