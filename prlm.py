@@ -50,6 +50,9 @@ from torch.utils.checkpoint import checkpoint
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ---- The decoder ----------------------------------------------------------------------------
+#
+# The policy: config.json, rotary embedding, attention, one layer, the model, its checkpoint. Needs
+# `read_checkpoint` and its helpers from "Files". The tests compare its logits with transformers'.
 
 
 def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
@@ -68,7 +71,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
         return bool(value)
 
-    size = partial(positive, raw, where)
+    size = partial(read_number, raw, where)
     family, kinds = raw.get("model_type"), raw.get("layer_types")
     need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
@@ -100,11 +103,11 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
-        theta=positive(rope, where, "rope_theta", kind=float),
-        scaling=[positive(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
+        theta=read_number(rope, where, "rope_theta", kind=float),
+        scaling=[read_number(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
     )
-    whole = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
-    need(whole, "heads must be a multiple of key-value heads, head_dim must be even")
+    even = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
+    need(even, "heads must be a multiple of key-value heads, head_dim must be even")
     return config
 
 
@@ -127,7 +130,8 @@ def rope_frequencies(config: SimpleNamespace) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
 
-    `sin` carries the rotation's sign (minus in the first half), so rolling does the exchange.
+    `sin` brings the minus sign for the first half. Hugging Face builds (-x2, x1) for each query and
+    key instead; here rolling by half gives (x2, x1), and the sign was set once for all layers.
     """
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
@@ -237,7 +241,10 @@ class Decoder(nn.Module):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
-        """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is who sees whom."""
+        """Final hidden states [.., H] of tokens [..].
+
+        attend(layer, q, k, v) is the attention: it decides which token may look at which.
+        """
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         x, cos, sin = self.embed(tokens), angles.cos(), angles.sin()
@@ -249,14 +256,19 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side."""
+        """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side.
+
+        The plain definition, which the tests hold against transformers and against everything
+        faster. `generate` and `score_completions` call `run`, each with an attention of its own.
+        """
         positions, visible = torch.arange(tokens.shape[1], device=tokens.device), None
         if mask is not None:
             mask = mask.bool()
             tokens = tokens.masked_fill(~mask, 0)
             visible = (positions <= positions[:, None]) & mask[:, None]  # [B, T, T]
+            # Padding sees itself: a query that sees nothing would be NaN.
             visible |= torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)  # padding sees itself, from place 0
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
         positions = positions.expand_as(tokens)
         x = self.run(tokens, positions, lambda _, q, k, v: attention(q, k, v, visible))
         return F.linear(x, self.head)
@@ -267,6 +279,42 @@ class Decoder(nn.Module):
         With LoRA they are parts of the merged weights, and no longer of the parameters.
         """
         return checkpoint_views(self, DECODER_NAMES, merged_state(self))
+
+
+def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
+    """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
+    directory = checkpoint_directory(directory)
+    raw, tensors = read_json(directory / "config.json"), {}
+    for name, tensor in read_checkpoint(directory).items():
+        if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
+            full = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
+            tensors[name if full else "model." + name] = tensor
+    head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
+    make = partial(Decoder, raw, directory / "config.json")
+    decoder = filled(make, tensors, directory, device, dtype)
+    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
+    if (directory / "tokenizer.json").is_file():
+        decoder.vocab_limit, limit = load_tokenizer(directory).size, decoder.config.vocabulary
+        if decoder.vocab_limit > limit:
+            raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {limit}")
+    return decoder
+
+
+def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
+    """Writes a checkpoint that transformers opens unchanged, in the parameters' precision."""
+    directory = Path(directory)
+    tokenizer.save(directory)
+    key = "dtype" if "dtype" in decoder.raw else "torch_dtype"
+    dtype = str(decoder.head.dtype).removeprefix("torch.")
+    write_json(directory / "config.json", decoder.raw | {key: dtype})
+    write_safetensors(directory / "model.safetensors", decoder.views())
+
+
+# ---- LoRA: a few numbers to train beside frozen weights -------------------------------------
+#
+# Instead of W (2,359,296 numbers for 1536 x 1536) an A and a B are trained (49,152 at rank 16), and
+# AdamW keeps moments of these alone. `Linear` above computes with them; rl.py decides whether to.
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
@@ -314,37 +362,10 @@ def merged_state(decoder: Decoder) -> dict[str, Tensor]:
     return dict(merged_parameters(decoder))
 
 
-def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
-    """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    directory = checkpoint_directory(directory)
-    raw, tensors = read_json(directory / "config.json"), {}
-    for name, tensor in read_checkpoint(directory).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
-            whole = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
-            tensors[name if whole else "model." + name] = tensor
-    head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
-    make = partial(Decoder, raw, directory / "config.json")
-    decoder = filled(make, tensors, directory, device, dtype)
-    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-        raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
-    if (directory / "tokenizer.json").is_file():
-        decoder.vocab_limit, limit = load_tokenizer(directory).size, decoder.config.vocabulary
-        if decoder.vocab_limit > limit:
-            raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {limit}")
-    return decoder
-
-
-def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
-    """Writes a checkpoint that transformers opens unchanged, in the parameters' precision."""
-    directory = Path(directory)
-    tokenizer.save(directory)
-    key = "dtype" if "dtype" in decoder.raw else "torch_dtype"
-    dtype = str(decoder.head.dtype).removeprefix("torch.")
-    write_json(directory / "config.json", decoder.raw | {key: dtype})
-    write_safetensors(directory / "model.safetensors", decoder.views())
-
-
 # ---- The twins: sampling and training on a prompt that is run once --------------------------
+#
+# `generate` and `token_logprobs`, the two that GRPO needs. Both take token ids and a Decoder, and
+# both bring `Decoder.run` an attention in which the G completions share their prompt's keys.
 
 
 class Ragged:
@@ -363,10 +384,10 @@ class Ragged:
         self.shape = (len(sequences), max(map(len, sequences), default=0))
         self.mask = torch.arange(self.shape[1], device=device) < self.lengths[:, None]  # [rows, T]
         self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
-        self.cells = self.rows * self.shape[1] + self.positions  # [N] places in the grid
+        self.cells = self.rows * self.shape[1] + self.positions  # [N] index in the grid
 
     def grid(self, x: Tensor) -> Tensor:
-        """[N, ..] to [rows, T, ..], zeros behind each row's end."""
+        """[N, ..] to [rows, T, ..], zeros after each row's end."""
         empty = x.new_zeros(self.mask.numel(), *x.shape[1:])
         return empty.index_copy(0, self.cells, x).unflatten(0, self.shape)
 
@@ -610,7 +631,7 @@ def generate(
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log softmax(x W^T / temperature)[target] and the entropy, a chunk of rows at a time.
+    """log softmax(x W^T / temperature)[target], [N], and the entropy, a chunk of rows at a time.
 
     The logits of a whole batch [N, V] never exist: forward keeps each row's log-sum-exp, backward
     computes a chunk's logits again. The entropy carries no gradient; it is for the log. Products
@@ -660,10 +681,10 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def score_completions(decoder: Decoder, prompts, completions, temperature: float = 1.0):
-    """(logprobs, entropy, mask), each [P, G, C]: `token_logprobs` with each prediction's entropy.
+    """(logprobs, entropy, mask), each [P, G, C]: `token_logprobs`, and the entropy for the log.
 
-    Each prompt runs once, with gradient, beside its G completions: all tokens lie end to end,
-    attention alone sees grids, where completion queries meet [prompt keys, their own keys].
+    Each prompt runs once, with gradient, beside its G completions: all tokens lie end to end, and
+    only attention sees grids, where completion queries meet [prompt keys, their own keys].
     """
     if not 0 < temperature < math.inf:
         raise ValueError("token_logprobs needs temperature > 0: a greedy choice has no probability")
@@ -671,11 +692,11 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
         raise ValueError("token_logprobs needs a group of completions a prompt, all of one size")
     check_ids(decoder, prompts, completions)
     device, G = decoder.head.device, len(completions[0]) if completions else 0
-    answers = [list(answer) for group in completions for answer in group]  # P*G
-    prompt, target = Ragged(prompts, device), Ragged(answers, device)
-    fed = Ragged([answer[:-1] for answer in answers], device)  # the last token predicts nothing
+    rows = [list(ids) for group in completions for ids in group]  # P*G
+    prompt, target = Ragged(prompts, device), Ragged(rows, device)
+    fed = Ragged([ids[:-1] for ids in rows], device)  # the last token predicts nothing
     N, C = len(prompt.tokens), fed.shape[1]
-    causal = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(len(answers), C, C)
+    causal = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(len(rows), C, C)
     inside = prompt.mask.repeat_interleave(G, 0)[:, None].expand(-1, C, -1)
     visible = torch.cat([inside, causal], -1)  # [P*G, C, T+C]
 
@@ -684,12 +705,16 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
         if C == 0:
             return out
+        # Here, unlike in the sampler's Cache, the prompt's keys are repeated for each completion:
+        # autograd then sums their gradients over the group, which is what makes the shared prompt
+        # exact (Prefix Grouper, arXiv 2506.05433), and one fast kernel does the rest. What is not
+        # repeated is the work of the layers' matrices, which is most of the cost.
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+C, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
 
-    behind = prompt.lengths.repeat_interleave(G)[fed.rows]  # completions go on where prompts end
-    positions = torch.cat([prompt.positions, behind + fed.positions])
+    offset = prompt.lengths.repeat_interleave(G)[fed.rows]  # completions go on where prompts end
+    positions = torch.cat([prompt.positions, offset + fed.positions])
     x = decoder.run(torch.cat([prompt.tokens, fed.tokens]), positions, attend)  # [N+.., H]
     # A completion's first token is predicted at its prompt's end, the others one token before.
     first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
@@ -708,7 +733,7 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
 def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
 
-    `completions` [P][G] are lists of ids; behind each one's end mask and logprobs are 0.
+    `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0.
     Differentiable in the decoder's parameters. ValueError at temperature 0.
     """
     logprobs, _, mask = score_completions(decoder, prompts, completions, temperature)
@@ -732,6 +757,9 @@ def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> li
 
 
 # ---- The encoder: BERT, for the reward model and the dense retriever ------------------------
+#
+# Bidirectional and post-norm; it shares no layer with the decoder, only the reading of checkpoints
+# from "Files". retrieve.py pools its hidden states, reward.py puts a classifier on them.
 
 
 class EncoderLayer(nn.Module):
@@ -753,7 +781,7 @@ class EncoderLayer(nn.Module):
 
 
 ENCODER_NAMES = {
-    "words": "embeddings.word_embeddings", "places": "embeddings.position_embeddings",
+    "words": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
     "segments": "embeddings.token_type_embeddings", "norm": "embeddings.LayerNorm",
     "layers": "encoder.layer", "o": "attention.output.dense",
     "qkv": "attention.self.query attention.self.key attention.self.value",
@@ -771,7 +799,7 @@ class Encoder(nn.Module):
         for key, wanted in {"model_type": "bert", **assumed}.items():
             if (assumed | raw).get(key) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
-        size = partial(positive, raw, where)
+        size = partial(read_number, raw, where)
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         if hidden % heads:
             raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
@@ -782,7 +810,7 @@ class Encoder(nn.Module):
         self.hidden, self.tokenizer = hidden, None
         self.max_length = size("max_position_embeddings")
         self.words = nn.Embedding(size("vocab_size"), hidden)
-        self.places = nn.Embedding(self.max_length, hidden)
+        self.positions = nn.Embedding(self.max_length, hidden)
         self.segments = nn.Embedding(size("type_vocab_size", 2), hidden)
         self.norm = nn.LayerNorm(hidden, eps)
         shape, count = (hidden, heads, inner, eps, self.dropout), size("num_hidden_layers")
@@ -802,7 +830,7 @@ class Encoder(nn.Module):
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
         segments = torch.zeros_like(tokens) if segments is None else segments
         tokens, segments = tokens.masked_fill(~mask, 0), segments.masked_fill(~mask, 0)
-        x = self.norm(self.words(tokens) + self.places(positions) + self.segments(segments))
+        x = self.norm(self.words(tokens) + self.positions(positions) + self.segments(segments))
         x = F.dropout(x, self.dropout[0], self.training)
         itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         visible = mask[:, None, None, :] | itself  # [B, 1, T, T]; padding sees itself too
@@ -836,6 +864,9 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 
 
 # ---- The tokenizer and its chat formats -----------------------------------------------------
+#
+# Texts and conversations become token ids, and back. The `tokenizers` library does the splitting;
+# here are the chat formats, the EOS ids, and the border between text and control tokens.
 
 # Not a character, by Unicode's definition: reserved for a program's own use. It stands before the
 # name of a control token where a chat format means the token, and nowhere else: `as_text` takes it
@@ -1110,7 +1141,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
 
     Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
-    data_offsets}}; the bytes, which the ranges must tile: no hole, no overlap, nothing behind.
+    data_offsets}}; the bytes, which the ranges must tile: no hole, no overlap, nothing after.
     Writing to a tensor does not change the file. ValueError names the file and what is wrong.
     """
 
@@ -1161,13 +1192,13 @@ def _ranges(header: dict, size: int) -> dict[str, tuple]:
         if len(offsets) != 2 or offsets[1] - offsets[0] != wanted:
             raise ValueError(f"{name}: data_offsets {offsets} do not hold {dtype} {shape}")
         ranges[name] = (*offsets, DTYPES[dtype], shape)
-    place = 0
+    covered = 0
     for begin, end, name in sorted((*r[:2], name) for name, r in ranges.items()):
-        if begin != place:
-            raise ValueError(f"{name}: its bytes start at {begin} instead of at {place}")
-        place = end
-    if place != size:
-        raise ValueError(f"the tensors fill {place} bytes, but {size} follow the header")
+        if begin != covered:
+            raise ValueError(f"{name}: its bytes start at {begin} instead of at {covered}")
+        covered = end
+    if covered != size:
+        raise ValueError(f"the tensors fill {covered} bytes, but {size} follow the header")
     return ranges
 
 
@@ -1192,7 +1223,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().view(-1)
-            if len(flat):  # torch does not view nothing as bytes
+            if len(flat):  # an empty tensor cannot be viewed as bytes
                 file.write(flat.view(torch.uint8).numpy())
 
 
@@ -1260,7 +1291,7 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
     return module
 
 
-def positive(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
+def read_number(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
     """The number raw[key] of a config, or the default where it is absent or null."""
     value = default if raw.get(key) is None else raw[key]
     good = isinstance(value, int | kind) and not isinstance(value, bool)
@@ -1330,7 +1361,9 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
 
     Where it has `presets` {name: values}, `--preset name` puts its values in place of the defaults.
     """
-    source = "".join(inspect.getsource(c) for c in options.__mro__ if dataclasses.is_dataclass(c))
+    source = "".join(
+        inspect.getsource(c) for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)
+    )
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=layout)

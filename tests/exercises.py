@@ -844,7 +844,7 @@ EXERCISES = [
                    ".tril()", ".tril(1)"),
             Mutant("completions start at place 0",
                    "`gap` is large from the second token on, more so behind long prompts.",
-                   "behind + fed.positions", "fed.positions"),
+                   "offset + fed.positions", "fed.positions"),
             Mutant("prompts tiled instead of repeated",
                    "Right with prompts of one length, `gap` is large otherwise.",
                    "prompt.mask.repeat_interleave(G, 0)", "prompt.mask.repeat(G, 1)"),
