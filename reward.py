@@ -406,8 +406,9 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
         padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
         budget = o.tokens_per_micro_batch
         ratios = likelihood_ratio(policy, with_profile, without, padded, budget)  # [P, G]
+        shares = ratios.double().sigmoid()  # float32 would round those above 17 nats to 1
         values = [0.0] * len(answers)
-        for members, row in zip(groups.values(), ratios.sigmoid().tolist(), strict=True):
+        for members, row in zip(groups.values(), shares.tolist(), strict=True):
             for n, value in zip(members, row, strict=False):  # behind them is padding
                 values[n] = value
         return values
@@ -465,15 +466,23 @@ FEW = 30  # held-out queries: with fewer, an accuracy of .65 cannot be told from
 
 
 def explain(name: str, report: dict) -> str:
-    """The report as a line, and a sentence for each thing to beware of."""
-    lines = [f"judge {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report.items())]
-    queries = report.get("held_out_queries", FEW)
-    if queries < FEW:
-        interval = f"{report['pair_accuracy_low']:.2f} to {report['pair_accuracy_high']:.2f}"
-        lines.append(f"  only {queries} held-out queries: the pair accuracy may be {interval}")
+    """The report in words, with what to beware of."""
+
+    def share(key: str) -> str:
+        return f"{report[key]:.3f} ({report[key + '_low']:.2f} to {report[key + '_high']:.2f})"
+
+    lines = [f"judge {name}; by chance each share is .5, in brackets its 95 % interval"]
+    if "pair_accuracy" in report:
+        queries = report["held_out_queries"]
+        few = ": too few to rely on" if queries < FEW else ""
+        stands_on = f"{report['held_out_pairs']} pairs of {queries} held-out queries{few}"
+        lines.append(f"  {report['pairs']} pairs, loss {report['loss']:.3f} in the last epoch")
+        lines.append(f"  pair accuracy {share('pair_accuracy')}, from {stands_on}")
     if "swap_test" in report:
-        blind = ", as for any judge that does not see the profile" * (report["swap_test"] == 0.5)
-        lines.append(f"  the swap test is .5 by chance{blind}")
+        blind = "; exactly .5: it does not see the profile" if report["swap_test"] == 0.5 else ""
+        lines.append(f"  swap test {share('swap_test')}, from {report['users']} users{blind}")
+    rivals = [key for key in report if key.startswith("own_over_")]
+    lines += [f"  {key.replace('_', ' ')} {report[key]:.3f}" for key in rivals]
     return "\n".join(lines)
 
 

@@ -637,7 +637,8 @@ class TestJudge:
         report = json.loads((tmp_path / "new" / "report.json").read_text())
         assert report["swap_test"] > 0.8 and report["own_over_other"] > 0.8
         assert report["users"] == 30
-        assert "swap_test" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"swap test {report['swap_test']:.3f} (" in said and "own over other" in said
         examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
         assert all(0 < v < 1 for v in judge(examples, [e.target for e in examples]))
 
@@ -649,12 +650,21 @@ class TestJudge:
         assert judge([example(query="golf")], ["tennis"]) == expected
         report = json.loads((tmp_path / "run" / "report.json").read_text())
         assert report["swap_test"] == 0.5  # it is blind to the profile
-        assert "does not see the profile" in capsys.readouterr().out
+        assert "it does not see the profile" in capsys.readouterr().out
 
     def test_no_weight_no_judge(self):
         assert reward.obtain_judge(rl.Options(personalization=0), None, None, [], "") is None
 
     def test_few_held_out_queries_are_mentioned(self):
-        report = {"held_out_queries": 2, "pair_accuracy_low": 0.3, "pair_accuracy_high": 0.97}
-        assert "only 2 held-out queries" in reward.explain("bert", report)
-        assert "only" not in reward.explain("bert", report | {"held_out_queries": 40})
+        report = {"pairs": 71, "held_out_pairs": 6, "held_out_queries": 2, "loss": 0.5}
+        report |= {"pair_accuracy": 0.75, "pair_accuracy_low": 0.2, "pair_accuracy_high": 0.97}
+        said = reward.explain("bert", report)
+        assert "0.750 (0.20 to 0.97), from 6 pairs of 2 held-out queries: too few" in said
+        assert "too few" not in reward.explain("bert", report | {"held_out_queries": 40})
+
+    def test_a_very_likely_answer_is_still_told_from_a_likelier_one(self, toy, monkeypatch):
+        monkeypatch.setattr(reward, "likelihood_ratio", lambda *_: torch.tensor([[20.0, 25, -800]]))
+        examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:1] * 3
+        judge = reward.ratio_judge(reward.RewardOptions(), *toy)
+        one, more, least = judge(examples, ["a", "b", "c"])
+        assert 0 <= least < one < more <= 1
