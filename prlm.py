@@ -114,8 +114,10 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 def rope_frequencies(config: SimpleNamespace) -> Tensor:
     """Radians a position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
-    llama3 scaling divides the slow ones, which turn fewer than `low` times within the original
-    context, by `factor`; keeps those that turn more than `high` times; and blends between.
+    Without scaling `config.scaling` is empty; llama3's is [factor, low, high, original context]. It
+    divides by `factor` the slow ones, which turn (2 pi radians) fewer than `low` times within the
+    original context; keeps those that turn more than `high` times; and blends linearly in the
+    turns between. float32.
     """
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.theta**exponents
@@ -130,6 +132,7 @@ def rope_frequencies(config: SimpleNamespace) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
 
+    `cos` and `sin` [.., D] hold each angle twice, for channel i and for channel i + D/2.
     `sin` brings the minus sign for the first half. Hugging Face builds (-x2, x1) for each query and
     key instead; here rolling by half gives (x2, x1), and the sign was set once for all layers.
     """
@@ -137,7 +140,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S]."""
+    """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
+
+    `visible` is True where query t may look at key s. k and v [B, S, kv_heads, D] may have fewer
+    heads: query head h looks at key-value head h // (heads / kv_heads).
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
@@ -260,6 +267,9 @@ class Decoder(nn.Module):
 
         The plain definition, which the tests hold against transformers and against everything
         faster. `generate` and `score_completions` call `run`, each with an attention of its own.
+
+        A row has at its real tokens the logits that it has alone, whatever ids the padding holds:
+        padding is not seen and takes no position. Logits at padding are finite and mean nothing.
         """
         positions, visible = torch.arange(tokens.shape[1], device=tokens.device), None
         if mask is not None:
@@ -463,6 +473,9 @@ class Cache:
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a row, [P*G, heads, D]: it sees its prompt and its completion so far.
 
+        The new key and value go to `slot` of `own` [layer, key or value, P, K, G, C, D]. Then, in
+        one softmax, a row sees the prompt's keys, `shared[layer]`, and the first `window` slots of
+        its own; `hide` [P, T+C] is -inf at padding and unwritten slots. Heads as in `attention`.
         Written as batched products because einsum, which reads better, is a tenth slower here.
         """
         P, K, G, _, D = self.own.shape[2:]
@@ -552,7 +565,8 @@ class Recorded:
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """One id a row of softmax(logits / temperature) [rows, V], and its log-probability.
 
-    Temperature 0 takes the likeliest id and reports its log-probability at temperature 1.
+    Temperature 0 takes the likeliest id and reports its log-probability at temperature 1. Rows
+    are independent, the same generator draws the same, an id of probability 0 is never drawn.
     """
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
@@ -577,8 +591,10 @@ def generate(
 
     Every prompt runs once; then a step computes one token of every row, on CUDA as a graph. Rows
     that have met an id of `eos_ids` leave the batch as soon as a quarter of it can go (on CUDA a
-    half). `seed` makes the noise repeatable (None draws from torch's own generator). Temperature 0
-    is greedy.
+    half; Cache.keep). `seed` makes the noise repeatable (None draws from torch's own generator).
+    Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. An id of `eos_ids`
+    is the completion's last, and makes it finished; else there are `max_new_tokens`. ValueError for
+    a group or a length below 1, a temperature below 0, and what `check_ids` refuses.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
@@ -662,6 +678,10 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):
+        """The gradients of x [N, H] and weight [V, H], given that of the log-probabilities [N].
+
+        Temperature and targets have none, and the entropy's is not used.
+        """
         x, weight, targets, lse = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # not in LoRA
@@ -685,6 +705,10 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
 
     Each prompt runs once, with gradient, beside its G completions: all tokens lie end to end, and
     only attention sees grids, where completion queries meet [prompt keys, their own keys].
+
+    The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. After a
+    completion's end, which may be its beginning, all three are 0. ValueError for a temperature that
+    is not above 0, groups of unequal size, other groups than prompts, and what `check_ids` refuses.
     """
     if not 0 < temperature < math.inf:
         raise ValueError("token_logprobs needs temperature > 0: a greedy choice has no probability")
@@ -1141,8 +1165,12 @@ def read_safetensors(path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
 
     Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
-    data_offsets}}; the bytes, which the ranges must tile: no hole, no overlap, nothing after.
-    Writing to a tensor does not change the file. ValueError names the file and what is wrong.
+    data_offsets}} in UTF-8, without a byte order mark; the bytes, which the ranges must tile: no
+    hole, no overlap, nothing after them (`_ranges` checks that and all entries). A range may begin
+    at any byte; a tensor may be empty. Writing to a tensor does not change the file, writing a new
+    file in its place does not change the tensors. Whatever is wrong with the bytes, a name that
+    stands twice or JSON nested without end too, is a ValueError that names the file; a path without
+    a file is a FileNotFoundError.
     """
 
     def unique(pairs):

@@ -199,6 +199,12 @@ class BM25:
     """
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
+        """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
+        and norm [N], k1 (1 - b + b |d|/mean) of each document.
+
+        The mean idf is that of all words, those with a negative one too. No texts at all, or only
+        empty ones, are no error and no warning: a mean of 0 words counts as 1.
+        """
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
         self.k1 = k1
@@ -217,7 +223,10 @@ class BM25:
         self.norm = k1 * (1 - b + b * lengths / (lengths.mean() if lengths.any() else 1.0))
 
     def scores(self, query: list[str]) -> np.ndarray:
-        """The score of every document [N]; a repeated query word counts each time."""
+        """The score of every document, an array [N], in the order of the corpus.
+
+        A repeated query word counts each time, one that no document holds adds 0.
+        """
         scores = np.zeros(len(self.norm))
         for word in query:
             if word in self.counts:
@@ -300,6 +309,10 @@ def retrieve(
     Items that tie, at 0 too, keep the profile's order. Recency puts the newest first; random is
     the same draw for the same seed and record. BM25 splits texts at blanks and keeps their case;
     `lowercase` takes ROUGE's words instead, the runs of [a-z0-9] in the lowercased text.
+
+    What comes back are the profile's own dictionaries. The texts are `show`'s, the dates those of
+    `parse_date`; random is random in order too; dense asks `dense.scores` once, with the stripped
+    query. ValueError names a k below 0 or an unknown retriever; dense needs `dense`.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -368,8 +381,12 @@ def build_messages(
     ids; a prompt that fits is left as it is. Otherwise the query comes first: it is cut only if it
     is too long without any item. The items share the rest evenly, and what a short one leaves goes
     to those after it. `_cut_item` shortens a long one; one that loses all of itself is left out.
-    Without items the prompt does not speak of profiles. ValueError if the bare instruction is over
-    the budget.
+    Without items the prompt does not speak of profiles. ValueError names the budget and what the
+    bare instruction takes, if that is more.
+
+    To share evenly, each item in turn may take what is left, line break included, divided by the
+    number of items still to come. Nothing is cut further than it must be: no more than a few tokens
+    of the budget stay free, since where two pieces meet, tokens can merge or split.
     """
 
     def messages(shown: list[str], query: str) -> list[dict]:

@@ -103,7 +103,8 @@ def rewards(
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
     """InfoNCE of raw scores, positive [B] against negatives [B, N], as the mean over B (in nats).
 
-    A negative of -inf stands for a missing one.
+    A negative of -inf stands for a missing one: it counts for nothing and has gradient 0. Scores of
+    any size give a finite loss.
     """
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
@@ -126,7 +127,12 @@ class RewardModel(nn.Module):
         self.eval()
 
     def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch."""
+        """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch.
+
+        `encode_pair` gives the ids and segments of the stripped texts, of as many tokens as the
+        encoder takes, 512 at most. The classifier reads tanh(pooler(hidden state of [CLS])); while
+        training, and only then, through the encoder's first dropout.
+        """
         limit = min(512, self.encoder.max_length)
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), limit) for q, a in pairs]

@@ -83,7 +83,11 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def loss_size(mask: Tensor, normalizer: str, max_new_tokens: int | None) -> float:
-    """What a summed loss is divided by: completions, tokens, or completions x max_new_tokens."""
+    """What a summed loss is divided by: completions, tokens, or completions x max_new_tokens.
+
+    In this order "grpo", "dapo" and "dr_grpo", of mask [P, G, C]; of tokens, those with a mask of 1
+    and never less than 1. ValueError names another normalizer, or dr_grpo without max_new_tokens.
+    """
     completions = mask.shape[0] * mask.shape[1]
     if normalizer not in get_args(Normalizer):
         raise ValueError(f"normalizer {normalizer!r} is none of {', '.join(get_args(Normalizer))}")
@@ -125,7 +129,11 @@ def clip_fraction(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then a cosine to a tenth of the peak."""
+    """Linear warm-up over the share `warmup` of the steps, then a cosine to a tenth of the peak.
+
+    The warm-up has round(warmup steps) steps, but at least one: the n-th of w has n/w of the peak.
+    The step after it, if there is one, has the peak, and the last of all a tenth.
+    """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising

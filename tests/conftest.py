@@ -14,7 +14,7 @@ import retrieve
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
-def difference(got, expected, relative=0.0) -> str:
+def difference(got, expected, relative=0.0, absolute=0.0) -> str:
     """The first place where two values differ and what stands there, in one line; else "".
 
     `relative` is how far numbers may be apart, as a share of the largest one expected.
@@ -25,7 +25,7 @@ def difference(got, expected, relative=0.0) -> str:
         if a.shape != b.shape:
             return f"expected the shape {[*b.shape]}, got {[*a.shape]}"
         most = b[b.isfinite()].abs().max() if b.isfinite().any() else 0.0
-        right = (a == b) | ((a - b).abs() <= relative * most) | (a.isnan() & b.isnan())
+        right = (a == b) | ((a - b).abs() <= relative * most + absolute)
         if right.all():
             return ""
         place = (~right).nonzero()[0].tolist()
@@ -44,7 +44,7 @@ def difference(got, expected, relative=0.0) -> str:
     else:
         return "" if got == expected else f"expected {shorten(expected)}, got {shorten(got)}"
     for key, pair in pairs.items():
-        if said := difference(*pair, relative):
+        if said := difference(*pair, relative, absolute):
             return f"[{key!r}]: {said}"
     if len(got) == len(expected) == len(pairs):
         return ""
@@ -56,11 +56,11 @@ def shorten(value, most=100) -> str:
     return text if len(text) <= most else text[: most - 4] + " ..."
 
 
-def same(got, expected, case="", relative=0.0) -> None:
+def same(got, expected, case="", relative=0.0, absolute=0.0) -> None:
     """Fails where two values differ, in one line: the case, the first place, and what is there."""
     __tracebackhide__ = True
-    if said := difference(got, expected, relative):
-        raise AssertionError(f"{case if isinstance(case, str) else shorten(case)}: {said}")
+    if said := difference(got, expected, relative, absolute):
+        raise AssertionError(f"{case}: {said}" if case else said)
 
 
 def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):

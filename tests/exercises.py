@@ -80,7 +80,10 @@ EXERCISES = [
     Exercise(
         1, "BM25: the index and the weight of a word", "retrieve.py", "BM25.__init__", 4,
         "idf(w) = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one becomes 0.25 x the mean idf",
-        ["tests/test_retrieve.py::TestBM25"],
+        ["tests/test_retrieve.py::TestBM25::test_equals_rank_bm25",
+         "tests/test_retrieve.py::TestBM25::test_equals_the_formula",
+         "tests/test_retrieve.py::TestBM25::test_by_hand",
+         "tests/test_retrieve.py::TestBM25::test_nothing_to_find"],
         "Compute the idf of each word of [['a'], ['b', 'b', 'c'], ['b']] by hand: in how many "
         "documents does it stand? What happens to a word that stands in most of them?",
         [
@@ -123,7 +126,10 @@ EXERCISES = [
     Exercise(
         2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3,
         "score(d) = sum over query words of idf(w) f(w,d) (k1 + 1) / (f(w,d) + norm(d))",
-        ["tests/test_retrieve.py::TestBM25"],
+        ["tests/test_retrieve.py::TestBM25::test_equals_rank_bm25",
+         "tests/test_retrieve.py::TestBM25::test_equals_the_formula",
+         "tests/test_retrieve.py::TestBM25::test_by_hand",
+         "tests/test_retrieve.py::TestBM25::test_nothing_to_find"],
         "Score one document by hand, word by word. What does a query word that is asked twice "
         "add, and what does one that no document holds?",
         [
@@ -157,7 +163,8 @@ EXERCISES = [
     Exercise(
         3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
         "order = stable argsort of -score: what ties keeps the profile's order",
-        ["tests/test_retrieve.py::TestRetrieve", "tests/test_retrieve.py::TestDense"],
+        ["tests/test_retrieve.py::TestRetrieve",
+         "tests/test_retrieve.py::TestDense::test_ranks_by_cosine"],
         "Look at what comes back when all scores are equal, for each retriever; and whether the "
         "random draw depends on anything but the seed and the record.",
         [
@@ -216,7 +223,13 @@ EXERCISES = [
         4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 6,
         "|chat(system, items + instruction + query)| <= max_prompt_tokens; only items and, if it "
         "must be, the query are cut",
-        ["tests/test_retrieve.py::TestPrompt"],
+        ["tests/test_retrieve.py::TestPrompt::test_parts_and_their_order",
+         "tests/test_retrieve.py::TestPrompt::test_no_prompt_is_over_budget",
+         "tests/test_retrieve.py::TestPrompt::test_long_items_use_the_budget_and_share_it",
+         "tests/test_retrieve.py::TestPrompt::test_what_short_items_leave_goes_to_later_ones",
+         "tests/test_retrieve.py::TestPrompt::test_an_item_loses_the_end_of_its_text_first",
+         "tests/test_retrieve.py::TestPrompt::test_the_query_is_served_first",
+         "tests/test_retrieve.py::TestPrompt::test_a_hundred_thousand_words"],
         "Count the tokens of the chat as it is sent, not of its parts. Who gets the tokens that "
         "a short item leaves? `_cut_item` shortens one item.",
         [
@@ -433,7 +446,13 @@ EXERCISES = [
     Exercise(
         8, "Reading safetensors", "prlm.py", "read_safetensors", 4,
         "8 bytes little-endian header length, the JSON header, then the bytes of every tensor",
-        ["tests/test_files.py::TestSafetensors"],
+        ["tests/test_files.py::TestSafetensors::test_reads_what_the_library_writes",
+         "tests/test_files.py::TestSafetensors::test_the_library_reads_what_we_write",
+         "tests/test_files.py::TestSafetensors::test_refuses",
+         "tests/test_files.py::TestSafetensors::test_accepts",
+         "tests/test_files.py::TestSafetensors::test_refuses_whatever_the_library_refuses",
+         "tests/test_files.py::TestSafetensors::test_edits_stay_in_memory",
+         "tests/test_files.py::TestSafetensors::test_a_missing_file"],
         "Write a file with two small tensors with `write_safetensors` and look at its bytes. From "
         "where are data_offsets counted? `_ranges` checks them for you.",
         [
@@ -723,7 +742,13 @@ EXERCISES = [
     Exercise(
         15, "Sampling groups of completions", "prlm.py", "generate", 6,
         "o_t ~ pi(. | prompt, o_1 .. o_{t-1}) until an end-of-sequence id, which belongs to o",
-        ["tests/test_prlm.py::TestTwins"],
+        ["tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
+         "tests/test_prlm.py::TestTwins::test_completions_without_an_end_are_as_long_as_they_may_be",
+         "tests/test_prlm.py::TestTwins::test_greedy_reports_log_probabilities_at_temperature_one",
+         "tests/test_prlm.py::TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
+         "tests/test_prlm.py::TestTwins::test_samples_follow_the_distribution",
+         "tests/test_prlm.py::TestTwins::test_rows_are_independent_and_seeds_repeat",
+         "tests/test_prlm.py::TestTwins::test_bad_calls_are_refused"],
         "The prompt's last hidden state predicts the first token, which stands one place behind "
         "the prompt. `cache.open` makes place for the next token of every row before it is run; "
         "`cache.length` counts the tokens that the cache holds of each completion.",
@@ -831,7 +856,12 @@ EXERCISES = [
     Exercise(
         17, "Token log-probabilities through the shared prompt", "prlm.py", "score_completions", 6,
         "log pi(o_t | prompt, o_1 .. o_{t-1}) for G completions of a prompt that is run once",
-        ["tests/test_prlm.py::TestTwins"],
+        ["tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
+         "tests/test_prlm.py::TestTwins::test_gradients_equal_the_naive_ones",
+         "tests/test_prlm.py::TestTwins::test_the_entropy_is_that_of_each_prediction",
+         "tests/test_prlm.py::TestTwins::test_all_completions_of_one_token",
+         "tests/test_prlm.py::TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
+         "tests/test_prlm.py::TestTwins::test_bad_calls_are_refused"],
         "Compare with one row at a time, prompt and completion in full. Which hidden state "
         "predicts the first token of a completion, and which the last?",
         [
@@ -912,7 +942,10 @@ EXERCISES = [
     Exercise(
         19, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
         "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b",
-        ["tests/test_reward.py::TestRewardModel"],
+        ["tests/test_reward.py::TestRewardModel::test_scores_equal_transformers",
+         "tests/test_reward.py::TestRewardModel::test_a_pair_scores_the_same_alone_in_a_batch_and_in_chunks",
+         "tests/test_reward.py::TestRewardModel::test_query_and_answer_both_count_and_differ",
+         "tests/test_reward.py::TestRewardModel::test_no_dropout_outside_training_and_gradient_everywhere"],
         "Score a short pair alone and beside a long one. BERT gets ids, a mask and segments: "
         "what belongs to which?",
         [
@@ -949,7 +982,11 @@ EXERCISES = [
     Exercise(
         20, "The reward of a completion", "reward.py", "rewards", 4,
         "R = w_a accuracy + w_f format + w_p personalization; an empty answer earns format alone",
-        ["tests/test_reward.py::TestRewards"],
+        ["tests/test_reward.py::TestRewards::test_parts_and_sum",
+         "tests/test_reward.py::TestRewards::test_nothing_to_judge",
+         "tests/test_reward.py::TestRewards::test_the_weights",
+         "tests/test_reward.py::TestRewards::test_a_user_without_gold_text",
+         "tests/test_reward.py::TestRewards::test_a_judge_sees_only_answers_with_their_examples"],
         "Take three completions, the second of them without an answer, and follow each of the "
         "judge's values to its completion.",
         [
@@ -1060,7 +1097,7 @@ EXERCISES = [
     Exercise(
         23, "The three normalisers", "rl.py", "loss_size", 2,
         "grpo: P G completions; dapo: all tokens; dr_grpo: P G max_new_tokens",
-        ["tests/test_rl.py::TestLossSize", "tests/test_rl.py::TestLoss"],
+        ["tests/test_rl.py::TestLossSize"],
         "Which of the three may depend on how long the completions are, and which on padding?",
         [
             Mutant("prompts counted instead of completions",
@@ -1137,7 +1174,9 @@ EXERCISES = [
     Exercise(
         25, "The learning rate", "rl.py", "learning_rate", 1,
         "rising linearly to the peak, then a cosine down to a tenth of it",
-        ["tests/test_rl.py::TestSchedule"],
+        ["tests/test_rl.py::TestSchedule::test_warm_up_then_cosine_to_a_tenth",
+         "tests/test_rl.py::TestSchedule::test_one_step_and_no_warm_up_are_fine",
+         "tests/test_rl.py::TestSchedule::test_the_share_of_the_warm_up"],
         "Plot it for 10 steps. What are the first rate, the rate right after the warm-up and the "
         "last one?",
         [
@@ -1716,6 +1755,10 @@ def main() -> int:
         return 2
 
 
+def in_full(e: Exercise) -> str:
+    return " \\\n    ".join(["python -m pytest", *e.tests])
+
+
 def run_start(e: Exercise, o) -> int:
     text = blank(reference(e), e)
     start(e, o.directory, text)
@@ -1724,7 +1767,7 @@ def run_start(e: Exercise, o) -> int:
     print(f"write the body of {e.function} at {o.directory / e.file}:{line}")
     print(f"  {e.equation}")
     print("Any way of computing it will do. Try it there with")
-    print(f"  cd {o.directory} && python -m pytest {' '.join(e.tests)}")
+    print(f"  cd {o.directory} && {in_full(e)}")
     return 0
 
 
@@ -1740,7 +1783,7 @@ def run_check(e: Exercise, o) -> int:
         print(f"{results['score']} of {e.points} points, which are for all of the tests")
         print(first["output"], end="\n" * bool(first["output"]))
         if not results["score"]:
-            print(f"in full: cd {o.directory} && python -m pytest {' '.join(e.tests)}")
+            print(f"in full: cd {o.directory} && {in_full(e)}")
     return 0 if results["score"] == e.points else 1
 
 

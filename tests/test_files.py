@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, same
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -30,9 +30,9 @@ def bits(tensors):
     return {n: (x.dtype, x.shape, flat[n].tolist()) for n, x in tensors.items()}
 
 
-def close(a, b, relative=1e-5):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= relative * b.abs().max(), float((a - b).abs().max())
+def close(a, b, relative=1e-5, case=""):
+    __tracebackhide__ = True
+    same(a, b, case, relative)
 
 
 def write_all(directory, tensors=None, backend=None, **files):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,9 +93,9 @@ def naive_logprobs(decoder, prompt, completion, temperature=1.0):
     return logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def close(a, b, relative=1e-4):
-    scale = b.abs().max().clamp(min=1e-12)
-    assert (a - b).abs().max() / scale < relative, float((a - b).abs().max() / scale)
+def close(a, b, relative=1e-4, case=""):
+    __tracebackhide__ = True
+    same(a, b, case, relative)
 
 
 def naive_attention(q, k, v, sees):
@@ -211,9 +212,13 @@ class TestDecoder:
                 batch = decoder(tokens, mask)
                 assert batch.isfinite().all()
                 for row, prompt in enumerate(prompts):
-                    close(batch[row][mask[row] == 1], decoder(torch.tensor([prompt]))[0], 1e-5)
+                    alone = decoder(torch.tensor([prompt]))[0]
+                    case = (
+                        f"row {row} of {len(prompt)} tokens, {'left' if left else 'right'}-padded"
+                    )
+                    close(batch[row][mask[row] == 1], alone, 1e-5, case)
                 tokens[mask == 0] = 90
-                assert torch.equal(decoder(tokens, mask)[mask == 1], batch[mask == 1])
+                same(decoder(tokens, mask)[mask == 1], batch[mask == 1], "other ids in the padding")
 
     @pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (0, 3)])
     def test_no_token_sees_the_future(self, left, right):
@@ -225,7 +230,7 @@ class TestDecoder:
         with torch.no_grad():
             for given in (mask, None) if left + right == 0 else (mask,):
                 before, after = decoder(tokens, given), decoder(changed, given)
-                close(after[:, :6], before[:, :6], 1e-6)
+                close(after[:, :6], before[:, :6], 1e-6, "token 6 was changed; before it")
                 assert (after - before)[:, 6 : 12 - right].abs().amax(-1).min() > 1e-3
 
     def test_old_and_new_rope_layout_and_sharding(self, tmp_path):
@@ -298,7 +303,9 @@ class TestCache:
                     new = [torch.cat([x, y[row : row + 1]]) for x, y in zip(seen[layer, row], both)]
                     seen[layer, row] = new
                     all_of = [x[None] for x in (q[row : row + 1], *new)]
-                    close(found[row], naive_attention(*all_of, lambda *_: True)[0, 0], 1e-5)
+                    expected = naive_attention(*all_of, lambda *_: True)[0, 0]  # [heads, D]
+                    case = f"layer {layer}, row {row}, which sees {len(new[0])} tokens"
+                    close(found[row], expected, 1e-5, case)
 
     def test_scores_are_not_rounded_to_bfloat16(self):
         """Real Qwen2 checkpoints have key biases of 170 in their slow rotary channels.
@@ -511,8 +518,9 @@ class TestTwins:
             for g, completion in enumerate(group):
                 n = len(completion.tokens)
                 naive = naive_logprobs(decoder, prompts[p], completion.tokens, temperature)
-                close(torch.tensor(completion.logprobs), naive)
-                close(logprobs[p, g, :n], naive)
+                case = f"prompt {p} of {len(prompts[p])} tokens, completion {g} of {n}"
+                close(torch.tensor(completion.logprobs), naive, case=f"the sampler, {case}")
+                close(logprobs[p, g, :n], naive, case=f"the trainer, {case}")
                 assert (logprobs[p, g, n:] == 0).all()
                 assert completion.finished == (completion.tokens[-1] in eos)
                 assert not eos & set(completion.tokens[:-1])
@@ -552,7 +560,7 @@ class TestTwins:
         )
         total.backward()
         for name, parameter in decoder.named_parameters():
-            close(shared[name], parameter.grad, 1e-4)
+            close(shared[name], parameter.grad, 1e-4, f"the gradient of {name}")
 
     def test_checkpointing_keeps_less_for_the_same_gradients(self):
         decoder, found = small(), []
@@ -569,6 +577,19 @@ class TestTwins:
         (much, plain), (little, again) = found
         assert little < much / 3
         assert all(map(torch.equal, plain, again))
+
+    def test_the_entropy_is_that_of_each_prediction(self):
+        decoder, prompts, completions = small(), ragged_prompts((3, 1)), [[[5, 6], [7]], [[8], []]]
+        decoder.vocab_limit = 90
+        _, entropy, mask = prlm.score_completions(decoder, prompts, completions, 0.7)
+        same(mask.int().tolist(), [[[1, 1], [1, 0]], [[1, 0], [0, 0]]], "the mask")
+        assert not entropy.requires_grad and (entropy[~mask] == 0).all()
+        for p, g, n in mask.nonzero().tolist():
+            row = torch.tensor([prompts[p] + completions[p][g]])
+            logits = decoder(row)[0, len(prompts[p]) - 1 + n, :90] / 0.7
+            close(
+                entropy[p, g, n], torch.distributions.Categorical(logits=logits).entropy().detach()
+            )
 
     def test_all_completions_of_one_token(self):
         decoder = small()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import byte_tokenizer, write_lamp
+from conftest import byte_tokenizer, same, shorten, write_lamp
 
 import prlm
 import retrieve as module
@@ -252,14 +252,16 @@ class TestBM25:
         for corpus, query in random_corpora(400):
             for how in ({}, {"k1": 0.9, "b": 0.4}):
                 expected = okapi(corpus, **how).get_scores(query)
-                assert np.abs(BM25(corpus, **how).scores(query) - expected).max() < 1e-9
+                case = f"BM25({corpus}, **{how}).scores({query})"
+                same(BM25(corpus, **how).scores(query), expected, case, absolute=1e-9)
 
     @pytest.mark.parametrize("how", [(1.5, 0.75), (0.9, 0.4), (0, 0.5), (2.0, 0.0), (1.2, 1.0)])
     @pytest.mark.parametrize("idf", ["okapi", "lucene"])
     def test_equals_the_formula(self, idf, how):
         for corpus, query in random_corpora(100, seed=1):
             scores = BM25(corpus, *how, idf=idf).scores(query)
-            assert np.abs(scores - naive_bm25(corpus, query, *how, idf)).max() < 1e-9
+            expected = naive_bm25(corpus, query, *how, idf)
+            same(scores, expected, f"BM25({corpus}).scores({query})", absolute=1e-9)
             shared = [any(word in text for word in query) for text in corpus]
             assert idf == "okapi" or ((scores > 0) == shared).all()
 
@@ -269,7 +271,8 @@ class TestBM25:
         common, short, long = 0.25 * (rare + rare - rare) / 3, 1.5 * 0.7, 1.5 * 1.6
         scores = BM25([["a"], ["b", "b", "c"], ["b"]]).scores(["a", "b", "b", "?"])
         tail = [2 * common * 5 / (2 + long), 2 * common * 2.5 / (1 + short)]
-        assert scores == pytest.approx([rare * 2.5 / (1 + short), *tail])
+        expected = np.array([rare * 2.5 / (1 + short), *tail])
+        same(scores, expected, "the corpus a, b b c, b; the query a b b ?", relative=1e-9)
         half = [["a", "x"], ["b"]]  # ln 1: a word in half of the documents has no weight
         assert (BM25(half).scores(["a"]) == 0).all() and BM25(half, idf="lucene").scores(["a"])[0]
 
@@ -280,6 +283,9 @@ class TestBM25:
         assert BM25([[], []], idf=idf).scores(["a"]).tolist() == [0, 0]
         assert BM25([["a"], []], idf=idf).scores([]).tolist() == [0, 0]
         assert BM25([["a"], [], ["b"]], idf=idf).scores(["unknown", "b"])[:2].tolist() == [0, 0]
+
+    @pytest.mark.parametrize("idf", ["okapi", "lucene"])
+    def test_an_unknown_idf_is_refused(self, idf):
         with pytest.raises(ValueError, match=f"{idf}2"):
             BM25([["a"]], idf=f"{idf}2")
 
@@ -298,7 +304,8 @@ class TestRetrieve:
                 scores = naive_bm25([row.split() for row in rows], query, idf=idf).round(9)
                 order = np.argsort(-scores, kind="stable").tolist()
                 for k in (1, 3, len(rows), len(rows) + 5):
-                    assert places(retrieve(e, k, idf=idf), e) == order[:k]
+                    case = f"k {k}, idf {idf}, query {e.query!r}, items {shorten(rows, 400)}"
+                    same(places(retrieve(e, k, idf=idf), e), order[:k], case)
 
     @pytest.mark.parametrize("idf", ["okapi", "lucene"])
     def test_bm25_on_lowercased_words(self, idf):
@@ -350,7 +357,7 @@ class TestRetrieve:
         e = example("", ["x"] * len(dates))
         for item, date in zip(e.profile, dates, strict=True):
             item["date"] = date
-        assert places(retrieve(e, 9, "recency"), e) == [2, 5, 3, 0, 6, 7, 4, 1, 8]
+        same(places(retrieve(e, 9, "recency"), e), [2, 5, 3, 0, 6, 7, 4, 1, 8], f"dates {dates}")
         assert places(retrieve(e, 2, "recency"), e) == [2, 5]
 
     @pytest.mark.parametrize("date", [None, "", "today", "14.03.2016", 160314, [2016], "20", ...])
@@ -481,7 +488,7 @@ class TestPrompt:
         for tags in ("<think>\n", "\n</think>\n<answer>\n", "\n</answer>"):
             assert system["content"].count(tags) == 1
         items, request, asked = parts(messages)
-        assert items == [item, re.sub("(?<= ')(it’s|B|C|D)(?=')", "2", item), item]
+        same(items, [item, re.sub("(?<= ')(it’s|B|C|D)(?=')", "2", item), item], "the items' lines")
         start = "Based on the historical profiles provided, "
         assert request.startswith(start) and f"{{'{key}': 'generated {key}'}}" in request
         assert item.split("'")[1] in request and asked == question
@@ -502,8 +509,11 @@ class TestPrompt:
             ]
             for budget in (*draw.choices(range(sizes[0], sizes[2]), k=12), *sizes, sizes[2] + 1):
                 messages = build_messages(e, items, tokenizer, budget)
-                assert len(tokenizer.chat(messages)) <= budget and messages[0] == full[0]
-                assert messages == full or budget < sizes[2]
+                size = len(tokenizer.chat(messages))
+                assert size <= budget, f"a prompt of {size} tokens, {budget} allowed"
+                same(messages[0], full[0], "the system message")
+                if budget >= sizes[2]:
+                    same(messages, full, f"budget {budget}, the whole prompt has {sizes[2]}")
                 lines, request, asked = parts(messages)
                 assert request == parts(full if lines else zero_shot)[1]
                 kept = asked.removesuffix("' 'title':").removeprefix("'text': '")
@@ -521,23 +531,25 @@ class TestPrompt:
         least = len(tokenizer.chat(build_messages(e, [])))
         for budget in (*range(least + 300, least + 330), least + 600, least + 1200):
             messages = build_messages(e, items, tokenizer, budget)
-            assert budget - 6 <= len(tokenizer.chat(messages)) <= budget
+            size = len(tokenizer.chat(messages))
+            assert budget - 6 <= size <= budget, f"{size} tokens, {budget} allowed and needed"
             lines = parts(messages)[0]
             assert [line[-9:] for line in lines] == [f"'Title {n}'" for n in range(4)]
             sizes = [len(tokenizer.encode(line)) for line in lines]
-            assert max(sizes) - min(sizes) <= 6
+            assert max(sizes) - min(sizes) <= 6, f"four equal items got {sizes} tokens"
 
     def test_what_short_items_leave_goes_to_later_ones(self, tokenizer):
         long = "abc it's " * 300
         e, items = ask("some words", ("a", "A"), (long, "B"), ("", "C"), (long, "D"))
         budget = len(tokenizer.chat(build_messages(e, []))) + 800
         messages = build_messages(e, items, tokenizer, budget)
-        assert budget - 6 <= len(tokenizer.chat(messages)) <= budget
+        size = len(tokenizer.chat(messages))
+        assert budget - 6 <= size <= budget, f"{size} tokens, {budget} allowed and needed"
         a, b, c, d = parts(messages)[0]
         assert (a, c) == ("'text': 'a' 'title': 'A'", "'text': '' 'title': 'C'")
         assert b.endswith("' 'title': 'B'") and d.endswith("' 'title': 'D'")
         first, *_ = sizes = [len(tokenizer.encode(line)) + 1 for line in (a, b, c, d)]
-        assert abs(sizes[1] - (sum(sizes) - first) / 3) <= 6
+        assert abs(sizes[1] - (sum(sizes) - first) / 3) <= 6, f"the items got {sizes} tokens"
 
     @pytest.mark.parametrize("unit", ["x", "word ", "\U0001f600", "中", "e\u0301", "it's! "])
     def test_an_item_loses_the_end_of_its_text_first(self, tokenizer, unit):
@@ -547,7 +559,8 @@ class TestPrompt:
             messages = build_messages(e, items, tokenizer, budget)
             (text,) = re.findall("'text': '(.*)' 'title': 'The Title'", parts(messages)[0][0])
             assert items[0]["text"].startswith(text) and text != items[0]["text"]
-            assert budget - 12 <= len(tokenizer.chat(messages)) <= budget
+            size = len(tokenizer.chat(messages))
+            assert budget - 12 <= size <= budget, f"{size} tokens, {budget} allowed and needed"
 
     def test_the_query_is_served_first(self, tokenizer):
         e, items = ask("the whole query", ("abc " * 50, "Title"))
@@ -558,7 +571,8 @@ class TestPrompt:
             lines, _, asked = parts(messages := build_messages(e, items, tokenizer, budget))
             query = asked.removeprefix("'text': '").removesuffix("' 'title':")
             assert not lines and e.query.startswith(query) and query != e.query
-            assert budget - 4 <= len(tokenizer.chat(messages)) <= budget
+            size = len(tokenizer.chat(messages))
+            assert budget - 4 <= size <= budget, f"{size} tokens, {budget} allowed and needed"
         for shown in (items, []):
             with pytest.raises(ValueError, match=f"{bare - 1}.*{bare}"):
                 build_messages(e, shown, tokenizer, bare - 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same
 
 import prlm
 import retrieve
@@ -20,10 +21,9 @@ TOY = Path(__file__).parent.parent / "toy"
 WORDS = ["tennis", "golf", "paris", "oslo", "wins", "today", "zebra"]  # the last is unknown
 
 
-def close(a, b, relative=1e-5):
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= relative * b.abs().max(), float((a - b).abs().max())
+def close(a, b, relative=1e-5, case=""):
+    __tracebackhide__ = True
+    same(a, b, case, relative)
 
 
 def make_model(directory, seed=0, scale=0.3):

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import same, shorten
 
 import prlm
 import rl
@@ -56,18 +57,19 @@ class TestAdvantages:
             mean = sum(row) / len(row)
             std = math.sqrt(sum((r - mean) ** 2 for r in row) / (len(row) - 1))
             expected = torch.tensor([(r - mean) / (std + 1e-4) for r in row])
-            assert torch.allclose(got, expected, rtol=1e-4)
+            same(got, expected, f"the rewards {shorten(row)}", relative=1e-6)
 
     def test_none_only_centres(self):
         rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
         expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]])
-        assert torch.allclose(rl.group_advantages(rewards, "none"), expected)
+        same(rl.group_advantages(rewards, "none"), expected, f"{rewards.tolist()}, none", 1e-6)
 
     @pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -7.3, 1e-20])
     def test_equal_rewards_give_exact_zeros(self, value):
         wobble = torch.tensor([1.0, 1 + 6e-8, 1 - 6e-8, 1.0])
         for scale in ("std", "none"):
-            assert (rl.group_advantages(value * wobble[None], scale) == 0).all()
+            found = rl.group_advantages(value * wobble[None], scale)
+            same(found, torch.zeros(1, 4), f"four rewards of {value} up to rounding, {scale}")
 
     def test_a_small_real_difference_is_not_rounded_away(self):
         assert (rl.group_advantages(torch.tensor([[1.0, 1.001]])) != 0).all()
@@ -75,7 +77,7 @@ class TestAdvantages:
     def test_a_tiny_spread_is_damped(self):
         gain = 5e-5 / (1e-4 / math.sqrt(2) + 1e-4)
         found = rl.group_advantages(torch.tensor([[0.0, 1e-4]]))
-        assert torch.allclose(found, torch.tensor([[-gain, gain]]), rtol=1e-4)
+        same(found, torch.tensor([[-gain, gain]]), "the rewards 0 and 0.0001", relative=1e-4)
 
     def test_a_group_of_one_gives_zero(self):
         assert rl.group_advantages(torch.tensor([[3.0], [5.0]])).tolist() == [[0.0], [0.0]]
@@ -83,7 +85,7 @@ class TestAdvantages:
     def test_groups_do_not_mix(self):
         a, b = torch.randn(1, 4), torch.randn(1, 4) + 100
         together = rl.group_advantages(torch.cat([a, b]))
-        assert torch.allclose(together[:1], rl.group_advantages(a))
+        same(together[:1], rl.group_advantages(a), "a group beside one with 100 more", 1e-5)
 
     def test_shifting_all_rewards_changes_nothing(self):
         rewards = torch.rand(3, 5)
@@ -96,14 +98,14 @@ class TestK3:
         policy, ref = -3 * torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
         rows = zip(policy.flatten().tolist(), ref.flatten().tolist(), strict=True)
         expected = torch.tensor([math.exp(r - p) - (r - p) - 1 for p, r in rows]).view(4, 5)
-        assert torch.allclose(rl.k3(policy, ref), expected, rtol=1e-4, atol=1e-6)
+        same(rl.k3(policy, ref), expected, relative=1e-6, absolute=1e-6)
 
     def test_its_mean_under_the_policy_is_the_kl(self):
         """And no token's value is below 0: the plain difference has the same mean."""
         logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 2
         policy, ref = logits.double().log_softmax(-1)
         expected = (policy.exp() * (policy - ref)).sum(-1)
-        assert torch.allclose((policy.exp() * rl.k3(policy, ref)).sum(-1), expected, rtol=1e-9)
+        same((policy.exp() * rl.k3(policy, ref)).sum(-1), expected, "the mean of k3", 1e-10)
         assert (rl.k3(policy, ref) >= 0).all() and (rl.k3(policy, policy) == 0).all()
 
 
@@ -113,7 +115,8 @@ class TestLossSize:
         lengths, names = torch.tensor([[5, 2, 1], [3, 0, 4]]), ("grpo", "dapo", "dr_grpo")
         for width in (5, 12):
             mask = torch.arange(width) < lengths[..., None]
-            assert [rl.loss_size(mask, name, 8) for name in names] == [6, 15, 48]
+            found = [rl.loss_size(mask, name, 8) for name in names]
+            same(found, [6, 15, 48], f"{names} of lengths {lengths.tolist()}, max_new_tokens 8")
             assert [rl.loss_size(mask[:1], name, 20) for name in names] == [3, 8, 60]
             assert [rl.loss_size(mask & False, name, 8) for name in names] == [6, 1, 48]
         for how in (("dr_grpo", None), ("mean", 8)):
@@ -154,7 +157,7 @@ class TestLoss:
         logprobs.requires_grad_()
         rl.grpo_loss(logprobs, logprobs.detach(), advantages, mask, normalizer="dapo").backward()
         expected = -(advantages[..., None] * mask) / mask.sum()
-        assert torch.allclose(logprobs.grad, expected)
+        same(logprobs.grad, expected, "the gradient where the ratio is 1", 1e-6)
 
     def test_the_clip_cuts_the_gradient_on_the_winning_side_only(self):
         ratio = torch.tensor([1.3, 1.3, 0.7, 0.7]).log().view(1, 4, 1).requires_grad_()
