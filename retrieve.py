@@ -386,7 +386,8 @@ def build_messages(
 
     To share evenly, each item in turn may take what is left, line break included, divided by the
     number of items still to come. Nothing is cut further than it must be: no more than a few tokens
-    of the budget stay free, since where two pieces meet, tokens can merge or split.
+    of the budget stay free, since where two pieces meet, tokens can merge or split. Texts may have
+    100,000 words, and cutting one takes a while: take off what is too much at once, not in steps.
     """
 
     def messages(shown: list[str], query: str) -> list[dict]:
