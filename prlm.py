@@ -88,7 +88,9 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     shares = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     need(shares == 1, "partial rotary embeddings are not implemented")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    hidden, heads, bias = size("hidden_size"), size("num_attention_heads"), flag("attention_bias")
+    hidden = size("hidden_size")
+    heads = size("num_attention_heads")
+    bias = flag("attention_bias")
     config = SimpleNamespace(
         vocabulary=size("vocab_size"),
         hidden=hidden,
@@ -163,7 +165,8 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, rows: list[int], bias: bool):
         super().__init__(inputs, sum(rows), bias)
-        self.rows, self.scale = rows, 0.0
+        self.rows = rows
+        self.scale = 0.0  # alpha / r; 0: the adapters are absent or switched off
         self.register_parameter("A", None)
         self.register_parameter("B", None)
 
@@ -230,10 +233,11 @@ class Decoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json"):
         super().__init__()
-        self.raw, self.config = raw, parse_config(raw, where)
-        c = self.config
+        self.raw = raw
+        self.config = c = parse_config(raw, where)
         self.vocab_limit = c.vocabulary  # ids from here on exist in the matrix only: never sampled
-        self.embed, self.norm = nn.Embedding(c.vocabulary, c.hidden), nn.RMSNorm(c.hidden, c.eps)
+        self.embed = nn.Embedding(c.vocabulary, c.hidden)
+        self.norm = nn.RMSNorm(c.hidden, c.eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.lm_head = None if c.tied else nn.Linear(c.hidden, c.vocabulary, bias=False)
         for parameter in self.parameters():
@@ -254,8 +258,9 @@ class Decoder(nn.Module):
         """
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
-        x, cos, sin = self.embed(tokens), angles.cos(), angles.sin()
-        cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
+        x = self.embed(tokens)  # [.., H]
+        cos = torch.cat([angles.cos(), angles.cos()], -1).to(x.dtype)  # [.., 1, D]
+        sin = torch.cat([-angles.sin(), angles.sin()], -1).to(x.dtype)
         for number, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
@@ -271,7 +276,8 @@ class Decoder(nn.Module):
         A row has at its real tokens the logits that it has alone, whatever ids the padding holds:
         padding is not seen and takes no position. Logits at padding are finite and mean nothing.
         """
-        positions, visible = torch.arange(tokens.shape[1], device=tokens.device), None
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        visible = None  # causal
         if mask is not None:
             mask = mask.bool()
             tokens = tokens.masked_fill(~mask, 0)
@@ -294,7 +300,8 @@ class Decoder(nn.Module):
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
     directory = checkpoint_directory(directory)
-    raw, tensors = read_json(directory / "config.json"), {}
+    raw = read_json(directory / "config.json")
+    tensors = {}
     for name, tensor in read_checkpoint(directory).items():
         if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
             full = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
@@ -305,8 +312,9 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
         raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
     if (directory / "tokenizer.json").is_file():
-        decoder.vocab_limit, limit = load_tokenizer(directory).size, decoder.config.vocabulary
-        if decoder.vocab_limit > limit:
+        decoder.vocab_limit = load_tokenizer(directory).size
+        if decoder.vocab_limit > raw["vocab_size"]:
+            limit = raw["vocab_size"]
             raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {limit}")
     return decoder
 
@@ -447,7 +455,8 @@ class Cache:
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P = decoder.config, prompts.shape[0]
-        self.prompts, self.scale = prompts, c.head_dim**-0.5
+        self.prompts = prompts
+        self.scale = c.head_dim**-0.5
         self.shared = []  # a layer: the prompts' keys and values, [P, K, T, D] each
         own = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
         self.own = decoder.head.new_zeros(own)
@@ -520,9 +529,11 @@ class Recorded:
     side = None  # the stream to record on; one for all, since cuBLAS keeps 32 MB for each
 
     def __init__(self, step, cache: Cache):
-        self.step, self.cache = step, cache  # hidden = step(ids, positions)
+        self.step = step  # hidden = step(ids, positions)
+        self.cache = cache
         Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
-        self.shape, self.graph, self.refused = None, None, False
+        self.shape = self.graph = None
+        self.refused = False  # by CUDA
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
@@ -541,8 +552,10 @@ class Recorded:
         """`torch.cuda.graph` does this too, but it first waits for the device and gives all cached
         memory back to it: a rollout records half a dozen times and would pay for it each time.
         """
-        self.ids, self.positions = ids.clone(), positions.clone()
-        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
+        self.ids = ids.clone()
+        self.positions = positions.clone()
+        graph = torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream(ids.device)
         pool = Recorded.newest.pool() if Recorded.newest else None
         self.side.wait_stream(main)
         try:
@@ -557,7 +570,7 @@ class Recorded:
                     graph.capture_end()
             self.graph = Recorded.newest = graph
         except RuntimeError as error:
-            self.graph, self.refused = None, True
+            self.refused = True
             warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
         main.wait_stream(self.side)
 
@@ -601,7 +614,8 @@ def generate(
     check_ids(decoder, prompts)
     if not prompts:
         return []
-    P, G, device, head = len(prompts), group_size, decoder.head.device, decoder.head
+    P, G = len(prompts), group_size
+    head, device = decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     rows = Ragged(prompts, device)
@@ -626,9 +640,10 @@ def generate(
         # To look at `done`, the host waits until a GPU has done all it was told: so now and then.
         if device.type == "cpu" or step % 16 == 15:
             unfinished = (~done).sum(1)  # [P] completions of each prompt
-            width, alive = int(unfinished.max()), unfinished.nonzero()[:, 0]
+            width = int(unfinished.max())
             if width == 0:
                 break
+            alive = unfinished.nonzero()[:, 0]  # [P'] prompts with an unfinished completion
             if len(alive) * width <= small_enough * done.numel():
                 # A stable sort puts each group's unfinished members first, in their order.
                 members = done[alive].sort(dim=1, stable=True).indices[:, :width]
@@ -638,8 +653,10 @@ def generate(
                 ids, positions, writing = ids[kept], positions[kept], writing[kept]
         if step + 1 < max_new_tokens:
             cache.open(coarse=recorded)
-            hidden, positions = run_step(ids, positions), positions + 1
-    stop, completions = set(eos_ids), []
+            hidden = run_step(ids, positions)
+            positions = positions + 1
+    stop = set(eos_ids)
+    completions = []
     for ids, chosen in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         end = next((n for n, token in enumerate(ids, 1) if token in stop), None)
         completions.append(Completion(ids[:end], chosen[:end], end is not None))
@@ -656,7 +673,8 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def chunks(x: Tensor, weight: Tensor, temperature: float):
-        weight, size = weight.to(x.dtype), max(128, 2**21 // len(weight))  # 8 MiB, or 128 rows
+        weight = weight.to(x.dtype)
+        size = max(128, 2**21 // len(weight))  # of float32 logits: 8 MiB, or 128 rows
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             yield rows, F.linear(x[rows], weight).float() / temperature  # [chunk, V]
@@ -715,7 +733,8 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
         raise ValueError("token_logprobs needs a group of completions a prompt, all of one size")
     check_ids(decoder, prompts, completions)
-    device, G = decoder.head.device, len(completions[0]) if completions else 0
+    device = decoder.head.device
+    G = len(completions[0]) if completions else 0
     rows = [list(ids) for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
     fed = Ragged([ids[:-1] for ids in rows], device)  # the last token predicts nothing
@@ -746,8 +765,9 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     x = x.index_select(0, torch.where(target.positions == 0, first, before))
     if torch.is_autocast_enabled(device.type):
         x = x.to(torch.get_autocast_dtype(device.type))
-    limit, ids = decoder.vocab_limit, target.tokens
+    limit = decoder.vocab_limit
     weight = decoder.head[:limit]
+    ids = target.tokens
     logprobs, entropy = HeadLogprobs.apply(x, weight, ids.clamp(max=limit - 1), temperature)
     logprobs = logprobs.masked_fill(ids >= limit, -math.inf)
     grids = target.grid(logprobs), target.grid(entropy), target.mask
@@ -870,7 +890,8 @@ class Encoder(nn.Module):
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
     directory = checkpoint_directory(directory)
-    raw, tensors = read_json(directory / "config.json"), {}
+    raw = read_json(directory / "config.json")
+    tensors = {}
     for name, tensor in read_checkpoint(directory).items():
         if name.endswith("position_ids") or name.startswith(("cls.", "classifier.", "qa_outputs.")):
             continue  # a buffer, and the heads of other tasks
@@ -963,7 +984,8 @@ class Tokenizer:
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
         backend.no_truncation()  # a tokenizer.json may carry both, switched on
         backend.no_padding()
-        self.backend, self.files = backend, files or {"tokenizer.json": backend.to_str()}
+        self.backend = backend
+        self.files = files or {"tokenizer.json": backend.to_str()}
         self.vocabulary = backend.get_vocab(with_added_tokens=True)
         self.size = max(self.vocabulary.values(), default=-1) + 1
         self.eos_ids = frozenset(eos_ids)
@@ -971,7 +993,8 @@ class Tokenizer:
         think = ("<think>", "</think>")  # the policy has to write them, and we to read them
         self.hidden_ids = {i for i, token in added if token.special and token.content not in think}
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
-        control, markers = self.hidden_ids | self.eos_ids, (*R1, *CHATML, *LLAMA3)
+        control = self.hidden_ids | self.eos_ids
+        markers = {*R1, *CHATML, *LLAMA3}
         self.control = {t.content for i, t in added if i in control or t.content in markers}
         self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # by the prompt
 
@@ -982,7 +1005,8 @@ class Tokenizer:
         Their ids stay, and so does everything else.
         """
         tokenizer = json.loads(self.backend.to_str())
-        model, added = tokenizer["model"], tokenizer["added_tokens"]
+        model = tokenizer["model"]
+        added = tokenizer["added_tokens"]
 
         def rename(name):
             return MARK + name if name in self.control else name
@@ -1011,8 +1035,9 @@ class Tokenizer:
         A chat format brings its own BOS, so none is added. A tokenizer that shows none of the
         formats gets the contents as plain text, with its BOS, and a warning.
         """
+        roles = ("system", "user", "assistant")
         for m in messages:
-            roles, fields = ("system", "user", "assistant"), m if isinstance(m, dict) else {}
+            fields = m if isinstance(m, dict) else {}
             if fields.get("role") not in roles or not isinstance(fields.get("content"), str):
                 raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
         messages = [m | {"content": as_text(m["content"])} for m in messages]
@@ -1038,7 +1063,8 @@ class Tokenizer:
 
     def cut(self, text: str, tokens: int) -> str:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
-        text, tokens = as_text(text), max(tokens, 0)
+        text = as_text(text)
+        tokens = max(tokens, 0)
         while True:
             offsets = self.reader.encode(text, add_special_tokens=False).offsets
             if len(offsets) <= tokens:
@@ -1087,7 +1113,8 @@ def load_tokenizer(directory) -> Tokenizer:
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = directory / f"{kind}.json"
         content = read_json(file) if file.is_file() else {}
-        ids, token = content.get("eos_token_id"), content.get("eos_token")
+        ids = content.get("eos_token_id")
+        token = content.get("eos_token")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if any(type(i) is not int or i < 0 for i in ids):
             raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
