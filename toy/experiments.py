@@ -41,6 +41,7 @@ import rl
 
 # Form and judge alone: what the users really wrote is not rewarded.
 NO_GOLD = {"accuracy": 0.0, "personalization": 1.0, "eval_every": 10}
+KL = {"beta": 0.3}  # stay near the base: a judge of style alone forgets what the query is about
 ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "prlm": ("PrLM", {}),
     "no_reasoning": ("GRPO without reasoning", {"reasoning": False}),
@@ -52,9 +53,11 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "ratio1": ("ratio judge, weight 1", {"judge": "ratio", "personalization": 1.0}),
     "bert_no_gold": ("no gold texts, PrLM's judge", NO_GOLD),
     "ratio_no_gold": ("no gold texts, ratio judge", NO_GOLD | {"judge": "ratio"}),
+    "bert_no_gold_kl": ("no gold texts, PrLM's judge, KL", NO_GOLD | KL),
+    "ratio_no_gold_kl": ("no gold texts, ratio judge, KL", NO_GOLD | KL | {"judge": "ratio"}),
 }
 MAIN = ["sft", "no_reasoning", "prlm"]
-WITHOUT_GOLD = ["bert_no_gold", "ratio_no_gold"]
+WITHOUT_GOLD = ["bert_no_gold", "ratio_no_gold", "bert_no_gold_kl", "ratio_no_gold_kl"]
 ABLATIONS = ["prlm", "no_reasoning", "no_judge", "untrained", "negatives4", "ratio", "ratio1"]
 ABLATIONS += WITHOUT_GOLD
 JUDGES = ["prlm", "negatives4", "untrained", "ratio"]  # arms whose judges differ
