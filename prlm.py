@@ -187,6 +187,10 @@ class Linear(nn.Linear):
         return (self.weight + self.scale * change).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., inputs] to [.., outputs]; the adapters' products are in x's precision.
+
+        A scale of 0 (no LoRA, or within `without_lora`) leaves W x + b, whatever A and B hold.
+        """
         out = super().forward(x)
         if self.scale == 0:
             return out

@@ -228,6 +228,19 @@ def _(m, r):
     return m.rotate(normal(r, B, T, heads, 2 * half), cos, sin)
 
 
+@of("Linear.forward")
+def _(m, r):
+    linear = m.Linear(r.randint(1, 5), sizes(r, r.randint(1, 3)), r.random() < 0.5)
+    if r.random() < 0.8:
+        linear.add_lora(r.randint(1, 3), 1 + r.random())
+    fill(r, linear)
+    linear.scale = r.choice([linear.scale, linear.scale, 0.0])
+    x = normal(r, *sizes(r, r.randint(1, 2)), linear.in_features).requires_grad_()
+    out = linear(x)
+    wanted = (x, linear.weight, linear.A, linear.B) if linear.scale else (x, linear.weight)
+    return out, torch.autograd.grad(out.square().sum(), wanted)
+
+
 @of("attention")
 def _(m, r):
     B, T, K, R, D = sizes(r, 5)

@@ -1278,6 +1278,42 @@ EXERCISES = [
         return loss
         """,
     ),
+    Exercise(
+        28, "LoRA", "prlm.py", "Linear.forward", 3,
+        "W x + b + (alpha / r) B A x, in each block of rows with the block's own A and B",
+        ["tests/test_prlm.py::TestLinear"],
+        "Three blocks stand in one matrix, q, k and v: which rows of A and of B belong to the "
+        "second? `blocks` hands them out. What is left of alpha where the rank is doubled?",
+        [
+            Mutant("alpha is forgotten",
+                   "What is sampled and what the merged checkpoint says drift apart.",
+                   "self.scale * torch.cat", "torch.cat"),
+            Mutant("the frozen part is missing",
+                   "From the first step on the model writes noise: B is 0, so all is 0.",
+                   "return out + self.scale", "return self.scale"),
+            Mutant("all blocks read the first A",
+                   "It learns, but the merged checkpoint answers otherwise than the policy did.",
+                   "F.linear(x, a)", "F.linear(x, self.A[: len(a)].to(x.dtype))"),
+            Mutant("the blocks change places",
+                   "With LoRA the reward goes down: what q should learn goes to v.",
+                   "torch.cat(changes, -1)", "torch.cat(changes[::-1], -1)"),
+            Mutant("the frozen part is scaled too",
+                   "Right where alpha is the rank; else word salad from the first step on.",
+                   "out + self.scale * torch.cat(changes, -1)",
+                   "self.scale * (out + torch.cat(changes, -1))"),
+        ],
+        """
+        weight = self.weight.to(x.dtype)
+        if self.scale:
+            rank, begin, parts = self.B.shape[1], 0, []
+            for n, rows in enumerate(self.rows):
+                a = self.A[n * rank : (n + 1) * rank].to(x.dtype)
+                parts.append(self.B[begin : begin + rows].to(x.dtype) @ a)
+                begin += rows
+            weight = weight + self.scale * torch.cat(parts)
+        return F.linear(x, weight, self.bias)
+        """,
+    ),
 ]
 
 # fmt: on

@@ -150,6 +150,31 @@ class TestRope:
         close(at(q, 7).norm(), q.norm(), 1e-5)
 
 
+class TestLinear:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("rows", [[5], [4, 2, 2], [3, 3]])
+    def test_forward_equals_a_loop_over_the_blocks(self, rows, bias):
+        """Each output is that of its own block's adapter: out_i = W_i x + b_i + alpha/r B_i A x."""
+        generator, rank, alpha = torch.Generator().manual_seed(0), 3, 4.5
+        linear = prlm.Linear(6, rows, bias)
+        x = torch.randn(2, 7, 6, generator=generator)
+        same(linear(x), F.linear(x, linear.weight, linear.bias), "without adapters", 1e-6)
+        linear.add_lora(rank, alpha)
+        for parameter in linear.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        expected = F.linear(x, linear.weight, linear.bias).detach()
+        owner = [block for block, size in enumerate(rows) for _ in range(size)]
+        for b, t, i in itertools.product(range(2), range(7), range(sum(rows))):
+            a = linear.A[owner[i] * rank : (owner[i] + 1) * rank]
+            expected[b, t, i] += alpha / rank * (linear.B[i] @ (a @ x[b, t])).detach()
+        same(linear(x), expected, f"blocks of {rows} rows", 1e-5)
+        linear(x).sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in (linear.A, linear.B))
+        assert linear.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+        linear.scale = 0.0
+        same(linear.float()(x), F.linear(x, linear.weight, linear.bias), "a scale of 0", 1e-6)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 class TestAttention:
     def test_causal_equals_a_naive_loop(self, kv_heads):
