@@ -21,6 +21,9 @@ policy pi, from which both kinds of answers come, can compute it. Nothing is tra
 
   s(q, d, a) = log pi(a | q, d) - log pi(a | q)
 
+It pays what the profile explains, and nothing that the query explains. Beside gold texts that is
+welcome; alone (--accuracy 0) it lets the policy forget the topic, unless --beta keeps it near pi.
+
 `probe` measures what either judge knows of the user. Read its figures beside the pair accuracy.
 
     python reward.py --model toy/policy --data toy/lamp --out runs/reward
@@ -395,8 +398,10 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
     beforehand; it lies in (0, 1), as the paper's. The reasoning is closed in both prompts, so that
     the answers alone are compared, in the form that the prompt asks for.
 
-    What the query explains cancels out: an answer about something else is worth as much. So where
-    no gold text is rewarded beside it, keep the policy near the base, which is --beta.
+    What the query explains cancels out: an answer on another topic is worth as much. So where no
+    gold text is rewarded beside it, keep the policy near the base with --beta. The best policy is
+    then pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a constant, if the ratio itself is
+    the reward: more of what the profile adds, on the topic that pi would choose.
     """
     rank, how = make_ranker(o), replace(o, reasoning=False)
 
