@@ -18,13 +18,20 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-
-from tqdm import tqdm
 
 import prlm
-from prlm import Completion, Decoder, Tokenizer
-from retrieve import Example, PromptOptions, Split, load_lamp, make_prompts, opening, task_of
+from prlm import Completion, Decoder, Progress, Tokenizer
+from retrieve import (
+    Example,
+    PromptOptions,
+    Split,
+    encoder_of,
+    lamp_files,
+    load_lamp,
+    make_prompts,
+    opening,
+    task_of,
+)
 
 # ---- Metrics of two texts -------------------------------------------------------------------
 
@@ -203,6 +210,8 @@ def is_placeholder(answer: str, task: str) -> bool:
 
 @dataclass
 class EvalOptions(PromptOptions):
+    presets = {"small": {"max_new_tokens": 96}, "paper": {"max_new_tokens": 768}}  # noqa: RUF012
+    free = PromptOptions.free | {"batch_size"}
     max_new_tokens: int = 128  # longest completion
     batch_size: int = 64  # completions that are generated together
 
@@ -217,10 +226,10 @@ def sample_groups(
     """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     size = max(1, o.batch_size // group_size)
-    rank, world_size = prlm.place()
+    rank, world_size = prlm.rank_and_world_size()
     groups: dict[int, list[Completion]] = {}  # by the prompt's index
     starts = range(0, len(order), size)[rank::world_size]
-    for start in tqdm(starts, description, disable=None, leave=False):
+    for start in Progress(starts, description):
         batch = order[start : start + size]
         found = prlm.generate(
             decoder,
@@ -357,21 +366,26 @@ class Options(EvalOptions):
     temperature: float = 0.0  # 0 is greedy
     limit: int = 0  # only the first records; 0 takes all
     out: str = "runs/eval"  # directory for predictions.json, samples.jsonl and scores.json
+    overwrite: bool = False  # start anew where the directory holds another evaluation
 
 
 def main(o: Options) -> None:
-    device, out = prlm.pick_device(o.device), Path(o.out)
     examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
-    decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
-    records = sample_records(decoder, tokenizer, examples, o, o.temperature)
-    scores, answers = mean_scores(records), {r["id"]: r["answer"] for r in records}
-    out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out / "predictions.json", o.task, answers)
-    prlm.write_lines(out / "samples.jsonl", records)
-    if scores:
-        prlm.write_json(out / "scores.json", scores)
-        print(table({f"{o.task} {o.split}, {len(answers)} records": scores}))
-    print(f"{out}/predictions.json and samples.jsonl: {summary(records, o.task)}")
+    decoder, tokenizer = prlm.load_policy(o)
+    inputs = {"model": [o.model], "data": lamp_files(o.data, o.task, o.split)}
+    if o.retriever == "dense":
+        inputs["encoder"] = [encoder_of(o)]
+    with prlm.alone(o.out):
+        out = prlm.open_result(o, inputs)
+        records = sample_records(decoder, tokenizer, examples, o, o.temperature)
+        scores = mean_scores(records)
+        answers = {record["id"]: record["answer"] for record in records}
+        write_predictions(out / "predictions.json", o.task, answers)
+        prlm.write_lines(out / "samples.jsonl", records)
+        if scores:
+            prlm.write_json(out / "scores.json", scores)
+            print(table({f"{o.task} {o.split}, {len(answers)} records": scores}))
+        print(f"{out}/predictions.json and samples.jsonl: {summary(records, o.task)}")
 
 
 if __name__ == "__main__":

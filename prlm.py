@@ -20,7 +20,10 @@ end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query
 """
 
 import argparse
+import ast
 import dataclasses
+import errno
+import hashlib
 import inspect
 import io
 import json
@@ -28,6 +31,8 @@ import math
 import mmap
 import os
 import re
+import shutil
+import signal
 import sys
 import typing
 import warnings
@@ -38,6 +43,12 @@ from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
+
+CHAPTERS = ["prlm.py", "retrieve.py", "eval.py", "reward.py", "rl.py"]  # each builds on those above
+
+if Path(sys.argv[0]).name in CHAPTERS:  # Ctrl-C while torch is loaded: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -45,6 +56,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # cuDNN's attention plans anew, for seconds, for each new shape, and every batch here has another.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1183,6 +1195,38 @@ def write_lines(path, records: list[dict]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def append(path, records: list[dict]) -> None:
+    """Adds whole lines to a JSON Lines file: all of them, or on a full disk none."""
+    text = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while text:  # a disk that is nearly full takes a part
+                text = text[file.write(text) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def rewind(path, steps: int) -> list[dict]:
+    """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
+    kept = [line for line in lines if line["step"] <= steps]
+    write_lines(path, kept)
+    return kept
+
+
+def check_room(path, size: int) -> None:
+    """OSError if the disk has no room for `size` more bytes: the old file stays until the new is
+    whole, so replacing a file needs its size once more."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if size > free:
+        need = f"needs {size / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB are left"
+        raise OSError(errno.ENOSPC, f"not written, it {need}", str(path))
+
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
@@ -1359,17 +1403,147 @@ def read_number(raw: dict, where, key: str, default=None, kind: type = int, leas
     return kind(value)
 
 
+# ---- Results: a directory knows what made it ------------------------------------------------
+#
+# Every command that leaves files keeps its options beside them, with a fingerprint of the code and
+# of the inputs. Started again, it goes on with what is its own and refuses what is another's.
+
+
+PATHS = {"model", "data", "encoder", "reward_model"}  # options that lead to files
+
+
+def beside(path: str) -> str:
+    """A path beside this file, as it is written from the working directory."""
+    return os.path.relpath(Path(__file__).resolve().parent / path)
+
+
+def fingerprint(*paths) -> str:
+    """Twelve hex digits of the contents of files; a directory stands for its .json, .safetensors.
+
+    Of a Python file what it does counts: comments and layout may change.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors"))
+        for file in files:
+            digest.update(file.name.encode())
+            if file.suffix == ".py":
+                digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
+            else:
+                with open(file, "rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def recipe(o, inputs: dict[str, list]) -> dict:
+    """What makes a result: the command's options, its code, and its inputs by their contents."""
+    chapter = Path(inspect.getsourcefile(type(o)))
+    chapters = CHAPTERS[: CHAPTERS.index(chapter.name) + 1]
+    code = {name: fingerprint(chapter.with_name(name)) for name in chapters}
+    found = {name: fingerprint(*paths) for name, paths in inputs.items()}
+    return dataclasses.asdict(o) | {"command": chapter.name, "code": code, "inputs": found}
+
+
+def differences(theirs: dict, mine: dict, ignored=()) -> dict[str, tuple]:
+    """{what: (theirs, mine)} of two recipes, code and inputs file by file."""
+    changed = {}
+    for name in mine.keys() - {*ignored, *PATHS, "out", "overwrite", "force", "preset"}:
+        old, new = theirs.get(name), mine[name]
+        if name in ("code", "inputs"):
+            old = old or {}
+            for part in sorted(old.keys() | new.keys()):
+                if old.get(part) != new.get(part):
+                    changed[part] = (old.get(part), new.get(part))
+        elif old != new:
+            changed[name] = (old, new)
+    return dict(sorted(changed.items()))
+
+
+def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
+    """The directory o.out, made or opened again; ValueError if it holds another result.
+
+    `inputs` names the files and directories that the result depends on. A path counts by what it
+    leads to, so a result may be moved. Options in `o.free` do not change the result. Those in
+    `o.adjustable` may change when a run goes on; the record then says what was changed.
+    """
+    out, mine = Path(o.out), recipe(o, inputs)
+    config = out / record
+    free, adjustable = getattr(o, "free", set()), getattr(o, "adjustable", set())
+    if config.is_file():
+        theirs = read_json(config)
+        changed = differences(theirs, mine, free)
+        adjusted = {name: changed.pop(name) for name in sorted(adjustable & changed.keys())}
+        if getattr(o, "force", False):
+            changed = {name: pair for name, pair in changed.items() if name not in CHAPTERS}
+        if changed and o.overwrite:
+            old = out.with_name(f".{out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)  # at once, whatever happens then
+            shutil.rmtree(old)
+        elif changed:
+            raise ValueError(f"{out} holds another result: {explain(changed)}")
+        elif adjusted:
+            mine["changes"] = [*theirs.get("changes", []), adjusted]
+            write_json(config, theirs | mine)
+            words = ", ".join(f"{n} {old!r} -> {new!r}" for n, (old, new) in adjusted.items())
+            print(f"{out} goes on with {words}")
+    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no result: choose another --out")
+    if not config.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(config, mine)
+    for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        left.unlink()
+    return out
+
+
+def explain(changed: dict[str, tuple]) -> str:
+    """A sentence on how a directory's recipe differs, and what to do."""
+    words = []
+    for name, (old, new) in changed.items():
+        if name in CHAPTERS:
+            words.append(f"{name} has been edited since")
+        elif name in PATHS:
+            words.append(f"--{name.replace('_', '-')} leads to other files")
+        else:
+            words.append(f"{name} {old!r} -> {new!r}")
+    return f"{', '.join(words)}. Choose another --out, or --overwrite to start anew"
+
+
+@contextmanager
+def alone(out):
+    """Holds a directory for this process; however that ends, the system lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out = Path(out).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / f".{out.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is working in {out}") from None
+        yield
+
+
 # ---- Several processes, which torchrun starts -----------------------------------------------
+#
+# Every process runs the same program. What only one of them may do goes through `on_first`, what
+# all must know through `gather`; without torchrun both are plain calls.
 
 
-def place() -> tuple[int, int]:
-    """(rank, world): which process this is, and of how many."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Which process this is, counted from 0, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(value) -> list:
     """The value of every process, by rank. All must come here, and each waits for all."""
-    values = [value] * place()[1]
+    values = [value] * rank_and_world_size()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
@@ -1377,7 +1551,7 @@ def gather(value) -> list:
 
 def on_first(make):
     """make() in the first process alone; the others wait for its value."""
-    return gather(make() if place()[0] == 0 else None)[0]
+    return gather(make() if rank_and_world_size()[0] == 0 else None)[0]
 
 
 @contextmanager
@@ -1389,19 +1563,100 @@ def processes():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=timedelta(hours=1))  # the first may train a reward model
-    if dist.get_rank():  # one voice, one progress bar
-        sys.stdout, sys.stderr.isatty = io.StringIO(), lambda: False
+    if dist.get_rank():
+        sys.stdout = io.StringIO()  # one voice
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "by peer" not in str(error):
             raise
+        reason = str(error).strip().split("\n")[0]
         text = "another process of the run has ended; the same command goes on from what is saved"
-        raise ValueError(text) from None
+        raise ValueError(f"{text} ({reason})") from error
     dist.destroy_process_group()
 
 
 # ---- The command line, shared by all chapters -----------------------------------------------
+#
+# Options are one dataclass a command: the comment beside a field is its help. Progress, stopping
+# and errors look the same everywhere.
+
+
+class Progress(tqdm):
+    """tqdm's bar on a terminal; in a log file or a pipe, a line a minute at most."""
+
+    def __init__(self, iterable=None, desc=None, total=None, **more):
+        self.in_lines = not sys.stderr.isatty()
+        if self.in_lines:
+            more |= {"mininterval": 60, "maxinterval": 60, "miniters": 1, "delay": 59}
+            more |= {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"}
+        if rank_and_world_size()[0] > 0:
+            more["disable"] = True
+        super().__init__(iterable, desc, total, leave=False, **more)
+
+    def display(self, msg=None, pos=None):
+        if not self.in_lines:
+            return super().display(msg, pos)
+        if msg is None:  # "" asks to wipe a bar away
+            print(self, file=sys.stderr, flush=True)
+        return False
+
+    def set_postfix(self, **shown):
+        super().set_postfix(refresh=not self.in_lines, **shown)
+
+    @classmethod
+    def write(cls, s, file=None, end="\n", nolock=False):
+        super().write(s, file, end, nolock)
+        (file or sys.stdout).flush()
+
+
+class Lasting:
+    """A stream that outlives its reader: after Ctrl-C, `| tee` ends before the run has saved."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act, *what) -> None:
+        try:
+            act(*what)
+        except OSError:  # nobody reads any more: what is written from here on goes nowhere
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the process, with status 130 and 143; nothing that is saved is lost.
+
+    Within a training loop they wait until the step is finished and saved; a second one does not.
+    """
+
+    def __init__(self):
+        self.signal, self.in_loop = None, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _frame) -> None:
+        if self.signal is not None or not self.in_loop:
+            self.leave(number)
+        self.signal = number
+        print("\nstopping after this step (again: at once)", file=sys.stderr)
+
+    def leave(self, number) -> None:
+        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def pick_device(name: str) -> str:
@@ -1415,10 +1670,36 @@ def pick_device(name: str) -> str:
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
 
 
-def parse_options(options: type, description: str, arguments: list[str] | None = None):
-    """(options, debug): a dataclass as flags; the comment behind a field is the flag's help.
+def product_dtype(precision: str, device: str) -> torch.dtype:
+    """The precision of matrix products; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    half = precision == "bfloat16" or (precision == "auto" and str(device).startswith("cuda"))
+    return torch.bfloat16 if half else torch.float32
 
-    Where it has `presets` {name: values}, `--preset name` puts its values in place of the defaults.
+
+def load_policy(o) -> tuple[Decoder, Tokenizer]:
+    """The checkpoint o.model, to sample from, in the precision that the options ask for.
+
+    The same weights sample the same in every command: rl.py's copy for sampling is rounded alike.
+    """
+    device = pick_device(o.device)
+    dtype = product_dtype(o.precision, device)
+    return load_decoder(o.model, device, dtype), load_tokenizer(o.model)
+
+
+def presets_of(options: type) -> dict[str, dict]:
+    """{preset: {field: value}}, gathered from the `presets` of the class and those it extends."""
+    found: dict[str, dict] = {}
+    for kind in reversed(options.__mro__):
+        for name, values in vars(kind).get("presets", {}).items():
+            found.setdefault(name, {}).update(values)
+    return found
+
+
+def parse_options(options: type, description: str, arguments: list[str] | None = None):
+    """(options, debug): a dataclass as flags; the comment beside a field is the flag's help.
+
+    Where there are `presets`, the values of the one that is asked for, or of the one that
+    `choose_preset` finds for the model, take the place of the defaults.
     """
     source = "".join(
         inspect.getsource(c) for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)
@@ -1440,44 +1721,69 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))
     if "preset" in parsed:
-        parser.set_defaults(**options.presets[parsed["preset"]])
-        parsed = vars(parser.parse_args(arguments))
+        if parsed["preset"] == "auto":
+            parsed["preset"] = options.choose_preset(parsed["model"])
+        preset = parsed["preset"]
+        parser.set_defaults(**presets_of(options).get(preset, {}))
+        parsed = vars(parser.parse_args(arguments)) | {"preset": preset}
     debug = parsed.pop("debug")
     return options(**parsed), debug
+
+
+def advice_on_memory(options: type) -> str:
+    """Which of a command's flags make it need less memory, without changing what it computes."""
+    flags = {
+        "checkpointing": "take --checkpointing",
+        "tokens_per_micro_batch": "lower --tokens-per-micro-batch",
+        "batch_size": "lower --batch-size",
+    }
+    known = [text for name, text in flags.items() if hasattr(options, name)]
+    return "the GPU's memory is full: " + (" or ".join(known) or "take a smaller model")
 
 
 def command(main, options: type, description: str) -> None:
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
     chosen, debug = parse_options(options, description)
-    sys.stdout.reconfigure(errors="backslashreplace")  # data may hold what a terminal cannot show
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Data may hold what a terminal cannot show; and a log is read while it grows.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         main(chosen)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        less = "--tokens-per-micro-batch, --batch-size or --group-size, or take --checkpointing"
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        text = f"the GPU's memory is full: lower {less}" if out_of_memory else error
-        print(f"error: {text}", file=sys.stderr)
+        full = isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {advice_on_memory(options) if full else error}", file=sys.stderr)
         sys.exit(2)
 
 
 @dataclass
 class Options:
-    model: str = "toy/policy"  # checkpoint directory of the language model
+    model: str = beside("toy/policy")  # checkpoint directory of the language model
     prompt: str = "Hello."  # what the user says
     group_size: int = 1  # completions to sample
     max_new_tokens: int = 256  # longest completion, in tokens
     temperature: float = 0.7  # 0 is greedy
     seed: int = 0  # of the sampling noise
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: Precision = "auto"  # of matrix products; auto: bfloat16 on CUDA
 
 
 def main(o: Options) -> None:
-    decoder, tokenizer = load_decoder(o.model, pick_device(o.device)), load_tokenizer(o.model)
-    prompts = [tokenizer.chat([{"role": "user", "content": o.prompt}])]
-    how = o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, o.seed
-    for completion in generate(decoder, prompts, *how)[0]:
+    decoder, tokenizer = load_policy(o)
+    groups = generate(
+        decoder,
+        [tokenizer.chat([{"role": "user", "content": o.prompt}])],
+        group_size=o.group_size,
+        max_new_tokens=o.max_new_tokens,
+        temperature=o.temperature,
+        eos_ids=tokenizer.eos_ids,
+        seed=o.seed,
+    )
+    for completion in groups[0]:
         print(tokenizer.opening + tokenizer.decode(completion.tokens))
         print(f"[{len(completion.tokens)} tokens, log-probability {sum(completion.logprobs):.2f}]")
 

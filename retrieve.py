@@ -26,12 +26,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import prlm  # before torch, so that Ctrl-C ends its long import without a traceback
+from prlm import Encoder, Precision, Progress, Ragged, Tokenizer, beside, read_json
+
+# isort: split
 import numpy as np
 import torch
-from tqdm import tqdm
-
-import prlm
-from prlm import Encoder, Ragged, Tokenizer, read_json
 
 # ---- Tasks and records -----------------------------------------------------------------------
 
@@ -135,6 +135,13 @@ def _find(directory: Path, task: str, split: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"{directory}: no {name} in it, in {split}/ or in {folder}/")
+
+
+def lamp_files(directory, task: str, *splits: str) -> list[Path]:
+    """The files that `load_lamp` reads of these splits."""
+    found = [_find(Path(directory), task, split) for split in splits]
+    outputs = [p.with_name(p.name.replace("questions", "outputs")) for p in found]
+    return [path for path in (*found, *outputs) if path.is_file()]
 
 
 def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
@@ -442,27 +449,60 @@ def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
 
 @dataclass
 class PromptOptions:
-    model: str = "toy/policy"  # checkpoint directory of the policy
-    data: str = "toy/lamp"  # directory with LaMP's files
+    presets = {  # noqa: RUF012  what differs from the defaults, which are the toy's
+        "toy": {},
+        "small": {"k": 3, "max_prompt_tokens": 288, "encoder": None},
+        "paper": {"k": 5, "encoder": None},
+    }
+    free = {"device"}  # noqa: RUF012  these do not change the result
+    model: str = beside("toy/policy")  # checkpoint directory of the policy
+    data: str = beside("toy/lamp")  # directory with LaMP's files
     task: TaskName = "LaMP-4"  # an entry of TASKS in retrieve.py
+    preset: Literal["auto", "toy", "small", "paper"] = "auto"  # other defaults, by the model
     retriever: Retriever = "bm25"  # how profile items are ranked
     k: int = 4  # profile items in the prompt
     lowercase: bool = False  # BM25 on lowercased [a-z0-9]+ words, not on blank-separated ones
     idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
-    encoder: str = "toy/encoder"  # BERT checkpoint, of the dense retriever and the reward model
+    encoder: str | None = beside("toy/encoder")  # BERT checkpoint, of dense retrieval and the judge
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
     query_prefix: str = ""  # what the dense retriever puts before a query (bge models expect it)
     max_prompt_tokens: int = 512  # in a longer prompt, the items lose their ends
     reasoning: bool = True  # without it the prompt closes the reasoning: answer at once
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: Precision = "auto"  # of matrix products; auto: bfloat16 on CUDA
+
+    @staticmethod
+    def choose_preset(model: str) -> str:
+        """The preset of --preset auto, by the model's config.json.
+
+        "toy" for the shipped policy and what was trained from it, "small" below a hidden size of
+        1,024 (about half a billion parameters), "paper" from there on.
+        """
+        shape = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        toy, own = ({}, {})
+        if (Path(model) / "config.json").is_file():
+            own = read_json(Path(model) / "config.json")
+            toy = read_json(beside("toy/policy/config.json"))
+        if all(own.get(key) == toy.get(key) for key in shape):
+            return "toy"
+        size = own.get("hidden_size")
+        return "small" if isinstance(size, int) and size < 1024 else "paper"
+
+
+def encoder_of(o: PromptOptions) -> str:
+    """The BERT checkpoint that the options name; ValueError if they name none."""
+    if o.encoder is None:
+        what = "the dense retriever and the BERT judge need"
+        raise ValueError(f"{what} --encoder DIRECTORY, a BERT checkpoint (the toy's fits only it)")
+    return o.encoder
 
 
 def make_ranker(o: PromptOptions):
     """rank(example, k) with the retriever that the options ask for."""
     dense = None
     if o.retriever == "dense":
-        encoder = prlm.load_encoder(o.encoder, prlm.pick_device(o.device))
+        encoder = prlm.load_encoder(encoder_of(o), prlm.pick_device(o.device))
         dense = Dense(encoder, o.pooling, o.query_prefix)
     how = dict(seed=o.seed, dense=dense, idf=o.idf, lowercase=o.lowercase)
     return lambda example, k: retrieve(example, k, o.retriever, **how)
@@ -477,7 +517,7 @@ def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples, rank=None) ->
     """The token ids of each example's personalized prompt; `rank` is make_ranker(o), if at hand."""
     rank, prompts = rank or make_ranker(o), []
     said = tokenizer.encode(opening(o, tokenizer).removeprefix(tokenizer.opening))
-    for example in tqdm(examples, "prompts", disable=None, leave=False, delay=1):
+    for example in Progress(examples, "prompts", delay=1):
         items, budget = rank(example, o.k), o.max_prompt_tokens - len(said)
         prompts.append(tokenizer.chat(build_messages(example, items, tokenizer, budget)) + said)
     return prompts
@@ -500,7 +540,7 @@ def main(o: Options) -> None:
         print("\n".join(message["content"] for message in messages))
     if o.out:
         ranking = {}
-        for example in tqdm(examples, f"rank by {o.retriever}", disable=None):
+        for example in Progress(examples, f"rank by {o.retriever}"):
             items = rank(example, len(example.profile))
             ranking[example.id] = [str(item.get("id", "")) for item in items]
         prlm.write_json(o.out, ranking)

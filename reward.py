@@ -37,16 +37,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import prlm  # before torch, so that Ctrl-C ends its long import without a traceback
+from eval import EvalOptions, complete, extract_answer, is_placeholder, rouge
+from prlm import Decoder, Encoder, Ragged, Tokenizer
+from retrieve import (
+    Example,
+    answer_block,
+    encoder_of,
+    lamp_files,
+    load_lamp,
+    make_prompts,
+    make_ranker,
+    task_of,
+)
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-
-import prlm
-from eval import EvalOptions, complete, extract_answer, is_placeholder, rouge
-from prlm import Decoder, Encoder, Ragged, Tokenizer
-from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, task_of
 
 # ---- The three parts -----------------------------------------------------------------------------
 
@@ -192,6 +201,13 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 
 @dataclass
 class RewardOptions(EvalOptions):
+    presets = {  # noqa: RUF012
+        "small": {"reward_lr": 5e-5},
+        "paper": {
+            "pairs_per_query": 10,
+            "reward_lr": 5e-5,
+        },  # 10 x 500 are the authors' 5,000 pairs
+    }
     judge: Literal["bert", "ratio"] = "bert"  # of personalization: a trained model or the policy
     pairs_per_query: int = 3  # reward model: positives sampled for each query
     negatives: int = 1  # reward model: negatives for each positive
@@ -312,7 +328,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     torch.manual_seed(o.seed)  # dropout
     model.train()
-    with tqdm(total=steps, desc="reward model", disable=None, leave=False) as bar:
+    with prlm.Progress(total=steps, desc="reward model") as bar:
         for epoch in range(o.reward_epochs):
             random.Random(f"{o.seed} {epoch}").shuffle(kept)
             mean = 0.0
@@ -340,7 +356,7 @@ def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory
 
     def train() -> None:
         torch.manual_seed(o.seed)
-        model = RewardModel(prlm.load_encoder(o.encoder, device))
+        model = RewardModel(prlm.load_encoder(encoder_of(o), device))
         found = train_reward_model(o, model, prlm.read_json(pairs_file, list))
         save_reward_model(model, directory)
         prlm.write_json(report, found)  # last: it says that all is there
@@ -529,16 +545,31 @@ def obtain_judge(o, policy: Decoder, tokenizer, examples, directory) -> Judge | 
     return make_judge(o, policy, tokenizer, examples, directory) if o.personalization else None
 
 
+def inputs_of(o: RewardOptions, *splits: str) -> dict[str, list]:
+    """The files that a result depends on, under the names of the options that lead to them."""
+    files = {"model": [o.model], "data": lamp_files(o.data, o.task, *splits)}
+    trains_a_judge = o.judge == "bert" and not o.reward_model
+    if o.judge == "bert" and o.reward_model:
+        files["reward_model"] = [o.reward_model]
+    if o.retriever == "dense" or trains_a_judge:
+        files["encoder"] = [encoder_of(o)]
+    return files
+
+
 @dataclass
 class Options(RewardOptions):
     limit: int = 0  # only the first training records; 0 takes all
     out: str = "runs/reward"  # directory of the trained model
+    overwrite: bool = False  # start anew where the directory holds another model
 
 
 def main(o: Options) -> None:
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
-    decoder = prlm.load_decoder(o.model, prlm.pick_device(o.device))
-    make_judge(o, decoder, prlm.load_tokenizer(o.model), examples, o.out)
+    decoder, tokenizer = prlm.load_policy(o)
+    inputs = inputs_of(o, "train", "dev")
+    with prlm.alone(o.out):
+        out = prlm.open_result(o, inputs, record="options.json")  # config.json will be the model's
+        make_judge(o, decoder, tokenizer, examples, out)
 
 
 if __name__ == "__main__":

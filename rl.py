@@ -14,25 +14,24 @@ One step, for P prompts with G completions each:
 The loss starts at 0 and stays small: with one update a rollout the ratio is exactly 1 and the
 advantages of a group sum to 0. Reward is the signal to watch.
 
+Before that, a run warms the policy up by supervised steps, where asked to (--warm-start), looks at
+a first rollout (can anything be learned here?), makes its judge, and scores held-out users, whom it
+scores again at the end. Each stage keeps its result in the run directory.
+
 Every random choice is a function of (seed, step), so a stopped run keeps no generator state: the
 same command, started again, goes on. No dropout anywhere; the ids that were sampled are trained.
 
-    python rl.py                       # the toy, on a CPU, in minutes
-    python rl.py --model DIR --data DIR --task LaMP-5 --lr 1e-6 --prompts-per-step 8 --out runs/5
-    torchrun --nproc-per-node 4 rl.py …    # four GPUs: each takes a share of a step's prompts
+    python rl.py                                        # the toy, on a CPU, in minutes
+    python rl.py --model DIR --data DIR --task LaMP-5 --encoder DIR --out runs/5
+    torchrun --nproc-per-node 4 rl.py ...               # four GPUs share a step's prompts
 """
 
 import copy
 import dataclasses
 import errno
-import json
 import math
-import os
 import pickle
 import random
-import shutil
-import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,20 +39,20 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import prlm  # before torch, so that Ctrl-C ends its long import without a traceback
+from eval import evaluate, is_placeholder, mean_scores, sample_records, table, write_predictions
+from prlm import Completion, Decoder, Progress, Stop, Tokenizer
+from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, opening, task_of
+from reward import RewardOptions, inputs_of, obtain_judge, rewards
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
-
-import prlm
-from eval import evaluate, table, write_predictions
-from prlm import Decoder, Tokenizer
-from retrieve import Example, load_lamp, make_prompts, opening
-from reward import Judge, RewardOptions, bert_judge, load_reward_model, obtain_judge, rewards
+from torch.nn.utils.rnn import pad_sequence
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 Scale = Literal["std", "none"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 # ---- The algorithm --------------------------------------------------------------------------
 
@@ -77,38 +76,51 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """An estimate of each token's KL(policy | reference): exp(d) - d - 1, d = ref - policy."""
+    """An estimate of each token's KL(policy | reference): exp(d) - d - 1, d = ref - policy.
+
+    Of the estimators in John Schulman's note "Approximating KL Divergence" (2020) the third:
+    unbiased on tokens that the policy sampled, and never negative.
+    """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
 
 def loss_size(mask: Tensor, normalizer: str, max_new_tokens: int | None) -> float:
-    """What a summed loss is divided by: completions, tokens, or completions x max_new_tokens.
+    """What a summed loss is divided by, for a mask [P, G, C] of the trained tokens.
 
-    In this order "grpo", "dapo" and "dr_grpo", of mask [P, G, C]; of tokens, those with a mask of 1
-    and never less than 1. ValueError names another normalizer, or dr_grpo without max_new_tokens.
+    "grpo": the P G completions; "dapo": the tokens of the mask, at least 1; "dr_grpo":
+    P G max_new_tokens. ValueError for another name, or "dr_grpo" without max_new_tokens.
     """
     completions = mask.shape[0] * mask.shape[1]
-    if normalizer not in get_args(Normalizer):
+    if normalizer == "grpo":
+        return completions
+    if normalizer == "dapo":
+        return max(mask.sum().item(), 1)
+    if normalizer != "dr_grpo":
         raise ValueError(f"normalizer {normalizer!r} is none of {', '.join(get_args(Normalizer))}")
-    if normalizer == "dr_grpo" and not max_new_tokens:
+    if not max_new_tokens:
         raise ValueError("dr_grpo divides by max_new_tokens, which was not given")
-    sizes = {"grpo": completions, "dapo": max(mask.sum().item(), 1)}
-    return sizes.get(normalizer) or completions * max_new_tokens
+    return completions * max_new_tokens
 
 
 def grpo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
     ref_logprobs: Tensor | None = None, clip: float = 0.2, clip_high: float | None = None,
     beta: float = 0.0, normalizer: str = "grpo", max_new_tokens: int | None = None,
+    size: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
 
-    `clip_high` widens the upper side of the clip (DAPO). Values behind the mask never count.
+    `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
+    whatever it holds, NaN included. `size` is what the sum is divided by, where these are a part
+    of a larger step; by default `loss_size` of this mask. ValueError: beta without ref_logprobs.
     """
-    size, outside = loss_size(mask, normalizer, max_new_tokens), ~mask.bool()
-    logprobs, old_logprobs = (x.masked_fill(outside, 0.0) for x in (logprobs, old_logprobs))
-    ratio, gain = (logprobs - old_logprobs).exp(), advantages[..., None]  # [P, G, C], [P, G, 1]
+    size = loss_size(mask, normalizer, max_new_tokens) if size is None else size
+    outside = ~mask.bool()
+    logprobs = logprobs.masked_fill(outside, 0.0)
+    old_logprobs = old_logprobs.masked_fill(outside, 0.0)
+    ratio = (logprobs - old_logprobs).exp()  # [P, G, C]
+    gain = advantages[..., None]  # [P, G, 1]
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss = -torch.min(ratio * gain, clipped * gain)
     if beta:
@@ -123,7 +135,8 @@ def grpo_loss(
 
 def clip_fraction(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=None) -> Tensor:
     """How many tokens [P, G, C] lost their gradient to the clip, as a count."""
-    ratio, gain = (logprobs - old_logprobs).exp(), advantages[..., None]
+    ratio = (logprobs - old_logprobs).exp()
+    gain = advantages[..., None]
     high = ratio > 1 + (clip if clip_high is None else clip_high)
     return (((gain > 0) & high | (gain < 0) & (ratio < 1 - clip)) & mask).sum()
 
@@ -144,41 +157,45 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 # ---- One step -------------------------------------------------------------------------------
 
 
-# What the authors trained with (README: the paper's recipe); 10 x 500 are their 5,000 pairs.
-PAPER = {
-    "k": 5, "retriever": "bm25", "max_prompt_tokens": 512, "max_new_tokens": 768,
-    "train_examples": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4,
-    "temperature": 0.7, "lr": 1e-6, "warmup": 0.1, "beta": 0.04, "clip": 0.2, "scale": "std",
-    "normalizer": "grpo", "updates_per_rollout": 1, "personalization": 0.1, "negatives": 1,
-    "pairs_per_query": 10, "reward_epochs": 3, "reward_lr": 5e-5, "precision": "auto",
-    "checkpointing": True, "eval_every": 500, "save_every": 100,
-}  # fmt: skip
-
-
 @dataclass
 class Options(RewardOptions):
-    presets = {"toy": {}, "paper": PAPER}  # noqa: RUF012
-    preset: Literal["toy", "paper"] = "toy"  # whose values are the defaults of the other options
+    presets = {  # noqa: RUF012  what the authors trained with, and what small real models want
+        "small": {
+            "warm_start": 62, "steps": 40, "prompts_per_step": 4, "temperature": 1.0, "lr": 2e-5,
+            "tokens_per_micro_batch": 4096,
+        },
+        "paper": {
+            "train_examples": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4,
+            "temperature": 0.7, "lr": 1e-6, "beta": 0.04, "checkpointing": True,
+            "eval_every": 500, "save_every": 100,
+        },
+    }  # fmt: skip
+    free = RewardOptions.free | {  # these do not change the result
+        "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
+    }  # fmt: skip
+    adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run goes on
     train_examples: int = 0  # only the first training records; 0 takes all
-    reward_model: str | None = None  # a trained one; without it one is trained into --out
-    accuracy: float = 1.0  # weight of the overlap with the user's own text; 0 learns without it
-    format: float = 0.1  # weight of closed reasoning
+    accuracy: float = 1.0  # weight of ROUGE against the user's own text; 0 needs no such text
+    format: float = 0.1  # weight of a closed reasoning block
     personalization: float = 0.1  # weight of the judge; 0 does without one
-    steps: int = 60  # rollouts, each with its update
+    warm_start: int = 0  # supervised steps before RL, for a model that does not know the form yet
+    warm_start_lr: float = 1e-4  # their peak learning rate
+    warm_start_batch: int = 8  # records in each of them
+    steps: int = 60  # rollouts, each with its update; 0 stops after the warm start
     prompts_per_step: int = 16  # P; the authors take 1
     group_size: int = 8  # G; the authors take 4
     temperature: float = 1.0  # of sampling and of all log-probabilities; the authors take 0.7
     lr: float = 1e-3  # peak learning rate of AdamW; the authors take 1e-6 for 1.5 B parameters
     warmup: float = 0.1  # share of the steps over which the learning rate rises
-    beta: float = 0.0  # weight of the KL to the base policy; the authors take 0.04
-    clip: float = 0.2  # how far the ratio may leave 1 and still earn
-    clip_high: float | None = None  # its upper side, where that is to be wider
+    lora_rank: int = 0  # train adapters of this rank and alpha; 0 trains all weights
+    beta: float = 0.0  # weight of the KL to the policy before RL; the authors take 0.04
+    clip: float = 0.2  # how far the ratio may be from 1 before the gradient is cut
+    clip_high: float | None = None  # the same on the upper side, where it is to be wider
     scale: Scale = "std"  # what divides the advantages
     normalizer: Normalizer = "grpo"  # what the loss is averaged over
     updates_per_rollout: int = 1  # with one, the ratio is 1 and the clip never acts
     grad_clip: float = 1.0  # largest gradient norm
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
-    precision: Precision = "auto"  # of products; weights stay float32; auto: bfloat16 on CUDA
     tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
     checkpointing: bool = False  # run each layer again in the backward pass: less memory, slower
     eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
@@ -186,6 +203,37 @@ class Options(RewardOptions):
     save_every: int = 20  # steps between states to go on from
     out: str = "runs/toy"  # run directory; the same command goes on with a stopped run
     overwrite: bool = False  # start anew where the directory holds another run
+    force: bool = False  # go on although the first look, or an edit of the code, says stop
+
+
+@dataclass
+class Policy:
+    """The model in training and the copies that belong to it."""
+
+    decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
+    sampler: Decoder  # what generates: the decoder itself, or a plain copy in the products' dtype
+    tokenizer: Tokenizer
+    reference: Decoder | None = None  # the policy before RL, frozen; with LoRA the decoder has it
+
+
+@dataclass
+class Rollout:
+    """What one step has sampled and earned. P prompts, G completions each."""
+
+    examples: list[Example]  # [P]
+    prompts: list[list[int]]  # [P] token ids
+    groups: list[list[Completion]]  # [P][G]
+    texts: list[str]  # [P*G] completions as text, with what the prompt has already opened
+    parts: list[dict]  # [P*G] answer, parts and sum of the reward (reward.py: rewards)
+    advantages: Tensor  # [P, G]
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [completion for group in self.groups for completion in group]  # P*G
+
+    def grid(self, key: str) -> Tensor:
+        """One number of each completion's `parts`. [P, G]"""
+        return torch.tensor([part[key] for part in self.parts]).view(len(self.prompts), -1)
 
 
 def seed_of(*parts) -> int:
@@ -196,202 +244,442 @@ def seed_of(*parts) -> int:
 def choose(count: int, step: int, size: int, seed: int) -> list[int]:
     """The examples of a step: each epoch is a new permutation, read on from step to step."""
     chosen = []
-    for place in range(step * size, (step + 1) * size):
-        order = random.Random(seed_of(seed, "epoch", place // count)).sample(range(count), count)
-        chosen.append(order[place % count])
+    for n in range(step * size, (step + 1) * size):
+        epoch, index = divmod(n, count)
+        order = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
+        chosen.append(order[index])
     return chosen
 
 
-def micro_batches(prompts, completions, budget: int) -> list[list[int]]:
-    """Whole groups, longest first, as many as stay within `budget` tokens (one at least)."""
-    pairs = zip(prompts, completions, strict=True)
-    return prlm.micro_batches([len(prompt) + sum(map(len, g)) for prompt, g in pairs], budget)
-
-
-def in_half(o: Options, device: torch.device) -> bool:
-    """Whether products are computed in bfloat16: half the memory and, on a GPU, faster."""
-    return o.precision == "bfloat16" or (o.precision == "auto" and device.type == "cuda")
-
-
-def make_sampler(o: Options, decoder: Decoder) -> Decoder:
-    """What generates: the policy itself, or a bfloat16 copy of its float32 master weights."""
-    half = in_half(o, decoder.head.device)
-    return copy.deepcopy(decoder).bfloat16().requires_grad_(False) if half else decoder
+def make_policy(o: Options, directory, device: str) -> Policy:
+    """The checkpoint of `directory`, ready to be trained as the options ask."""
+    dtype = prlm.product_dtype(o.precision, device)
+    # AdamW needs float32 weights: at a learning rate of 1e-6 a bfloat16 weight would never move.
+    # With LoRA only the adapters move, so the frozen base may be as small as the products are.
+    decoder = prlm.load_decoder(directory, device, dtype if o.lora_rank else torch.float32)
+    sampler = decoder
+    if o.lora_rank or dtype != torch.float32:
+        sampler = copy.deepcopy(decoder).to(dtype).requires_grad_(False)
+    if o.lora_rank:
+        torch.manual_seed(o.seed)  # A starts random
+        prlm.add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
+    decoder.checkpointing = o.checkpointing
+    return Policy(decoder, sampler, prlm.load_tokenizer(directory))
 
 
 @torch.no_grad()
-def refresh(sampler: Decoder, decoder: Decoder) -> None:
-    if sampler is not decoder:
-        for copied, parameter in zip(sampler.parameters(), decoder.parameters(), strict=True):
-            copied.copy_(parameter)
-
-
-def update(o, decoder, optimizer, reference, prompts, completions, advantages, sampled, keep):
-    """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
-
-    completions [P][G] are the sampled ids, advantages and keep [P, G], sampled [P, G, C] the
-    sampler's log-probabilities. "Old" is the policy of the first pass, before any update.
-    Of several processes each has its share of the rollout; sizes and sums are those of all.
-    """
-    old, answers = torch.zeros_like(sampled), [ids for group in completions for ids in group]
-    trained = prlm.Ragged(answers, keep.device).mask.view_as(sampled) & keep[..., None]  # [P, G, C]
-    world, tokens = prlm.place()[1], max(sum(prlm.gather(trained.sum().item())), 1)
-    size = world * loss_size(trained, o.normalizer, o.max_new_tokens)
-    size, gap = tokens if o.normalizer == "dapo" else size, 0.0
-    device = decoder.head.device
-    half = torch.autocast(device.type, torch.bfloat16, in_half(o, device))
-    for turn in range(o.updates_per_rollout):
-        log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
-        for rows in micro_batches(prompts, completions, o.tokens_per_micro_batch):
-            batch = [prompts[n] for n in rows], [completions[n] for n in rows], o.temperature
-            with half:
-                logprobs, entropy, mask = prlm.score_completions(decoder, *batch)
-            now, width, ref = logprobs.detach(), logprobs.shape[-1], None
-            if turn == 0:
-                old[rows, :, :width] = now
-                gap = max(gap, (now - sampled[rows, :, :width])[mask].abs().max().item())
-            mask = trained[rows, :, :width]
-            if reference is not None:
-                with torch.no_grad(), half:
-                    ref, _ = prlm.token_logprobs(reference, *batch)
-                log["kl"] += k3(now, ref)[mask].sum().item() / tokens
-            terms = old[rows, :, :width], advantages[rows], mask
-            how = o.clip, o.clip_high, o.beta, o.normalizer, o.max_new_tokens
-            loss = grpo_loss(logprobs, *terms, ref, *how)
-            # The size of the whole step counts, not that of this micro-batch.
-            loss = loss * (loss_size(mask, o.normalizer, o.max_new_tokens) / size)
-            loss.backward()
-            log["loss"] += loss.item()
-            log["entropy"] += entropy[mask].sum().item() / tokens
-            log["clip_fraction"] += clip_fraction(now, *terms, o.clip, o.clip_high).item() / tokens
-        if world > 1:
-            # Once an optimizer step, after the last micro-batch: little to overlap, and unlike
-            # DistributedDataParallel it needs no forward() of its own and no second copy.
-            for parameter in decoder.parameters():
-                dist.all_reduce(parameter.grad)
-        each = prlm.gather(log)
-        log = {name: sum(one[name] for one in each) for name in log}
-        norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), o.grad_clip)
-        log["grad_norm"] = norm.item()
-        if not math.isfinite(log["grad_norm"] + log["loss"]):
-            raise FloatingPointError(f"the loss is {log['loss']}, the gradient's norm {norm}")
-        optimizer.step()
-        optimizer.zero_grad()
-    return log | {"gap": max(prlm.gather(gap))}
-
-
-def grpo_step(
-    o: Options, step: int, decoder: Decoder, sampler: Decoder, optimizer,
-    reference: Decoder | None, judge: Judge | None, tokenizer: Tokenizer,
-    examples: list[Example], prompts,
-) -> tuple[dict, list[dict]]:  # fmt: skip
-    """Steps 1 to 4 once: (a line of metrics, the samples that were learned from).
-
-    Of several processes each rolls out its share of the step's prompts, with noise of its own.
-    """
-    start, device, (rank, world) = time.perf_counter(), decoder.head.device, prlm.place()
-    share = o.prompts_per_step // world
-    chosen = choose(len(examples), step, o.prompts_per_step, o.seed)[rank * share :][:share]
-    batch, seed = [prompts[n] for n in chosen], seed_of(o.seed, "rollout", step) + rank
-    how = o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, seed
-    groups = prlm.generate(sampler, batch, *how)
-    flat = [completion for group in groups for completion in group]  # P*G
-    texts = [opening(o, tokenizer) + tokenizer.decode(c.tokens) for c in flat]
-    owners = [examples[n] for n in chosen for _ in range(o.group_size)]
-    parts = rewards(texts, owners, judge, o.accuracy, o.format, o.personalization)
-    reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
-    advantages = group_advantages(reward, o.scale)
-    finished = torch.tensor([c.finished for c in flat]).view_as(reward)
-    sampled = [torch.tensor(c.logprobs) for c in flat]
-    sampled = torch.nn.utils.rnn.pad_sequence(sampled, True).unflatten(0, reward.shape)  # [P, G, C]
-    rolled = time.perf_counter()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, o.steps, o.lr, o.warmup)
-    ids = [[completion.tokens for completion in group] for group in groups]
-    keep = finished | (not o.mask_truncated)
-    tensors = (tensor.to(device) for tensor in (advantages, sampled, keep))
-    try:
-        if not reward.isfinite().all():
-            raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
-        log = update(o, decoder, optimizer, reference, batch, ids, *tensors)
-        refresh(sampler, decoder)
-    except FloatingPointError as error:
-        where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
-        advice = "it was not applied; go on from the last state with a lower --lr"
-        raise ValueError(f"{where}: {error}; {advice}") from None
-    updated, count = time.perf_counter(), sum(len(c.tokens) for c in flat)
-    names = ("reward", "accuracy", "format", "personalization")
-    metrics = {
-        **{name: sum(part[name] for part in parts) / len(parts) for name in names},
-        "reward_spread": reward.std(1).mean().item(),
-        "zero_spread_groups": (advantages == 0).all(1).float().mean().item(),
-        **log,
-        "completion_tokens": count / len(flat),
-        "truncated": 1 - finished.float().mean().item(),
-        "lr": optimizer.param_groups[0]["lr"],
-        "tokens_per_second": world * (count + sum(map(len, batch))) / (updated - start),
-        "seconds_rollout": rolled - start,
-        "seconds_update": updated - rolled,
-    }
-    samples = []
-    for n, (owner, part, c) in enumerate(zip(owners, parts, flat, strict=True)):
-        line = {"step": step + 1, "id": owner.id, "target": owner.target, "completion": texts[n]}
-        line |= part | {"advantage": advantages.flatten()[n].item(), "finished": c.finished}
-        line |= {"tokens": c.tokens, "logprobs": [round(x, 4) for x in c.logprobs]}
-        samples.append(line | {"prompt": tokenizer.decode(batch[n // o.group_size])})
-    each, samples = zip(*prlm.gather((metrics, samples)), strict=True)
-    metrics = {name: sum(one[name] for one in each) / world for name in metrics}
-    return {"step": step + 1} | metrics, [line for part in samples for line in part]
-
-
-# ---- A run: its directory, its states, the loop ---------------------------------------------
-
-
-def open_run(o: Options) -> Path:
-    """The run directory, made or reopened. Another run's is refused and its options are named."""
-    out, mine = Path(o.out), dataclasses.asdict(o)
-    mine.pop("overwrite")
-    config = out / "config.json"
-    if o.overwrite and config.is_file():
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)  # at once, whatever happens then
-        shutil.rmtree(old)
-    if config.is_file():
-        theirs = prlm.read_json(config)
-        odd = [f"{n} {theirs.get(n)!r} -> {mine[n]!r}" for n in mine if mine[n] != theirs.get(n)]
-        if odd:
-            advice = "choose another --out, or --overwrite"
-            raise ValueError(f"{out} holds a run with other options ({', '.join(odd)}): {advice}")
-    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no run: choose another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        prlm.write_json(config, mine)
-    for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
-        left.unlink()
-    return out
+def refresh(policy: Policy) -> None:
+    """Brings the sampler up to the decoder, adapters merged in."""
+    if policy.sampler is not policy.decoder:
+        weights = prlm.merged_parameters(policy.decoder)
+        for copied, (_, weight) in zip(policy.sampler.parameters(), weights, strict=True):
+            copied.copy_(weight)
 
 
 @contextmanager
-def alone(out: Path):
-    """Holds the run directory for this process; however that ends, the system lets go of it."""
+def reference_of(policy: Policy):
+    """The policy before RL: a copy of its own, or with LoRA the decoder without its adapters."""
+    if policy.reference is not None:
+        yield policy.reference
+    else:
+        with prlm.without_lora(policy.decoder):
+            yield policy.decoder
+
+
+def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
+    trained = [p for p in policy.decoder.parameters() if p.requires_grad]
+    # Fused, CUDA's AdamW needs no second copy of its second moments while it steps.
+    fused = trained[0].device.type == "cuda"
+    return torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=fused)
+
+
+def choose_share(o: Options, step: int, count: int) -> list[int]:
+    """The examples of this step that fall to this process."""
+    rank, world_size = prlm.rank_and_world_size()
+    share = o.prompts_per_step // world_size
+    return choose(count, step, o.prompts_per_step, o.seed)[rank * share :][:share]
+
+
+def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) -> Rollout:
+    """Steps 1 to 3: completions of every prompt [P], their rewards and advantages."""
+    groups = prlm.generate(
+        policy.sampler,
+        prompts,
+        group_size=o.group_size,
+        max_new_tokens=o.max_new_tokens,
+        temperature=o.temperature,
+        eos_ids=policy.tokenizer.eos_ids,
+        seed=seed,
+    )
+    start = opening(o, policy.tokenizer)
+    texts = [start + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
+    owners = [example for example in examples for _ in range(o.group_size)]
+    weights = {name: getattr(o, name) for name in ("accuracy", "format", "personalization")}
+    parts = rewards(texts, owners, judge, **weights)
+    reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
+    if not reward.isfinite().all():
+        raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
+    advantages = group_advantages(reward, o.scale)
+    return Rollout(examples, prompts, groups, texts, parts, advantages)
+
+
+def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str, float]:
+    """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
+
+    pi_old is the policy of the first pass, before any update. The log-probabilities that the
+    sampler has noted are not it: they may come from a bfloat16 copy, and only `gap` uses them.
+    Of several processes each has its share of the rollout; sizes and sums are those of all.
+    """
+    decoder = policy.decoder
+    device = decoder.head.device
+    completions = [[c.tokens for c in group] for group in rollout.groups]  # [P][G]
+    advantages = rollout.advantages.to(device)  # [P, G]
+    shape = advantages.shape
+    noted = pad_sequence([torch.tensor(c.logprobs) for c in rollout.completions], True)
+    sampled = noted.to(device).unflatten(0, shape)  # [P, G, C]
+    lengths = torch.tensor([len(c.tokens) for c in rollout.completions], device=device)
+    trained = (torch.arange(sampled.shape[-1], device=device) < lengths[:, None]).view_as(sampled)
+    if o.mask_truncated:
+        finished = torch.tensor([c.finished for c in rollout.completions], device=device)
+        trained = trained & finished.view(shape)[..., None]  # [P, G, C]
+    world_size = prlm.rank_and_world_size()[1]
+    tokens = max(sum(prlm.gather(trained.sum().item())), 1)
+    # Every micro-batch is divided by the size of the whole step, not by its own.
+    size = tokens
+    if o.normalizer != "dapo":
+        size = world_size * loss_size(trained, o.normalizer, o.max_new_tokens)
+    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
+    products = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    clip = {"clip": o.clip, "clip_high": o.clip_high}
+    sizes = [len(p) + sum(map(len, g)) for p, g in zip(rollout.prompts, completions, strict=True)]
+    batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
+    old_logprobs = torch.zeros_like(sampled)
+    gaps = {"gap": 0.0, "gap_mean": 0.0}
+    for turn in range(o.updates_per_rollout):
+        log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
+        for rows in batches:
+            batch = [rollout.prompts[n] for n in rows], [completions[n] for n in rows]
+            with products:
+                logprobs, entropy, real = prlm.score_completions(decoder, *batch, o.temperature)
+            now, width = logprobs.detach(), logprobs.shape[-1]
+            if turn == 0:
+                old_logprobs[rows, :, :width] = now
+                apart = (now - sampled[rows, :, :width])[real].abs()
+                gaps["gap"] = max(gaps["gap"], apart.max().item())
+                gaps["gap_mean"] += apart.sum().item() / max(lengths.sum().item(), 1)
+            mask = trained[rows, :, :width]
+            ref_logprobs = None
+            if o.beta:
+                with torch.no_grad(), products, reference_of(policy) as reference:
+                    ref_logprobs, _ = prlm.token_logprobs(reference, *batch, o.temperature)
+                log["kl"] += k3(now, ref_logprobs)[mask].sum().item() / tokens
+            terms = {
+                "old_logprobs": old_logprobs[rows, :, :width],
+                "advantages": advantages[rows],
+                "mask": mask,
+            }
+            loss = grpo_loss(
+                logprobs,
+                **terms,
+                ref_logprobs=ref_logprobs,
+                **clip,
+                beta=o.beta,
+                normalizer=o.normalizer,
+                max_new_tokens=o.max_new_tokens,
+                size=size,
+            )
+            loss.backward()
+            log["loss"] += loss.item()
+            log["entropy"] += entropy[mask].sum().item() / tokens
+            log["clip_fraction"] += clip_fraction(now, **terms, **clip).item() / tokens
+        each = prlm.gather(log)
+        log = {name: sum(one[name] for one in each) for name in log}
+        log["grad_norm"] = optimizer_step(o, policy, optimizer, log["loss"])
+    each = prlm.gather(gaps)
+    gap_mean = sum(one["gap_mean"] for one in each) / world_size
+    return log | {"gap": max(one["gap"] for one in each), "gap_mean": gap_mean}
+
+
+def optimizer_step(o: Options, policy: Policy, optimizer, loss: float) -> float:
+    """Applies the gradients that all processes have gathered; returns their norm."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if prlm.rank_and_world_size()[1] > 1:
+        # Once an optimizer step, after the last micro-batch: little to overlap, and unlike
+        # DistributedDataParallel it needs no forward() of its own and no second copy.
+        for parameter in trained:
+            dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(trained, o.grad_clip).item()
+    if not math.isfinite(norm + loss):
+        raise FloatingPointError(f"the loss is {loss}, the gradient's norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def grpo_step(
+    o: Options, step: int, policy: Policy, optimizer, judge, examples: list[Example], prompts
+) -> tuple[dict, list[dict]]:
+    """Steps 1 to 4 once: (a line of metrics, the samples that were learned from)."""
+    start = time.perf_counter()
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
+        chosen = choose_share(o, step, len(examples))
+        rollout = roll_out(
+            o,
+            policy,
+            judge,
+            [examples[n] for n in chosen],
+            [prompts[n] for n in chosen],
+            # Processes need noise of their own: with equal noise they would explore the same.
+            seed=seed_of(o.seed, "rollout", step) + prlm.rank_and_world_size()[0],
+        )
+        rolled = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, o.steps, o.lr, o.warmup)
+        log = update(o, policy, optimizer, rollout)
+        refresh(policy)
+    except FloatingPointError as error:
+        chosen = choose(len(examples), step, o.prompts_per_step, o.seed)
+        where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
+        advice = "it was not applied; the same command with a lower --lr goes on from what is saved"
+        raise ValueError(f"{where}: {error}; {advice}") from None
+    seconds = {"rollout": rolled - start, "update": time.perf_counter() - rolled}
+    metrics = log | rollout_metrics(rollout, seconds) | {"lr": optimizer.param_groups[0]["lr"]}
+    each = prlm.gather((metrics, sample_lines(rollout, step, policy.tokenizer)))
+    world_size = len(each)
+    metrics = {name: sum(one[name] for one, _ in each) / world_size for name in metrics}
+    metrics["tokens_per_second"] *= world_size
+    return {"step": step + 1} | metrics, [line for _, part in each for line in part]
+
+
+# ---- The log of a step ----------------------------------------------------------------------
+
+
+def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:
+    """What metrics.jsonl says of a rollout; README.md explains each name."""
+    flat = rollout.completions
+    count = sum(len(c.tokens) for c in flat)
+    metrics = {}
+    for name in ("reward", "accuracy", "format", "personalization"):
+        grid = rollout.grid(name)
+        metrics[name] = grid.mean().item()
+        # Only what differs within a group can teach: a part without spread there is saturated.
+        metrics[f"spread_{name}"] = grid.std(1).mean().item()
+    learning = (rollout.advantages != 0).any(1)
+    alike = torch.ones_like(learning)
+    for name in ("accuracy", "format"):
+        grid = rollout.grid(name)
+        alike &= (grid == grid[:, :1]).all(1)  # so the judge alone orders these completions
+    return metrics | {
+        "zero_spread_groups": 1 - learning.float().mean().item(),
+        "judge_only_groups": (learning & alike).float().mean().item(),
+        "completion_tokens": count / len(flat),
+        "truncated": sum(not c.finished for c in flat) / len(flat),
+        "tokens_per_second": (count + sum(map(len, rollout.prompts))) / sum(seconds.values()),
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+    }
+
+
+def sample_lines(rollout: Rollout, step: int, tokenizer: Tokenizer) -> list[dict]:
+    """A line of samples.jsonl for each completion of a rollout."""
+    lines = []
+    for n, completion in enumerate(rollout.completions):
+        prompt = n // len(rollout.groups[0])
+        example = rollout.examples[prompt]
+        lines.append(
+            {"step": step + 1, "id": example.id, "query": example.query, "target": example.target}
+            | {"completion": rollout.texts[n]}
+            | rollout.parts[n]
+            | {"advantage": rollout.advantages.flatten()[n].item(), "finished": completion.finished}
+            | {"tokens": completion.tokens}
+            | {"logprobs": [round(x, 4) for x in completion.logprobs]}
+            | {"prompt": tokenizer.decode(rollout.prompts[prompt])}
+        )
+    return lines
+
+
+def warn_if_stuck(lines: list[dict], bar) -> None:
+    """A warning for every ten steps in a row that could teach nothing, or were all cut off."""
+    advice = {
+        "zero_spread_groups": "all completions of each prompt earned the same, so nothing was "
+        "learned: try a higher --temperature or a larger --group-size, with another --out",
+        "truncated": "every completion was cut off at --max-new-tokens: raise it, with another "
+        "--out",
+    }
+    for name, text in advice.items():
+        streak = 0
+        while streak < len(lines) and lines[-1 - streak][name] == 1:
+            streak += 1
+        if streak and streak % 10 == 0:
+            bar.write(f"warning: for {streak} steps, {text}")
+
+
+# ---- Before RL: a first look, and a warm start ----------------------------------------------
+
+
+def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float]:
+    """One rollout of eight prompts: shares of extracted answers, of closed reasoning, of truncated
+    completions and of groups with spread; and the mean tokens of a completion.
+
+    A group has spread if its rewards differ, or if a judge would be shown different answers.
+    Without spread all advantages are 0 and GRPO learns nothing.
+    """
+    chosen = choose(len(examples), 0, min(8, len(examples)), o.seed)
+    shown = [examples[n] for n in chosen]
+    prompts = make_prompts(o, policy.tokenizer, shown)
+    rollout = roll_out(o, policy, None, shown, prompts, seed_of(o.seed, "look"))
+    real = [not is_placeholder(part["answer"], o.task) for part in rollout.parts]
+    spread = []
+    for n in range(len(shown)):
+        group = slice(n * o.group_size, (n + 1) * o.group_size)
+        answers = {part["answer"] for part, good in zip(rollout.parts[group], real[group]) if good}
+        judged = o.personalization > 0 and len(answers) > 1
+        spread.append(judged or bool((rollout.advantages[n] != 0).any()))
+    flat = rollout.completions
+    return {
+        "answered": sum(real) / len(real),
+        "closed": rollout.grid("format").mean().item(),
+        "groups_with_spread": sum(spread) / len(spread),
+        "completion_tokens": sum(len(c.tokens) for c in flat) / len(flat),
+        "truncated": sum(not c.finished for c in flat) / len(flat),
+    }
+
+
+def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) -> None:
+    """Looks once, says what was seen, and stops a run that could not learn; --force goes on."""
+    file = out / "look.json"
+    if prlm.on_first(file.is_file):
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f".{out.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is working in {out}") from None
-        yield
+    found = prlm.on_first(partial(look, o, policy, examples))
+    print(
+        f"a first look: {found['answered']:.0%} of completions have an answer, "
+        f"{found['closed']:.0%} close their reasoning, {found['truncated']:.0%} are cut off; "
+        f"{found['completion_tokens']:.0f} of {o.max_new_tokens} tokens; "
+        f"{found['groups_with_spread']:.0%} of groups differ in reward"
+    )
+    if found["groups_with_spread"] <= 0.1 and not o.force:
+        ways = ["--warm-start 62 (it teaches the form from the training records)"]
+        ways += [f"--max-new-tokens above {o.max_new_tokens}"] * (found["truncated"] > 0.5)
+        ways += ["a higher --temperature"] * (found["answered"] > 0.5)
+        raise ValueError(
+            "nearly all groups earn the same whatever they say, so GRPO would learn nothing. "
+            f"Ways out, each with --overwrite: {'; '.join(ways)}. --force goes on all the same"
+        )
+    prlm.on_first(partial(prlm.write_json, file, found))
+
+
+EVIDENCE = "The user wrote: {}"  # what the warm start puts into the reasoning block
+EVIDENCE_TOKENS = 28  # enough to quote a title or the beginning of a tweet
+
+
+def warm_start_targets(
+    o: Options, tokenizer: Tokenizer, examples: list[Example]
+) -> list[list[int]]:
+    """The completion to imitate for each training record, as ids that end with the EOS id.
+
+        <think>
+        The user wrote: (the last field of the best retrieved item, at most 28 tokens)
+        </think>
+        <answer>
+        {'title': '(what the user really wrote)'}
+        </answer>
+
+    Without retrieved items the sentence is left out, with --no-reasoning the whole block. What the
+    prompt has opened already is not said again.
+    """
+    rank = make_ranker(o)
+    targets = []
+    for example in examples:
+        thought = ""
+        for item in rank(example, min(o.k, 1)):
+            shown = item[list(task_of(example.task).fields)[-1]].strip()
+            thought = EVIDENCE.format(tokenizer.cut(shown, EVIDENCE_TOKENS))
+        text = answer_block(example.task, example.target.strip())
+        if o.reasoning:
+            text = f"<think>\n{thought}\n</think>\n{text}".removeprefix(tokenizer.opening)
+        targets.append([*tokenizer.encode(text), min(tokenizer.eos_ids)])
+    return targets
+
+
+def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> dict[str, float]:
+    """One step of cross-entropy on whole completions, in nats a token."""
+    device = policy.decoder.head.device
+    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
+    tokens = sum(map(len, targets))
+    sizes = [len(p) + len(t) for p, t in zip(prompts, targets, strict=True)]
+    total = 0.0
+    for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logprobs, _ = prlm.token_logprobs(
+                policy.decoder, [prompts[n] for n in rows], [[targets[n]] for n in rows]
+            )
+        loss = -logprobs.sum() / tokens
+        loss.backward()
+        total += loss.item()
+    each = prlm.gather(total)
+    loss = sum(each) / len(each)
+    return {"loss": loss, "grad_norm": optimizer_step(o, policy, optimizer, loss)}
+
+
+def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]) -> Path:
+    """The directory of a policy that has seen --warm-start supervised steps, made first if need be.
+
+    It takes the model's place from then on: "before" is its score, the judge's pairs are its
+    answers, and the KL is measured from it.
+    """
+    folder = out / "warm_start"
+    if prlm.on_first((folder / "report.json").is_file):
+        return folder
+    prlm.on_first(partial(folder.mkdir, exist_ok=True))
+    policy = make_policy(o, o.model, prlm.pick_device(o.device))
+    optimizer = make_optimizer(policy, o.warm_start_lr)
+    prompts = make_prompts(o, policy.tokenizer, examples)
+    targets = warm_start_targets(o, policy.tokenizer, examples)
+    print(
+        f"warm start: {o.warm_start} steps towards, for example\n{show_target(policy, targets[0])}"
+    )
+    first, lines = resume(folder, policy, optimizer)
+    for step, bar in saved_steps(
+        o, "warm start", folder, stop, first, o.warm_start, policy, optimizer
+    ):
+        chosen = choose(len(examples), step, o.warm_start_batch, seed_of(o.seed, "warm start"))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, o.warm_start, o.warm_start_lr, o.warmup)
+        line = {"step": step + 1} | supervised_step(
+            o, policy, optimizer, [prompts[n] for n in chosen], [targets[n] for n in chosen]
+        )
+        lines.append(line)
+        prlm.on_first(partial(prlm.append, folder / "metrics.jsonl", [line]))
+        bar.set_postfix(loss=f"{line['loss']:.3f}")
+    report = {"steps": o.warm_start, "loss_first": lines[0]["loss"], "loss_last": lines[-1]["loss"]}
+    print(f"warm start: loss {report['loss_first']:.2f} -> {report['loss_last']:.2f} nats a token")
+
+    def keep() -> None:
+        prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
+        (folder / "trainer.pt").unlink()
+        prlm.write_json(folder / "report.json", report)  # last: it says all is there
+
+    prlm.on_first(keep)
+    return folder
+
+
+def show_target(policy: Policy, target: list[int]) -> str:
+    return "  " + policy.tokenizer.decode(target).replace("\n", "\n  ")
+
+
+# ---- States to go on from -------------------------------------------------------------------
+
+
+def trained_state(decoder: Decoder) -> dict[str, Tensor]:
+    """What the optimizer changes: all weights, or with LoRA the adapters alone."""
+    return {name: p.detach() for name, p in decoder.named_parameters() if p.requires_grad}
 
 
 def save_state(path: Path, step: int, decoder: Decoder, optimizer) -> None:
-    state = {"step": step, "model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+    """Everything that the next step depends on, atomically; OSError if the disk has no room."""
+    state = {"step": step, "model": trained_state(decoder), "optimizer": optimizer.state_dict()}
+    moments = [x for moment in state["optimizer"]["state"].values() for x in moment.values()]
+    tensors = [x for x in (*state["model"].values(), *moments) if torch.is_tensor(x)]
+    prlm.check_room(path, sum(x.numel() * x.element_size() for x in tensors))
     with prlm.replacing(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -403,78 +691,67 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
     """Puts a saved state back; the number of steps that were done."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        decoder.load_state_dict(state["model"])
+        if state["model"].keys() != trained_state(decoder).keys():
+            raise LookupError("it holds other weights")
+        decoder.load_state_dict(state["model"], strict=False)  # with LoRA the base is not in it
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
-    except (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, EOFError, LookupError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a broken file too
+            raise
         reason = str(error).split("\n")[0]
-        text = f"{path}: not a state of this run ({reason}); --overwrite starts anew"
+        text = f"{path}: not a state of this run ({reason}); delete it to train from the start"
         raise ValueError(text) from None
 
 
-def rewind(path: Path, steps: int) -> None:
-    """Drops what a run will write again: lines of later steps, and a half-written last one."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [line for line in text.split("\n")[:-1] if json.loads(line)["step"] <= steps]
-    prlm.write_text(path, "".join(line + "\n" for line in lines))
+def resume(folder: Path, policy: Policy, optimizer) -> tuple[int, list[dict]]:
+    """(steps done, their metrics) of a training in `folder`; what came after is dropped."""
+    done = 0
+    if prlm.on_first((folder / "trainer.pt").is_file):
+        done = load_state(folder / "trainer.pt", policy.decoder, optimizer)
+        refresh(policy)
+        print(f"going on after step {done}")
+    lines = prlm.on_first(partial(prlm.rewind, folder / "metrics.jsonl", done))
+    if len(lines) < done:
+        print(f"{folder}/metrics.jsonl has {len(lines)} of the {done} steps: the others were lost")
+    return done, lines
 
 
-def append(path: Path, records: list[dict]) -> None:
-    """Adds whole lines in one write: a kill leaves all of them or none."""
-    with open(path, "ab", buffering=0) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        os.fsync(file.fileno())
+def saved_steps(
+    o: Options, title: str, folder: Path, stop: Stop, first: int, count: int, policy, optimizer
+):
+    """Yields (step, bar) from `first` to `count`. After the body of a step, saves the state when it
+    is time, at the end, and when somebody asks to stop, which then happens."""
+    bar = Progress(range(first, count), title, total=count, initial=first)
+    stop.in_loop = True
+    for step in bar:
+        yield step, bar
+        done = step + 1
+        asked = max(prlm.gather(stop.signal or 0))  # whichever of the processes was asked
+        if done % o.save_every == 0 or done == count or asked:
+            state = partial(save_state, folder / "trainer.pt", done, policy.decoder, optimizer)
+            prlm.on_first(state)
+        if asked and done < count:
+            bar.close()
+            stop.leave(asked)
+    stop.in_loop = False
 
 
-class Stop:
-    """Ctrl-C and SIGTERM end the process, with status 130 and 143; nothing that is saved is lost.
-
-    Within the loop they wait for the step to be finished and saved; a second one does not.
-    """
-
-    def __init__(self):
-        self.signal, self.in_loop = None, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, _frame) -> None:
-        if self.signal is not None or not self.in_loop:
-            self.leave(number)
-        self.signal = number
-        print("\nstopping after this step (again: at once)", file=sys.stderr)
-
-    def leave(self, number) -> None:
-        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
-        sys.exit(128 + number)
+# ---- A run ----------------------------------------------------------------------------------
 
 
-def draw_curves(out: Path, before: float) -> None:
-    """reward.png: rollout reward and held-out ROUGE-L by step, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    lines = prlm.read_lines(out / "metrics.jsonl")
-    scored = [(0, before)]
-    scored += [(line["step"], line["eval_rouge-l"]) for line in lines if "eval_rouge-l" in line]
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    left = figure.subplots()
-    left.plot([line["step"] for line in lines], [line["reward"] for line in lines], "tab:blue")
-    left.set(xlabel="step", ylabel="mean reward of the rollout")
-    right = left.twinx()
-    right.plot(*zip(*scored, strict=True), "o-", color="tab:orange")
-    right.set(ylabel="held-out ROUGE-L, greedy", ylim=(0, 1))
-    figure.savefig(out / "reward.png", dpi=120)
-
-
-def check(o: Options, world: int) -> None:
+def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     least = {
-        0: "k beta eval_every accuracy format personalization warmup train_examples",
-        1: "steps prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
-        "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs",
+        0: "k beta eval_every accuracy format personalization warmup train_examples warm_start "
+        "steps lora_rank",
+        1: "prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
+        "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs "
+        "warm_start_batch",
         2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
-        1e-9: "temperature lr reward_lr grad_clip clip",
+        1e-9: "temperature lr warm_start_lr reward_lr grad_clip clip",
     }
     for bound, names in least.items():
         for name in names.split():
@@ -482,99 +759,159 @@ def check(o: Options, world: int) -> None:
                 flag = "--" + name.replace("_", "-")
                 at_least = "above 0" if bound < 1e-6 and bound else f"at least {bound}"
                 raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
-    if o.prompts_per_step % world:
-        count = f"a multiple of the {world} processes, not {o.prompts_per_step}"
+    if o.prompts_per_step % world_size:
+        count = f"a multiple of the {world_size} processes, not {o.prompts_per_step}"
         raise ValueError(f"--prompts-per-step must be {count}")
 
 
 def train_policy(
-    o: Options, out: Path, stop: Stop, decoder, sampler, tokenizer, judge, train, held
+    o: Options, out: Path, stop: Stop, policy: Policy, judge, train: list[Example], held
 ) -> None:  # fmt: skip
-    """The loop: a step, its lines in the logs, now and then a look at held-out users and a save."""
-    reference = copy.deepcopy(sampler).requires_grad_(False) if o.beta else None
-    decoder.checkpointing = o.checkpointing
-    optimizer = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0)
-    state, first, rank = out / "trainer.pt", 0, prlm.place()[0]
-    if prlm.on_first(state.is_file):
-        first = load_state(state, decoder, optimizer)
-        refresh(sampler, decoder)
-        print(f"going on after step {first}")
-    for name in ("metrics.jsonl", "samples.jsonl") if rank == 0 else ():
-        rewind(out / name, first)
-    prompts, stop.in_loop = make_prompts(o, tokenizer, train), True
-    bar = tqdm(range(first, o.steps), "GRPO", o.steps, initial=first, disable=None)
-    policy = decoder, sampler, optimizer, reference, judge
-    for step in bar:
-        metrics, samples = grpo_step(o, step, *policy, tokenizer, train, prompts)
-        done, last = step + 1, step + 1 == o.steps
-        if o.eval_every and (done % o.eval_every == 0 or last):
-            scores, _ = evaluate(sampler, tokenizer, held, o, description="held-out users")
+    """GRPO: a step, its lines in the logs, now and then a look at held-out users and a save."""
+    optimizer = make_optimizer(policy, o.lr)
+    done, recent = resume(out, policy, optimizer)
+    prlm.on_first(partial(prlm.rewind, out / "samples.jsonl", done))
+    if done > o.steps:
+        raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
+    prompts = make_prompts(o, policy.tokenizer, train)
+    for step, bar in saved_steps(o, "GRPO", out, stop, done, o.steps, policy, optimizer):
+        metrics, samples = grpo_step(o, step, policy, optimizer, judge, train, prompts)
+        if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
+            scores, _ = evaluate(policy.sampler, policy.tokenizer, held, o)
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
             found = f"reward {metrics['reward']:.3f}, held-out ROUGE-L {scores['rouge-l']:.3f}"
-            bar.write(f"step {done}: {found}")
-        if rank == 0:
-            append(out / "samples.jsonl", samples)
-            append(out / "metrics.jsonl", [metrics])
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "format")})
-        asked = max(prlm.gather(stop.signal or 0))  # whoever of the processes was
-        if done % o.save_every == 0 or last or asked:
-            prlm.on_first(partial(save_state, state, done, decoder, optimizer))
-        if asked and not last:
-            bar.close()
-            stop.leave(asked)
-    stop.in_loop = False
+            bar.write(f"step {step + 1}: {found}")
+        prlm.on_first(partial(prlm.append, out / "samples.jsonl", samples))
+        prlm.on_first(partial(prlm.append, out / "metrics.jsonl", [metrics]))
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}", format=f"{metrics['format']:.3f}")
+        recent.append(metrics)
+        warn_if_stuck(recent, bar)
 
 
-def main(o: Options, judge: Judge | None = None) -> None:
-    """The run that the options describe; `judge` takes the place of the one they name."""
+def main(o: Options, judge=None) -> None:
+    """The run that the options describe; `judge` takes the place of the one that they name."""
     with prlm.processes():
-        rank, world = prlm.place()
-        check(o, world)
-        with alone(Path(o.out)) if rank == 0 else nullcontext():
+        rank, world_size = prlm.rank_and_world_size()
+        check(o, world_size)
+        with prlm.alone(o.out) if rank == 0 else nullcontext():
             run(o, Stop(), judge)
 
 
-def run(o: Options, stop: Stop, judge: Judge | None = None) -> None:
+def run(o: Options, stop: Stop, judge=None) -> None:
     """Everything a run is made of, each part skipped where the run directory has it already."""
     device = prlm.pick_device(o.device)
     train = load_lamp(o.data, o.task, "train")[: o.train_examples or None]
     held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
-    decoder, tokenizer = prlm.load_decoder(o.model, device), prlm.load_tokenizer(o.model)
-    sampler = make_sampler(o, decoder)
-    if not tokenizer.eos_ids:
+    policy = make_policy(o, o.model, device)
+    if not policy.tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
-    prlm.on_first(partial(open_run, o))
-    out, (rank, world) = Path(o.out), prlm.place()
-    many = f"{world} x " if world > 1 else ""
-    where = f"{many}{device}, {str(sampler.head.dtype).removeprefix('torch.')} products"
-    print(f"{o.model} on {where}: {o.task}, {len(train)} training users, {len(held)} held out")
-    if o.personalization and o.reward_model:
-        judge = bert_judge(load_reward_model(o.reward_model, device))
-    elif judge is None:
-        frozen = copy.deepcopy(sampler).requires_grad_(False) if o.judge == "ratio" else sampler
-        judge = obtain_judge(o, frozen, tokenizer, train, out / "reward")
+    out = prlm.on_first(partial(prlm.open_result, o, inputs_of(o, "train", "dev")))
+    say_what_runs(o, policy, len(train), len(held))
+
+    if not prlm.on_first(partial(is_complete, o, out)):
+        if o.warm_start:
+            policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
+        take_a_look(o, out, policy, train)
+        judge = judge or judge_by(o, out, policy, train)
+        score(o, out, "no_profile", policy, held, k=0)
+        score(o, out, "before", policy, held, k=o.k)
+        train_policy(o, out, stop, policy, judge, train, held)
+        score(o, out, "after", policy, held, k=o.k)
+        prlm.on_first(
+            partial(prlm.save_decoder, policy.decoder, policy.tokenizer, out / "checkpoint")
+        )
+    prlm.on_first(partial(report, o, out))
+
+
+def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
+    """The first lines of a run: on what, in which precision, with whose values."""
+    device = policy.decoder.head.device
+    dtype = str(prlm.product_dtype(o.precision, device)).removeprefix("torch.")
+    world_size = prlm.rank_and_world_size()[1]
+    many = f"{world_size} x " if world_size > 1 else ""
+    print(
+        f"{o.model} on {many}{device}, {dtype} products, preset {o.preset}: "
+        f"{o.task}, {train} training users, {held} held out"
+    )
+
+
+def judge_by(o: Options, out: Path, policy: Policy, train: list[Example]):
+    """The judge that the options ask for. It knows the policy as it is before RL."""
+    if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
+        # Taken before a saved state is put back, so a run that goes on has the same reference.
+        policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
+    base = policy.sampler  # samples the pairs of the BERT judge, before it is trained
+    if o.judge == "ratio":
+        base = policy.reference or policy.decoder
+    judge = obtain_judge(o, base, policy.tokenizer, train, out / "reward")
+    if judge is None or o.judge == "bert":
+        return judge
+
+    def ask(examples, answers) -> list[float]:
+        with reference_of(policy):  # with LoRA, the adapters are off while the judge reads
+            return judge(examples, answers)
+
+    return ask
+
+
+def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example], k: int) -> None:
+    """Scores held-out users, greedy and at T = 0.7, into scores.json and held_out/{name}.jsonl."""
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
-    for name, k in (("no_profile", 0), ("before", o.k), ("after", o.k)):
-        if name in scores:
-            continue
+    if name in scores:
+        return
+    asked = dataclasses.replace(o, k=k)
+    how = {"decoder": policy.sampler, "tokenizer": policy.tokenizer, "examples": held}
+    sampled, _ = evaluate(**how, options=asked, temperature=0.7, description=f"{name}, sampled")
+    records = sample_records(**how, options=asked, description=f"{name}, greedy")
+    scores[name] = mean_scores(records) | {f"{key}_sampled": v for key, v in sampled.items()}
+
+    def keep() -> None:
+        (out / "held_out").mkdir(exist_ok=True)
+        prlm.write_lines(out / "held_out" / f"{name}.jsonl", records)
         if name == "after":
-            train_policy(o, out, stop, decoder, sampler, tokenizer, judge, train, held)
-        how = sampler, tokenizer, held, dataclasses.replace(o, k=k)
-        sampled, _ = evaluate(*how, 0.7, f"score {name}, sampled")
-        greedy, answers = evaluate(*how, 0.0, f"score {name}, greedy")
-        scores[name] = greedy | {f"{key}_sampled": value for key, value in sampled.items()}
-        if rank:
-            continue
-        if name == "after":
-            prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
+            answers = {record["id"]: record["answer"] for record in records}
             write_predictions(out / "predictions.json", o.task, answers)
-            draw_curves(out, scores["before"]["rouge-l"])
-        prlm.write_json(file, scores)  # with "after", and so last: the run is complete
+        prlm.write_json(file, scores)
+
+    prlm.on_first(keep)
+
+
+def is_complete(o: Options, out: Path) -> bool:
+    """Whether all stages are done, for --steps as it is now. Where the last score is out of date,
+    or a file that it comes with is missing, it is forgotten, to be made again."""
+    file = out / "scores.json"
+    scores = prlm.read_json(file) if file.is_file() else {}
+    if "after" not in scores:
+        return False
+    lines = prlm.read_lines(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+    whole = [name for name in WITH_THE_LAST_SCORE if not (out / name).is_file()] == []
+    if (whole and (not lines or lines[-1]["step"] == o.steps)) or not has_state(out):
+        return True
+    del scores["after"]
+    prlm.write_json(file, scores)
+    return False
+
+
+WITH_THE_LAST_SCORE = ("checkpoint/model.safetensors", "predictions.json", "held_out/after.jsonl")
+
+
+def has_state(out: Path) -> bool:
+    return (out / "trainer.pt").is_file()
+
+
+def report(o: Options, out: Path) -> None:
+    """The table of a finished run, and which of its files are there."""
+    scores = prlm.read_json(out / "scores.json")
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
     print(table({row: {c: scores[key][c] for c in columns} for row, key in rows.items()}))
-    print(f"{out} is complete: metrics, samples, scores, predictions, checkpoint/")
+    files = ["metrics.jsonl", "samples.jsonl", "scores.json", *WITH_THE_LAST_SCORE]
+    lost = [name for name in files if not (out / name).is_file()]
+    if "metrics.jsonl" not in lost:
+        count = len(prlm.read_lines(out / "metrics.jsonl"))
+        lost += [f"{o.steps - count} of the {o.steps} lines of metrics.jsonl"] * (count < o.steps)
+    print(f"{out} is complete" + (f", but {', '.join(lost)} are missing" if lost else ""))
 
 
 if __name__ == "__main__":

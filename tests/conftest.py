@@ -101,10 +101,12 @@ def write_lamp(folder, task="LaMP-4", users=6, split="train", seed=0):
     (folder / split / f"{split}_outputs.json").write_text(json.dumps(outputs))
 
 
-def write_policy(folder, seed=0):
-    """A random Qwen2 whose tokenizer knows bytes and a few whole answers."""
+ANSWERS = ("{'title': 'tennis wins'}", "{'title': 'golf'}", "{'title': 'oslo today'}")
+
+
+def write_policy(folder, seed=0, answers=ANSWERS):
+    """A random Qwen2 whose tokenizer knows bytes and a few whole answers, which it likes."""
     backend = byte_tokenizer()
-    answers = ["{'title': 'tennis wins'}", "{'title': 'golf'}", "{'title': 'oslo today'}"]
     backend.add_tokens(["<think>\n", "\n</think>\n", *answers, retrieve.SYSTEM])
     torch.manual_seed(seed)
     raw = dict(
@@ -114,7 +116,8 @@ def write_policy(folder, seed=0):
     )  # fmt: skip
     decoder = prlm.Decoder(raw)
     with torch.no_grad():
-        decoder.embed.weight[backend.get_vocab_size() - 4 : -1] *= 60
+        if answers:
+            decoder.embed.weight[backend.get_vocab_size() - 4 : -1] *= 60
     files = {
         "tokenizer.json": backend.to_str(),
         "tokenizer_config.json": json.dumps(

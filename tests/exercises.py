@@ -1151,7 +1151,7 @@ EXERCISES = [
                    "loss = -torch.min(", "loss = torch.min("),
         ],
         """
-        size = loss_size(mask, normalizer, max_new_tokens)
+        size = loss_size(mask, normalizer, max_new_tokens) if size is None else size
         if beta and ref_logprobs is None:
             raise ValueError("beta needs ref_logprobs")
         high, total = clip if clip_high is None else clip_high, logprobs.new_zeros(())

@@ -959,9 +959,13 @@ class TestOptions:
 
     def test_a_preset_changes_the_defaults_and_no_more(self):
         given = ["--preset", "paper", "--k", "3", "--no-checkpointing"]
-        values = rl.PAPER | {"preset": "paper", "k": 3, "checkpointing": False}
+        values = prlm.presets_of(rl.Options)["paper"] | {
+            "preset": "paper",
+            "k": 3,
+            "checkpointing": False,
+        }
         assert prlm.parse_options(rl.Options, "", given)[0] == rl.Options(**values)
-        assert prlm.parse_options(rl.Options, "", [])[0] == rl.Options()
+        assert prlm.parse_options(rl.Options, "", [])[0] == rl.Options(preset="toy")
 
     @pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
     def test_a_bad_file_is_one_line_and_status_2(self, tmp_path, monkeypatch, capsys, broken):

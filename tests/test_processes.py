@@ -48,17 +48,10 @@ def parameters_after_update(world, normalizer, share=slice(None)):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in (9, 3, 20, 6)]
     groups = prlm.generate(decoder, prompts, 3, 8, 1.0, {5, 70, 200, 258}, seed=1)
-    sampled = torch.zeros(4, 3, 8)
-    for p, group in enumerate(groups):
-        for g, completion in enumerate(group):
-            sampled[p, g, : len(completion.tokens)] = torch.tensor(completion.logprobs)
-    ids = [[c.tokens for c in group] for group in groups][share]
-    width = max(len(c) for group in ids for c in group)
-    advantages = torch.randn(4, 3, generator=generator)[share]
-    keep = torch.tensor([[c.finished for c in group] for group in groups])[share]
-    sampled, optimizer = sampled[share, :, :width], torch.optim.SGD(decoder.parameters(), 1.0)
-    rollout = prompts[share], ids, advantages, sampled, keep
-    log = rl.update(o, decoder, optimizer, reference, *rollout)
+    advantages = torch.randn(4, 3, generator=generator)
+    rollout = rl.Rollout([], prompts[share], groups[share], [], [], advantages[share])
+    policy = rl.Policy(decoder, decoder, None, reference)
+    log = rl.update(o, policy, torch.optim.SGD(decoder.parameters(), 1.0), rollout)
     return torch.cat([p.detach().flatten() for p in decoder.parameters()]), log
 
 
@@ -129,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1] == "update":
         with prlm.processes():
-            rank = prlm.place()[0]
+            rank = prlm.rank_and_world_size()[0]
             for normalizer in NORMALIZERS:
                 share = slice(2 * rank, 2 * rank + 2)
                 found = parameters_after_update(sys.argv[2], normalizer, share)
@@ -138,7 +131,7 @@ def main() -> None:
     real = rl.grpo_step
 
     def step(o, number, *rest):
-        if os.environ.get("DIES") == f"{prlm.place()[0]} {number}":
+        if os.environ.get("DIES") == f"{prlm.rank_and_world_size()[0]} {number}":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(o, number, *rest)
 

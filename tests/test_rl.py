@@ -238,12 +238,11 @@ class TestSchedule:
         assert rl.choose(10, 3, 4, 0) == chosen[12:16] != rl.choose(10, 3, 4, 1)
 
     def test_micro_batches_hold_every_group_once_within_the_budget(self):
-        prompts = [[0] * n for n in (5, 9, 1, 30, 4)]
-        completions = [[[0] * 2, [0] * 3]] * 5
-        batches = rl.micro_batches(prompts, completions, 20)
+        sizes = [10, 14, 6, 35, 9]
+        batches = prlm.micro_batches(sizes, 20)
         assert sorted(n for batch in batches for n in batch) == list(range(5))
         for batch in batches:
-            assert len(batch) == 1 or sum(len(prompts[n]) + 5 for n in batch) <= 20
+            assert len(batch) == 1 or sum(sizes[n] for n in batch) <= 20
         assert batches[0] == [3]
 
 
@@ -274,17 +273,14 @@ class TestUpdate:
         """The parameters after one update on a fixed rollout, and its log."""
         o = tiny(world, "unused", **changes)
         decoder = prlm.load_decoder(world / "policy")
-        reference = prlm.load_decoder(world / "policy") if o.beta else None
+        policy = rl.Policy(decoder, decoder, None, reference=prlm.load_decoder(world / "policy"))
         optimizer = torch.optim.SGD(decoder.parameters(), 1.0)
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in (9, 3, 6)]
         groups = prlm.generate(decoder, prompts, 4, 8, 1.0, {5, 70, 200, 258}, seed=1)
-        ids = [[c.tokens for c in group] for group in groups]
-        flat = [torch.tensor(c.logprobs) for group in groups for c in group]
-        sampled = torch.nn.utils.rnn.pad_sequence(flat, True).unflatten(0, (3, 4))
         advantages = torch.randn(3, 4, generator=generator)
-        keep = torch.tensor([[c.finished or not o.mask_truncated for c in g] for g in groups])
-        log = rl.update(o, decoder, optimizer, reference, prompts, ids, advantages, sampled, keep)
+        rollout = rl.Rollout([], prompts, groups, [], [], advantages)
+        log = rl.update(o, policy, optimizer, rollout)
         return torch.cat([p.detach().flatten() for p in decoder.parameters()]), log
 
     @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
@@ -381,7 +377,7 @@ class TestRun:
     def test_a_complete_run_only_says_so(self, world, finished, capsys):
         before = (finished / "metrics.jsonl").read_bytes()
         rl.main(tiny(world, finished))
-        assert "complete" in capsys.readouterr().out
+        assert "is complete" in capsys.readouterr().out
         assert (finished / "metrics.jsonl").read_bytes() == before
 
     def test_a_stopped_run_ends_bit_equal(self, world, finished, tmp_path, monkeypatch):
@@ -409,19 +405,19 @@ class TestRun:
             assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
     def test_other_options_are_refused_and_named(self, world, finished):
-        with pytest.raises(ValueError, match=r"lr 0\.01 -> 0\.5"):
-            rl.main(tiny(world, finished, lr=0.5))
+        with pytest.raises(ValueError, match=r"temperature 1\.0 -> 0\.5"):
+            rl.main(tiny(world, finished, temperature=0.5))
 
     def test_a_foreign_directory_is_not_touched(self, world, tmp_path):
         (tmp_path / "thesis.txt").write_text("mine")
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match="holds no run"):
+            with pytest.raises(ValueError, match="holds no result"):
                 rl.main(tiny(world, tmp_path, overwrite=overwrite))
         assert (tmp_path / "thesis.txt").read_text() == "mine"
 
     @pytest.mark.parametrize(
         "name, value",
-        [("k", -1), ("group_size", 1), ("temperature", 0.0), ("steps", 0), ("lr", math.nan)],
+        [("k", -1), ("group_size", 1), ("temperature", 0.0), ("steps", -1), ("lr", math.nan)],
     )
     def test_impossible_options_are_refused(self, world, tmp_path, name, value):
         with pytest.raises(ValueError, match=name.replace("_", "-")):
@@ -457,7 +453,7 @@ class TestRun:
 
     def test_a_saved_reward_model_is_used(self, world, finished, tmp_path):
         rl.main(tiny(world, tmp_path / "run", steps=1, reward_model=str(finished / "reward")))
-        assert not (tmp_path / "run" / "reward").exists()
+        assert not (tmp_path / "run" / "reward" / "model.safetensors").exists()
 
     def test_half_precision_samples_from_a_copy_that_follows(self, world, tmp_path, monkeypatch):
         sampled, real = [], prlm.generate
@@ -490,7 +486,7 @@ class TestRun:
         self, world, tmp_path, monkeypatch
     ):
         real = rl.grpo_loss
-        monkeypatch.setattr(rl, "grpo_loss", lambda *a: real(*a) * math.nan)
+        monkeypatch.setattr(rl, "grpo_loss", lambda *a, **k: real(*a, **k) * math.nan)
         with pytest.raises(ValueError, match=r"step 1, records 30\d, 30\d: the loss is nan"):
             rl.main(tiny(world, tmp_path / "run"))
         assert not (tmp_path / "run" / "trainer.pt").exists()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_rl import CLOCK, tiny
 
+import prlm
 import rl
 
 ROOT = Path(__file__).parent.parent
@@ -147,19 +148,19 @@ class TestStop:
         assert code == 2 and "another process" in complaint
 
     def test_a_directory_is_held_once(self, tmp_path):
-        with rl.alone(tmp_path / "run"):
-            with pytest.raises(ValueError, match="another process"), rl.alone(tmp_path / "run"):
+        with prlm.alone(tmp_path / "run"):
+            with pytest.raises(ValueError, match="another process"), prlm.alone(tmp_path / "run"):
                 pass
-            with rl.alone(tmp_path / "other"):
+            with prlm.alone(tmp_path / "other"):
                 pass
-        with rl.alone(tmp_path / "run"):
+        with prlm.alone(tmp_path / "run"):
             pass
 
     @pytest.mark.parametrize("in_loop, asked", [(False, 1), (True, 2)])
     def test_signals_wait_only_within_the_loop(self, in_loop, asked, capsys):
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            stop = rl.Stop()
+            stop = prlm.Stop()
             stop.in_loop = in_loop
             for _ in range(asked - 1):
                 signal.raise_signal(signal.SIGTERM)
@@ -174,6 +175,7 @@ class TestStop:
     def test_overwrite_starts_anew(self, world, tmp_path):
         o = tiny(world, tmp_path / "run", steps=1, personalization=0.0)
         rl.main(o)
-        rl.main(tiny(world, tmp_path / "run", steps=2, personalization=0.0, overwrite=True))
+        changes = dict(personalization=0.0, overwrite=True, temperature=0.5)
+        rl.main(tiny(world, tmp_path / "run", steps=2, **changes))
         assert steps(tmp_path / "run") == 2
         assert {p.name for p in tmp_path.iterdir()} == {"run", ".run.lock"}

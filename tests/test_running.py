@@ -1,0 +1,441 @@
+"""A result knows what made it; a run can be followed, stopped and gone on with as it says."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_policy
+from test_rl import lines, tiny
+from test_stop import finish, start, state, steps, wait_for_steps
+
+import eval as scoring
+import prlm
+import retrieve
+import reward
+import rl
+
+ROOT = Path(__file__).parent.parent
+
+
+def quick(world, out, **changes):
+    """A run of two steps without a judge."""
+    return tiny(world, out, **{"steps": 2, "personalization": 0.0, "eval_every": 0} | changes)
+
+
+def evaluation(world, out, **changes):
+    settings = dict(
+        model=str(world / "policy"), data=str(world / "lamp"), max_new_tokens=12, k=2, device="cpu",
+        max_prompt_tokens=400, out=str(out),
+    )  # fmt: skip
+    return scoring.Options(**settings | changes)
+
+
+class TestResult:
+    def test_what_does_not_change_the_result_may_change(self, world, tmp_path):
+        rl.main(quick(world, tmp_path / "a", steps=4))
+        rl.main(quick(world, tmp_path / "b", steps=2))
+        other = dict(batch_size=2, tokens_per_micro_batch=50, checkpointing=True, save_every=1)
+        rl.main(quick(world, tmp_path / "b", steps=4, **other))
+        metrics = lines(tmp_path / "b" / "metrics.jsonl")
+        assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+
+    def test_learning_rate_and_steps_may_change_with_a_word(self, world, tmp_path, capsys):
+        out = tmp_path / "run"
+        rl.main(quick(world, out))
+        capsys.readouterr()
+        rl.main(quick(world, out, steps=3, lr=5e-3))
+        assert "lr 0.01 -> 0.005, steps 2 -> 3" in capsys.readouterr().out
+        config = json.loads((out / "config.json").read_text())
+        assert config["lr"] == 5e-3 and config["steps"] == 3
+        assert config["changes"] == [{"lr": [0.01, 0.005], "steps": [2, 3]}]
+        assert [line["step"] for line in lines(out / "metrics.jsonl")] == [1, 2, 3]
+        with pytest.raises(ValueError, match="3 steps already"):
+            rl.main(quick(world, out, steps=1, lr=5e-3))
+
+    def test_other_options_code_and_inputs_are_named(self, world, tmp_path):
+        out = tmp_path / "run"
+        rl.main(quick(world, out))
+        with pytest.raises(ValueError, match=r"k 2 -> 1, temperature 1\.0 -> 0\.5"):
+            rl.main(quick(world, out, k=1, temperature=0.5))
+        write_policy(tmp_path / "policy", seed=1)
+        with pytest.raises(ValueError, match="--model leads to other files"):
+            rl.main(quick(world, out, model=str(tmp_path / "policy")))
+        config = json.loads((out / "config.json").read_text())
+        config["code"]["reward.py"] = "0" * 12
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"reward\.py has been edited .* another --out"):
+            rl.main(quick(world, out))
+        rl.main(quick(world, out, force=True))
+
+    def test_a_path_is_a_place_not_a_spelling(self, world, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        rl.main(quick(world, "run"))
+        shutil.copytree(world / "policy", tmp_path / "same")
+        before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+        for out in ("run/", "./run", str(tmp_path / "run")):
+            rl.main(quick(world, out, model="./same/"))
+        (tmp_path / "run").rename(tmp_path / "moved")
+        rl.main(quick(world, "moved"))
+        assert (tmp_path / "moved" / "metrics.jsonl").read_bytes() == before
+
+    def test_overwrite_goes_on_with_its_own_and_deletes_only_anothers(self, world, tmp_path):
+        out = tmp_path / "run"
+        o = quick(world, out, overwrite=True)
+        rl.main(o)
+        before = (out / "metrics.jsonl").stat().st_mtime_ns
+        rl.main(o)
+        assert (out / "metrics.jsonl").stat().st_mtime_ns == before
+        rl.main(dataclasses.replace(o, temperature=0.5))
+        assert (out / "metrics.jsonl").stat().st_mtime_ns > before
+
+    def test_evaluations_do_not_mix(self, world, tmp_path):
+        scoring.main(evaluation(world, tmp_path / "a"))
+        scoring.main(evaluation(world, tmp_path / "a", batch_size=1))
+        with pytest.raises(ValueError, match="k 2 -> 1"):
+            scoring.main(evaluation(world, tmp_path / "a", k=1))
+        scoring.main(evaluation(world, tmp_path / "a", k=1, overwrite=True))
+        assert json.loads((tmp_path / "a" / "config.json").read_text())["k"] == 1
+        with pytest.raises(ValueError, match=r"command 'eval\.py' -> 'rl\.py'"):
+            rl.main(quick(world, tmp_path / "a"))
+
+    def test_reward_models_do_not_mix(self, world, tmp_path):
+        settings = dict(
+            model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
+            max_new_tokens=12, max_prompt_tokens=400, pairs_per_query=6, reward_epochs=1,
+            device="cpu", out=str(tmp_path / "a"),
+        )  # fmt: skip
+        reward.main(reward.Options(**settings))
+        reward.main(reward.Options(**settings))
+        reward.load_reward_model(tmp_path / "a")
+        with pytest.raises(ValueError, match="negatives 1 -> 2"):
+            reward.main(reward.Options(**settings, negatives=2))
+        write_policy(tmp_path / "other", seed=3)
+        with pytest.raises(ValueError, match="--model leads to other files"):
+            reward.main(reward.Options(**settings | {"model": str(tmp_path / "other")}))
+
+    def test_comments_are_no_edit(self, tmp_path):
+        for name, text in {"a": "x = 1\n", "b": "# why\nx  =  1  # so\n", "c": "x = 2\n"}.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "m.py").write_text(text)
+        a, b, c = (prlm.fingerprint(tmp_path / name / "m.py") for name in "abc")
+        assert a == b != c
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_eval_gives_the_scores_of_the_run(self, world, tmp_path, precision):
+        rl.main(quick(world, tmp_path / "run", precision=precision))
+        o = evaluation(
+            world, tmp_path / "eval", precision=precision,
+            model=str(tmp_path / "run" / "checkpoint"), limit=3,
+        )  # fmt: skip
+        scoring.main(o)
+        scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+        after = json.loads((tmp_path / "run" / "scores.json").read_text())["after"]
+        assert scores == {name: after[name] for name in scores}
+        one, two = (tmp_path / "eval" / "samples.jsonl", tmp_path / "run/held_out/after.jsonl")
+        assert one.read_bytes() == two.read_bytes()
+
+    def test_lost_files_are_made_again_or_missed(self, world, tmp_path, capsys):
+        out = tmp_path / "run"
+        rl.main(quick(world, out))
+        weights = (out / "checkpoint/model.safetensors").read_bytes()
+        shutil.rmtree(out / "checkpoint")
+        (out / "predictions.json").unlink()
+        rl.main(quick(world, out))
+        assert (out / "checkpoint/model.safetensors").read_bytes() == weights
+        assert (out / "predictions.json").is_file()
+        (out / "samples.jsonl").unlink()
+        capsys.readouterr()
+        rl.main(quick(world, out))
+        assert "samples.jsonl" in capsys.readouterr().out.splitlines()[-1]
+
+
+class TestFiles:
+    def test_a_disk_that_fills_leaves_whole_lines(self, tmp_path, monkeypatch):
+        path = tmp_path / "lines.jsonl"
+        prlm.append(path, [{"step": 1}])
+        whole = path.read_bytes()
+
+        class Full:
+            """A file that takes three bytes and then no more."""
+
+            def __init__(self, file):
+                self.file, self.room = file, 3
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                self.file.close()
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def write(self, text):
+                if not self.room:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                count = self.file.write(text[: self.room])
+                self.room -= count
+                return count
+
+        real = open
+        monkeypatch.setattr("builtins.open", lambda *a, **k: Full(real(*a, **k)))
+        with pytest.raises(OSError, match=r"lines\.jsonl"):
+            prlm.append(path, [{"step": 2}])
+        monkeypatch.undo()
+        assert path.read_bytes() == whole
+
+    def test_a_state_that_cannot_fit_is_not_tried(self, tmp_path, monkeypatch):
+        decoder = torch.nn.Linear(1000, 1000)
+        optimizer = torch.optim.AdamW(decoder.parameters())
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4_000_000))
+        monkeypatch.setattr(torch, "save", None)
+        with pytest.raises(OSError, match=r"needs 0\.0 GB .*trainer\.pt"):
+            rl.save_state(tmp_path / "trainer.pt", 1, decoder, optimizer)
+
+    def test_only_a_broken_state_asks_to_be_deleted(self, tmp_path, monkeypatch):
+        decoder = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(decoder.parameters())
+        path = tmp_path / "trainer.pt"
+        rl.save_state(path, 1, decoder, optimizer)
+        for error in (OSError(errno.EIO, "Input/output error"), torch.OutOfMemoryError("full")):
+
+            def fails(*_, error=error, **__):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "load", fails)
+                with pytest.raises(type(error)) as found:
+                    rl.load_state(path, decoder, optimizer)
+            assert "delete" not in str(found.value)
+        assert rl.load_state(path, decoder, optimizer) == 1
+
+
+class TestProgress:
+    def test_without_a_terminal_a_line_a_minute(self, capsys, monkeypatch):
+        now = [1000.0]
+        monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+        bar = prlm.Progress(range(5), "GRPO", total=5)
+        for _ in bar:
+            now[0] += 40
+            bar.set_postfix(reward="0.5")
+        said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert len(said) == 2 and re.match(r"GRPO: 2 of 5, 02:00 left, reward=0\.5", said[0])
+
+    def test_a_short_loop_says_nothing(self, capsys):
+        list(prlm.Progress(range(3), "quick"))
+        assert capsys.readouterr() == ("", "")
+
+
+class TestPresets:
+    def parse(self, *arguments, options=rl.Options):
+        return prlm.parse_options(options, "", list(arguments))[0]
+
+    def test_the_model_chooses(self, tmp_path, monkeypatch):
+        assert self.parse().preset == "toy" and self.parse().lr == 1e-3
+        for hidden, preset, lr in ((576, "small", 2e-5), (1536, "paper", 1e-6)):
+            prlm.write_json(tmp_path / "config.json", {"hidden_size": hidden})
+            o = self.parse("--model", str(tmp_path))
+            assert (o.preset, o.lr, o.encoder) == (preset, lr, None)
+            assert self.parse("--model", str(tmp_path), "--lr", "1").lr == 1.0
+            o = self.parse("--model", str(tmp_path), options=scoring.Options)
+            assert o.max_new_tokens > 40 and o.temperature == 0.0
+        assert self.parse("--preset", "paper").max_new_tokens == 768
+
+    def test_a_policy_trained_from_the_toy_is_a_toy(self, tmp_path):
+        policy = prlm.load_decoder(prlm.beside("toy/policy"))
+        prlm.save_decoder(policy, prlm.load_tokenizer(prlm.beside("toy/policy")), tmp_path)
+        assert self.parse("--model", str(tmp_path)).preset == "toy"
+
+    def test_an_encoder_has_to_be_named(self, world, tmp_path):
+        o = dataclasses.replace(tiny(world, tmp_path / "run"), encoder=None)
+        with pytest.raises(ValueError, match="--encoder DIRECTORY"):
+            rl.main(o)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("module", ["rl.py", "eval.py", "reward.py", "retrieve.py"])
+    def test_the_toy_is_found_from_anywhere(self, module, tmp_path):
+        command = [sys.executable, str(ROOT / module), "--help"]
+        how = dict(capture_output=True, text=True, env=os.environ | {"COLUMNS": "500"})
+        done = subprocess.run(command, cwd=tmp_path, **how)
+        found = re.search(r"checkpoint directory of the policy \(default: (\S+)\)", done.stdout)
+        assert (tmp_path / found[1] / "config.json").is_file()
+
+
+class TestLook:
+    def test_a_base_that_never_answers_is_stopped(self, world, tmp_path, capsys):
+        write_policy(tmp_path / "mute", seed=0, answers=())
+        o = quick(world, tmp_path / "run", model=str(tmp_path / "mute"), format=0.0)
+        with pytest.raises(ValueError, match="--warm-start 62") as found:
+            rl.main(o)
+        assert "--force" in str(found.value) and "0% of groups differ" in capsys.readouterr().out
+        rl.main(dataclasses.replace(o, force=True))
+        assert steps(tmp_path / "run") == 2
+
+    def test_the_way_out_works(self, world, tmp_path, capsys):
+        write_policy(tmp_path / "mute", seed=0, answers=())
+        same = dict(max_new_tokens=80, reasoning=False, model=str(tmp_path / "mute"), format=0.0)
+        with pytest.raises(ValueError, match="each with --overwrite: --warm-start 62"):
+            rl.main(quick(world, tmp_path / "run", **same))
+        changes = dict(warm_start=200, warm_start_lr=1e-2, overwrite=True)
+        rl.main(quick(world, tmp_path / "run", **same, **changes))
+        said = capsys.readouterr().out
+        assert "warm start: loss" in said
+        look = json.loads((tmp_path / "run" / "look.json").read_text())
+        assert look["answered"] > 0.5 and look["groups_with_spread"] > 0.1
+
+
+class TestWarmStart:
+    def test_targets(self, world):
+        o = quick(world, "unused")
+        tokenizer = prlm.load_tokenizer(world / "policy")
+        examples = retrieve.load_lamp(world / "lamp", "LaMP-4", "train")
+        for changes in ({}, {"k": 0}, {"reasoning": False}):
+            asked = dataclasses.replace(o, **changes)
+            for example, ids in zip(examples, rl.warm_start_targets(asked, tokenizer, examples)):
+                title = retrieve.retrieve(example, 1)[0]["title"]
+                thought = "" if changes else f"The user wrote: {title}"[: 16 + rl.EVIDENCE_TOKENS]
+                text = f"<answer>\n{{'title': '{example.target}'}}\n</answer>"
+                if asked.reasoning:
+                    text = f"<think>\n{thought}\n</think>\n{text}"
+                assert tokenizer.decode(ids[:-1]) == text and ids[-1] == 258
+
+    def test_killed_in_the_middle_it_ends_bit_equal(self, world, tmp_path):
+        how = dict(warm_start=12, save_every=3, steps=3, personalization=0.0, force=True)
+        status, _, complaint = finish(start(world, tmp_path / "whole", **how))
+        assert status == 0, complaint
+        out = tmp_path / "killed"
+        process = start(world, out, **how)
+        wait_for_steps(process, out / "warm_start", 7)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        assert 6 <= torch.load(out / "warm_start" / "trainer.pt", weights_only=True)["step"] < 12
+        process = start(world, out, **how)
+        wait_for_steps(process, out / "warm_start", 10)
+        process.send_signal(signal.SIGINT)
+        assert finish(process)[0] == 130
+        status, _, complaint = finish(start(world, out, **how))
+        assert status == 0, complaint
+        assert state(out) == state(tmp_path / "whole")
+        one, two = (p / "warm_start/model.safetensors" for p in (out, tmp_path / "whole"))
+        assert one.read_bytes() == two.read_bytes()
+
+    def test_half_a_batch_at_a_time_is_the_same_step(self, world):
+        """Cross-entropy over the tokens of all rows, whatever the micro-batches."""
+        prompts, targets = [[5, 6, 7], [9], [4, 4]], [[1, 2], [3, 8, 258], [258]]
+        found = []
+        for budget in (1, 100):
+            o = quick(world, "unused", tokens_per_micro_batch=budget, grad_clip=1e9)
+            policy = rl.make_policy(o, o.model, "cpu")
+            optimizer = torch.optim.SGD(policy.decoder.parameters(), 0.0)
+            log = rl.supervised_step(o, policy, optimizer, prompts, targets)
+            nats = 0.0
+            for prompt, target in zip(prompts, targets):
+                logits = policy.decoder(torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
+                limit = policy.decoder.vocab_limit
+                nats -= logits[:, :limit].log_softmax(-1)[range(len(target)), target].sum().item()
+            assert log["loss"] == pytest.approx(nats / 6, rel=1e-4)
+            found.append(log)
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+class TestLoRA:
+    def test_it_trains_adapters_stops_and_goes_on(self, world, tmp_path):
+        how = dict(lora_rank=2, beta=0.1, steps=6, save_every=2, personalization=0.0)
+        status, _, complaint = finish(start(world, tmp_path / "whole", **how))
+        assert status == 0, complaint
+        out = tmp_path / "stopped"
+        process = start(world, out, **how)
+        wait_for_steps(process, out, 3)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        finish(start(world, out, **how))
+        assert state(out) == state(tmp_path / "whole")
+        saved = torch.load(out / "trainer.pt", weights_only=True)["model"]
+        assert saved and all(name.endswith((".A", ".B")) for name in saved)
+        base, trained = (prlm.load_decoder(p) for p in (world / "policy", out / "checkpoint"))
+        assert torch.equal(base.head, trained.head)
+        assert not torch.equal(base.layers[0].qkv.weight, trained.layers[0].qkv.weight)
+        metrics = lines(out / "metrics.jsonl")
+        assert metrics[0]["kl"] == 0 < metrics[-1]["kl"] and metrics[-1]["gap"] < 1e-4
+
+    def test_the_judge_reads_without_the_adapters(self, world, tmp_path):
+        o = quick(world, tmp_path / "run", lora_rank=2, judge="ratio", personalization=1.0)
+        policy = rl.make_policy(o, o.model, "cpu")
+        example = retrieve.load_lamp(world / "lamp", "LaMP-4", "train")[0]
+        judge = rl.judge_by(o, tmp_path, policy, [example])
+        before = judge([example], ["tennis wins"])
+        for name, parameter in policy.decoder.named_parameters():
+            if name.endswith(".B"):
+                torch.nn.init.normal_(parameter)
+        assert judge([example], ["tennis wins"]) == before
+
+
+class TestStopping:
+    def test_it_survives_a_closed_output(self, world, tmp_path):
+        """As with `2>&1 | tee log`, where Ctrl-C ends tee first."""
+        out = tmp_path / "run"
+        process = start(world, out, steps=400)
+        wait_for_steps(process, out, 2)
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+        assert torch.load(out / "trainer.pt", weights_only=True)["step"] == steps(out) < 400
+
+    def test_advice_after_a_number_gone_wrong_can_be_followed(self, world, tmp_path, monkeypatch):
+        out, real = tmp_path / "run", rl.update
+        calls = []
+
+        def breaks(*a, **k):
+            calls.append(1)
+            if len(calls) == 4:
+                raise FloatingPointError("the loss is nan")
+            return real(*a, **k)
+
+        monkeypatch.setattr(rl, "update", breaks)
+        o = quick(world, out, steps=4, save_every=1)
+        with pytest.raises(ValueError, match="the same command with a lower --lr goes on"):
+            rl.main(o)
+        rl.main(dataclasses.replace(o, lr=1e-3))
+        assert steps(out) == 4
+
+    @pytest.mark.parametrize("options", [rl.Options, scoring.Options, prlm.Options])
+    def test_advice_on_memory_names_flags_that_the_command_has_and_that_may_change(self, options):
+        for flag in re.findall(r"--[\w-]+", prlm.advice_on_memory(options)):
+            name = flag[2:].replace("-", "_")
+            assert hasattr(options, name) and name in options.free
+
+    def test_ten_steps_without_spread_are_worth_a_warning(self):
+        said = []
+
+        class Bar:
+            write = said.append
+
+        line = {"zero_spread_groups": 1.0, "truncated": 0.5}
+        for count in range(1, 21):
+            rl.warn_if_stuck([line] * count, Bar)
+        rl.warn_if_stuck([line] * 9 + [line | {"zero_spread_groups": 0.9}], Bar)
+        assert len(said) == 2 and all("--temperature" in text for text in said)
+        rl.warn_if_stuck([line | {"truncated": 1.0, "zero_spread_groups": 0}] * 10, Bar)
+        assert "--max-new-tokens" in said[2]
+
+    def test_ctrl_c_while_torch_is_loaded_ends_without_a_traceback(self):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "rl.py"), "--help"], stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+        )  # fmt: skip
+        said = b""
+        while b"torch" not in said:  # the import is under way
+            said = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.stderr.read() and process.wait(60) != 0
