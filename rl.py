@@ -161,7 +161,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 class Options(RewardOptions):
     presets = {  # noqa: RUF012  what the authors trained with, and what small real models want
         "small": {
-            "warm_start": 62, "steps": 40, "prompts_per_step": 4, "temperature": 1.0, "lr": 2e-5,
+            "warm_start_batch": 4, "warm_start_lr": 3e-4, "steps": 40, "prompts_per_step": 4,
+            "temperature": 0.7, "lr": 3e-5, "personalization": 0.0, "save_every": 5,
             "tokens_per_micro_batch": 4096,
         },
         "paper": {
@@ -547,7 +548,7 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
 def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) -> None:
     """Looks once, says what was seen, and stops a run that could not learn; --force goes on."""
     file = out / "look.json"
-    if prlm.on_first(file.is_file):
+    if o.steps == 0 or prlm.on_first(file.is_file):
         return
     found = prlm.on_first(partial(look, o, policy, examples))
     print(
@@ -557,7 +558,7 @@ def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) 
         f"{found['groups_with_spread']:.0%} of groups differ in reward"
     )
     if found["groups_with_spread"] <= 0.1 and not o.force:
-        ways = ["--warm-start 62 (it teaches the form from the training records)"]
+        ways = ["--warm-start 125 (it teaches the form from the training records)"]
         ways += [f"--max-new-tokens above {o.max_new_tokens}"] * (found["truncated"] > 0.5)
         ways += ["a higher --temperature"] * (found["answered"] > 0.5)
         raise ValueError(
@@ -568,7 +569,7 @@ def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) 
 
 
 EVIDENCE = "The user wrote: {}"  # what the warm start puts into the reasoning block
-EVIDENCE_TOKENS = 28  # enough to quote a title or the beginning of a tweet
+EVIDENCE_TOKENS = 14  # a title, or the beginning of a tweet
 
 
 def warm_start_targets(
@@ -577,7 +578,7 @@ def warm_start_targets(
     """The completion to imitate for each training record, as ids that end with the EOS id.
 
         <think>
-        The user wrote: (the last field of the best retrieved item, at most 28 tokens)
+        The user wrote: (the last field of the best retrieved item, at most 14 tokens)
         </think>
         <answer>
         {'title': '(what the user really wrote)'}
@@ -641,7 +642,7 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     for step, bar in saved_steps(
         o, "warm start", folder, stop, first, o.warm_start, policy, optimizer
     ):
-        chosen = choose(len(examples), step, o.warm_start_batch, seed_of(o.seed, "warm start"))
+        chosen = choose(len(examples), step, o.warm_start_batch, o.seed)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o.warm_start, o.warm_start_lr, o.warmup)
         line = {"step": step + 1} | supervised_step(
@@ -812,6 +813,10 @@ def run(o: Options, stop: Stop, judge=None) -> None:
         if o.warm_start:
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
         take_a_look(o, out, policy, train)
+        if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
+            # A copy, since the policy will move; taken before a saved state is put back, so that a
+            # run that goes on has the same one. The sampler's: it is in the products' precision.
+            policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
         judge = judge or judge_by(o, out, policy, train)
         score(o, out, "no_profile", policy, held, k=0)
         score(o, out, "before", policy, held, k=o.k)
@@ -837,9 +842,6 @@ def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
 
 def judge_by(o: Options, out: Path, policy: Policy, train: list[Example]):
     """The judge that the options ask for. It knows the policy as it is before RL."""
-    if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
-        # Taken before a saved state is put back, so a run that goes on has the same reference.
-        policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
     base = policy.sampler  # samples the pairs of the BERT judge, before it is trained
     if o.judge == "ratio":
         base = policy.reference or policy.decoder
@@ -877,27 +879,25 @@ def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example],
     prlm.on_first(keep)
 
 
+LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/after.jsonl")
+
+
 def is_complete(o: Options, out: Path) -> bool:
-    """Whether all stages are done, for --steps as it is now. Where the last score is out of date,
-    or a file that it comes with is missing, it is forgotten, to be made again."""
+    """Whether the last score stands. It is forgotten, to be made again from the saved state, where
+    --steps has changed since or a file that belongs to it is gone."""
     file = out / "scores.json"
     scores = prlm.read_json(file) if file.is_file() else {}
     if "after" not in scores:
         return False
-    lines = prlm.read_lines(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
-    whole = [name for name in WITH_THE_LAST_SCORE if not (out / name).is_file()] == []
-    if (whole and (not lines or lines[-1]["step"] == o.steps)) or not has_state(out):
+    metrics = out / "metrics.jsonl"
+    lines = prlm.read_lines(metrics) if metrics.is_file() else []
+    stale = bool(lines) and lines[-1]["step"] != o.steps
+    lost = not all((out / name).is_file() for name in LAST_FILES)
+    if not (stale or lost) or not (out / "trainer.pt").is_file():
         return True
     del scores["after"]
     prlm.write_json(file, scores)
     return False
-
-
-WITH_THE_LAST_SCORE = ("checkpoint/model.safetensors", "predictions.json", "held_out/after.jsonl")
-
-
-def has_state(out: Path) -> bool:
-    return (out / "trainer.pt").is_file()
 
 
 def report(o: Options, out: Path) -> None:
@@ -906,7 +906,7 @@ def report(o: Options, out: Path) -> None:
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
     print(table({row: {c: scores[key][c] for c in columns} for row, key in rows.items()}))
-    files = ["metrics.jsonl", "samples.jsonl", "scores.json", *WITH_THE_LAST_SCORE]
+    files = ["metrics.jsonl", "samples.jsonl", "scores.json", *LAST_FILES]
     lost = [name for name in files if not (out / name).is_file()]
     if "metrics.jsonl" not in lost:
         count = len(prlm.read_lines(out / "metrics.jsonl"))

@@ -242,7 +242,7 @@ class TestPresets:
 
     def test_the_model_chooses(self, tmp_path, monkeypatch):
         assert self.parse().preset == "toy" and self.parse().lr == 1e-3
-        for hidden, preset, lr in ((576, "small", 2e-5), (1536, "paper", 1e-6)):
+        for hidden, preset, lr in ((576, "small", 3e-5), (1536, "paper", 1e-6)):
             prlm.write_json(tmp_path / "config.json", {"hidden_size": hidden})
             o = self.parse("--model", str(tmp_path))
             assert (o.preset, o.lr, o.encoder) == (preset, lr, None)
@@ -275,7 +275,7 @@ class TestLook:
     def test_a_base_that_never_answers_is_stopped(self, world, tmp_path, capsys):
         write_policy(tmp_path / "mute", seed=0, answers=())
         o = quick(world, tmp_path / "run", model=str(tmp_path / "mute"), format=0.0)
-        with pytest.raises(ValueError, match="--warm-start 62") as found:
+        with pytest.raises(ValueError, match="--warm-start 125") as found:
             rl.main(o)
         assert "--force" in str(found.value) and "0% of groups differ" in capsys.readouterr().out
         rl.main(dataclasses.replace(o, force=True))
@@ -284,7 +284,7 @@ class TestLook:
     def test_the_way_out_works(self, world, tmp_path, capsys):
         write_policy(tmp_path / "mute", seed=0, answers=())
         same = dict(max_new_tokens=80, reasoning=False, model=str(tmp_path / "mute"), format=0.0)
-        with pytest.raises(ValueError, match="each with --overwrite: --warm-start 62"):
+        with pytest.raises(ValueError, match="each with --overwrite: --warm-start 125"):
             rl.main(quick(world, tmp_path / "run", **same))
         changes = dict(warm_start=200, warm_start_lr=1e-2, overwrite=True)
         rl.main(quick(world, tmp_path / "run", **same, **changes))

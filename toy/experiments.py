@@ -15,7 +15,6 @@ The report states, it does not judge: what the figures mean stands in the README
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
@@ -45,7 +44,7 @@ KL = {"beta": 0.3}  # stay near the base: a judge of style alone forgets what th
 ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "prlm": ("PrLM", {}),
     "no_reasoning": ("GRPO without reasoning", {"reasoning": False}),
-    "sft": ("supervised on the answers", {"reasoning": False}),
+    "sft": ("supervised on the answers", {"reasoning": False, "personalization": 0.0}),
     "no_judge": ("without the personalization reward", {"personalization": 0.0}),
     "untrained": ("reward model untrained", {}),
     "negatives4": ("InfoNCE with 4 negatives", {"negatives": 4}),
@@ -87,40 +86,12 @@ def options_of(o: Options, task: str, arm: str, seed: int) -> rl.Options:
     out = str(Path(o.out) / task / arm / f"seed{seed}")
     same = {"model": o.model, "encoder": o.encoder, "data": o.data, "device": "cpu"}
     same |= {"task": task, "seed": seed, "steps": o.steps, "out": out}
+    if arm == "sft":  # a warm start and nothing after it, as many records a step as RL has prompts
+        same |= {"steps": 0, "warm_start": o.steps, "warm_start_batch": 16, "warm_start_lr": 1e-3}
     return rl.Options(**same, **ARMS[arm][1])
 
 
 # ---- Trainings ------------------------------------------------------------------------------
-
-
-def fine_tune(o: rl.Options) -> None:
-    """Cross-entropy on the users' own answers: no reasoning, the prompts and steps of rl.py."""
-    out = Path(o.out)
-    decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
-    train, held = (retrieve.load_lamp(o.data, o.task, split) for split in ("train", "dev"))
-    prompts = retrieve.make_prompts(o, tokenizer, train)
-    texts = [retrieve.answer_block(o.task, example.target) for example in train]
-    answers = [[*tokenizer.encode(text), min(tokenizer.eos_ids)] for text in texts]
-    optimizer, lines = torch.optim.AdamW(decoder.parameters(), o.lr, weight_decay=0.0), []
-    for step in range(o.steps):
-        chosen = rl.choose(len(train), step, o.prompts_per_step, o.seed)
-        rows = [prompts[n] for n in chosen], [[answers[n]] for n in chosen]
-        logprobs, mask = prlm.token_logprobs(decoder, *rows)
-        loss = -logprobs.sum() / mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), o.grad_clip)
-        optimizer.param_groups[0]["lr"] = rl.learning_rate(step, o.steps, o.lr, o.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        line = {"step": step + 1, "loss": loss.item()}
-        if (step + 1) % o.eval_every == 0 or step + 1 == o.steps:
-            scores, found = scoring.evaluate(decoder, tokenizer, held, o)
-            line |= {f"eval_{key}": value for key, value in scores.items()}
-        lines.append(line)
-    prlm.save_decoder(decoder, tokenizer, out / "checkpoint")
-    scoring.write_predictions(out / "predictions.json", o.task, found)
-    prlm.write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    prlm.write_json(out / "scores.json", {"after": scores})
 
 
 def untrained_model(o: rl.Options) -> str:
@@ -135,12 +106,9 @@ def train(o: Options, task: str, arm: str, seed: int) -> None:
     chosen = options_of(o, task, arm, seed)
     if (Path(chosen.out) / "scores.json").is_file() and "after" in read_scores(chosen):
         return
-    if arm == "sft":
-        fine_tune(chosen)
-    elif arm == "untrained":
-        rl.main(replace(chosen, reward_model=untrained_model(chosen)))
-    else:
-        rl.main(chosen)
+    if arm == "untrained":
+        chosen = replace(chosen, reward_model=untrained_model(chosen))
+    rl.main(chosen)
 
 
 def read_scores(o: rl.Options) -> dict:
