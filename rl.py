@@ -303,6 +303,7 @@ def choose_share(o: Options, step: int, count: int) -> list[int]:
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) -> Rollout:
     """Steps 1 to 3: completions of every prompt [P], their rewards and advantages."""
+    # 1. roll out
     groups = prlm.generate(
         policy.sampler,
         prompts,
@@ -314,14 +315,29 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
     )
     start = opening(o, policy.tokenizer)
     texts = [start + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
+    # 2. reward
     owners = [example for example in examples for _ in range(o.group_size)]
     weights = {name: getattr(o, name) for name in ("accuracy", "format", "personalization")}
     parts = rewards(texts, owners, judge, **weights)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
         raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
+    # 3. advantage
     advantages = group_advantages(reward, o.scale)
     return Rollout(examples, prompts, groups, texts, parts, advantages)
+
+
+def trained_tokens(o: Options, rollout: Rollout, device) -> Tensor:
+    """1 at the tokens that the loss counts, the end-of-sequence token among them. [P, G, C]
+
+    From lengths, never from token values: padding may have the id of the end of a sequence.
+    """
+    flat = rollout.completions
+    lengths = torch.tensor([len(c.tokens) for c in flat], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [P*G, C]
+    if o.mask_truncated:
+        mask &= torch.tensor([c.finished for c in flat], device=device)[:, None]
+    return mask.unflatten(0, rollout.advantages.shape)
 
 
 def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str, float]:
@@ -331,54 +347,48 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
     sampler has noted are not it: they may come from a bfloat16 copy, and only `gap` uses them.
     Of several processes each has its share of the rollout; sizes and sums are those of all.
     """
-    decoder = policy.decoder
-    device = decoder.head.device
+    decoder, device = policy.decoder, policy.decoder.head.device
     completions = [[c.tokens for c in group] for group in rollout.groups]  # [P][G]
     advantages = rollout.advantages.to(device)  # [P, G]
-    shape = advantages.shape
+    trained = trained_tokens(o, rollout, device)  # [P, G, C]
     noted = pad_sequence([torch.tensor(c.logprobs) for c in rollout.completions], True)
-    sampled = noted.to(device).unflatten(0, shape)  # [P, G, C]
-    lengths = torch.tensor([len(c.tokens) for c in rollout.completions], device=device)
-    trained = (torch.arange(sampled.shape[-1], device=device) < lengths[:, None]).view_as(sampled)
-    if o.mask_truncated:
-        finished = torch.tensor([c.finished for c in rollout.completions], device=device)
-        trained = trained & finished.view(shape)[..., None]  # [P, G, C]
+    noted = noted.to(device).view_as(trained)  # [P, G, C] the sampler's log-probabilities
+    old_logprobs = torch.zeros_like(noted)
+
+    # Every micro-batch is divided by the size of the whole step, not by its own.
     world_size = prlm.rank_and_world_size()[1]
     tokens = max(sum(prlm.gather(trained.sum().item())), 1)
-    # Every micro-batch is divided by the size of the whole step, not by its own.
     size = tokens
     if o.normalizer != "dapo":
         size = world_size * loss_size(trained, o.normalizer, o.max_new_tokens)
-    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
-    products = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    clip = {"clip": o.clip, "clip_high": o.clip_high}
     sizes = [len(p) + sum(map(len, g)) for p, g in zip(rollout.prompts, completions, strict=True)]
     batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
-    old_logprobs = torch.zeros_like(sampled)
-    gaps = {"gap": 0.0, "gap_mean": 0.0}
+    clip = {"clip": o.clip, "clip_high": o.clip_high}
+    gap, gap_mean = 0.0, 0.0
     for turn in range(o.updates_per_rollout):
         log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
         for rows in batches:
             batch = [rollout.prompts[n] for n in rows], [completions[n] for n in rows]
-            with products:
+            with products(o, device):
                 logprobs, entropy, real = prlm.score_completions(decoder, *batch, o.temperature)
-            now, width = logprobs.detach(), logprobs.shape[-1]
+            width = logprobs.shape[-1]  # of this micro-batch: C or less
+            now = logprobs.detach()
+            mask = trained[rows, :, :width]
             if turn == 0:
                 old_logprobs[rows, :, :width] = now
-                apart = (now - sampled[rows, :, :width])[real].abs()
-                gaps["gap"] = max(gaps["gap"], apart.max().item())
-                gaps["gap_mean"] += apart.sum().item() / max(lengths.sum().item(), 1)
-            mask = trained[rows, :, :width]
-            ref_logprobs = None
-            if o.beta:
-                with torch.no_grad(), products, reference_of(policy) as reference:
-                    ref_logprobs, _ = prlm.token_logprobs(reference, *batch, o.temperature)
-                log["kl"] += k3(now, ref_logprobs)[mask].sum().item() / tokens
+                apart = (now - noted[rows, :, :width]).abs()
+                gap = max(gap, apart[real].max().item())
+                gap_mean += apart[mask].sum().item() / tokens
             terms = {
                 "old_logprobs": old_logprobs[rows, :, :width],
                 "advantages": advantages[rows],
                 "mask": mask,
             }
+            ref_logprobs = None
+            if o.beta:
+                with torch.no_grad(), products(o, device), reference_of(policy) as reference:
+                    ref_logprobs, _ = prlm.token_logprobs(reference, *batch, o.temperature)
+                log["kl"] += k3(now, ref_logprobs)[mask].sum().item() / tokens
             loss = grpo_loss(
                 logprobs,
                 **terms,
@@ -395,13 +405,17 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
             log["clip_fraction"] += clip_fraction(now, **terms, **clip).item() / tokens
         each = prlm.gather(log)
         log = {name: sum(one[name] for one in each) for name in log}
-        log["grad_norm"] = optimizer_step(o, policy, optimizer, log["loss"])
-    each = prlm.gather(gaps)
-    gap_mean = sum(one["gap_mean"] for one in each) / world_size
-    return log | {"gap": max(one["gap"] for one in each), "gap_mean": gap_mean}
+        log["grad_norm"] = optimizer_step(o, optimizer, log["loss"])
+    return log | {"gap": max(prlm.gather(gap)), "gap_mean": sum(prlm.gather(gap_mean))}
 
 
-def optimizer_step(o: Options, policy: Policy, optimizer, loss: float) -> float:
+def products(o: Options, device: torch.device):
+    """A context in which matrix products are computed in the precision that the options ask for."""
+    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
+def optimizer_step(o: Options, optimizer, loss: float) -> float:
     """Applies the gradients that all processes have gathered; returns their norm."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if prlm.rank_and_world_size()[1] > 1:
@@ -604,12 +618,11 @@ def warm_start_targets(
 def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> dict[str, float]:
     """One step of cross-entropy on whole completions, in nats a token."""
     device = policy.decoder.head.device
-    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
     tokens = sum(map(len, targets))
     sizes = [len(p) + len(t) for p, t in zip(prompts, targets, strict=True)]
     total = 0.0
     for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with products(o, device):
             logprobs, _ = prlm.token_logprobs(
                 policy.decoder, [prompts[n] for n in rows], [[targets[n]] for n in rows]
             )
@@ -618,7 +631,7 @@ def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> 
         total += loss.item()
     each = prlm.gather(total)
     loss = sum(each) / len(each)
-    return {"loss": loss, "grad_norm": optimizer_step(o, policy, optimizer, loss)}
+    return {"loss": loss, "grad_norm": optimizer_step(o, optimizer, loss)}
 
 
 def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]) -> Path:
