@@ -1,0 +1,51 @@
+"""What the README names is there: every metric, function, option and file."""
+
+import dataclasses
+import importlib
+import re
+from functools import reduce
+from pathlib import Path
+
+import pytest
+from test_rl import lines, tiny
+
+import rl
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "toy/README.md", "tests/README.md"]
+CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
+FOREIGN = {"local-dir", "include", "create-dirs", "nproc-per-node", "help"}  # of other programs
+
+
+def test_the_glossary_has_every_metric_of_a_run_and_no_other(world, tmp_path):
+    rl.main(tiny(world, tmp_path / "run", steps=1, eval_every=1, save_every=1))
+    written = {key for line in lines(tmp_path / "run" / "metrics.jsonl") for key in line}
+    glossary = README.split("## What the log says")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", glossary, re.MULTILINE)) == sorted(written)
+
+
+def test_every_function_that_stands_beside_its_file_is_there():
+    found = re.findall(rf"`({'|'.join(CHAPTERS)})\.py: ([\w., ]+)`", README)
+    assert len(found) > 15
+    for chapter, names in found:
+        for name in names.split(", "):
+            reduce(getattr, name.split("."), importlib.import_module(chapter))
+
+
+def test_every_option_is_there():
+    known = {
+        field.name.replace("_", "-")
+        for chapter in [*CHAPTERS, "page"]
+        for field in dataclasses.fields(importlib.import_module(chapter).Options)
+    }
+    used = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
+    assert used - FOREIGN - {"debug"} <= known and len(used & known) > 20
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
