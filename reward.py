@@ -284,18 +284,18 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
     The pairs are scored in micro-batches (`score_pairs`) of at most o.tokens_per_micro_batch
     tokens, padding counted: texts x the longest of them. A pair stays whole, however long it is.
     Loss and gradient are those of all pairs at once, whatever the budget, unless dropout is drawn:
-    then the noise differs. On CUDA the products are bfloat16.
+    then the noise differs. Matrix products are in o.precision.
     """
     limit = min(512, model.encoder.max_length)
     device = model.classifier.weight.device.type
-    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
     total, sizes = 0.0, []
     for pair in pairs:
         texts = [pair["positive"], *pair["negatives"]]
         ids = [model.tokenizer.encode_pair(pair["query"], text, limit)[0] for text in texts]
         sizes.append((1 + o.negatives) * max(map(len, ids)))
     for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch, padded=True):
-        with half:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             positive, negatives = score_pairs(model, [pairs[n] for n in rows])
         loss = info_nce(positive, negatives) * len(rows) / len(pairs)  # its share of the mean
         loss.backward()

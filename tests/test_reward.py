@@ -457,6 +457,15 @@ class TestPairs:
             with pytest.raises(ValueError, match="too few"):
                 reward.train_reward_model(reward.RewardOptions(), model, pairs)
 
+    def test_bfloat16_products_leave_float32_gradients(self, model):
+        pairs, losses = contrast(8), {}
+        for precision in ("float32", "bfloat16", "auto"):  # auto: float32 on a CPU
+            o = reward.RewardOptions(negatives=2, precision=precision)
+            losses[precision] = reward.info_nce_backward(o, model, pairs)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        assert losses["auto"] == losses["float32"] != losses["bfloat16"]
+        assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
     def test_the_report_says_what_it_stands_on(self, model):
         """Held-out pairs and queries, an interval, and the mean loss of the last epoch."""
         model.encoder.dropout[:] = [0.0, 0.0]
