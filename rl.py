@@ -113,7 +113,8 @@ def grpo_loss(
 
     `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
     whatever it holds, NaN included. `size` is what the sum is divided by, where these are a part
-    of a larger step; by default `loss_size` of this mask. ValueError: beta without ref_logprobs.
+    of a larger step; by default `loss_size` of this mask. With "grpo" each completion is first
+    averaged over its own tokens, an empty one is 0. ValueError: beta without ref_logprobs.
     """
     size = loss_size(mask, normalizer, max_new_tokens) if size is None else size
     outside = ~mask.bool()
@@ -599,7 +600,9 @@ def warm_start_targets(
         </answer>
 
     Without retrieved items the sentence is left out, with --no-reasoning the whole block. What the
-    prompt has opened already is not said again.
+    prompt has opened already (`tokenizer.opening`) is not said again. Texts are stripped; of
+    several EOS ids the smallest ends a target. `make_ranker(o)` gives rank(example, k), `EVIDENCE`
+    the sentence, `answer_block` the last three lines.
     """
     rank = make_ranker(o)
     targets = []

@@ -19,6 +19,7 @@ import torch
 from conftest import byte_tokenizer, difference, write_encoder
 
 import prlm
+from retrieve import Example
 
 CASES = 500  # of an exercise; fewer where they take longer than SECONDS
 SECONDS = 2
@@ -378,6 +379,19 @@ def _(m, r):
     (P, G), size = sizes(r, 2), r.choice([1, 0.1, 1e-6, 1e6])
     rewards = [[size * r.choice([0.0, 1.0, 3.0, 1.1]) for _ in range(G)] for _ in range(P)]
     return m.group_advantages(torch.tensor(rewards), r.choice(["std", "none", "x"]))
+
+
+@of("warm_start_targets")
+def _(m, r):
+    task = r.choice(["LaMP-4", "LaMP-5", "LaMP-7"])
+    how = {"task": task, "reasoning": r.random() < 0.7, "k": r.randint(0, 3)}
+    own = prlm.Tokenizer(byte_tokenizer(), {256, 258})
+    own.opening = r.choice(["", "<think>\n"])
+    fields = m.task_of(task).fields
+    items = [{key: phrase(r) for key in fields} for _ in range(r.randint(0, 4))]
+    texts = [(phrase(r), phrase(r)) for _ in range(r.randint(0, 2))]
+    examples = [Example("1", "u", task, query, items, target) for query, target in texts]
+    return m.warm_start_targets(m.Options(**how), own, examples)
 
 
 @of("k3")

@@ -1314,6 +1314,50 @@ EXERCISES = [
         return F.linear(x, weight, self.bias)
         """,
     ),
+    Exercise(
+        29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
+        "target = [<think> The user wrote: .. </think>] <answer> {'title': '..'} </answer> EOS",
+        ["tests/test_rl.py::TestWarmStartTargets"],
+        "Decode one target and read it as the continuation of its prompt: is anything said twice, "
+        "does it quote the item that ranks first, and where does the model learn to stop?",
+        [
+            Mutant("no end of sequence",
+                   "After the warm start every completion runs on to the limit: `truncated` is 1.",
+                   "[*tokenizer.encode(text), min(tokenizer.eos_ids)]", "tokenizer.encode(text)"),
+            Mutant("what the prompt has opened is said again",
+                   "Completions of R1-Distill begin with a second <think>.",
+                   ".removeprefix(tokenizer.opening)", ""),
+            Mutant("the query instead of what the user wrote",
+                   "The loss falls fast, and the policy answers with the query.",
+                   "example.target.strip()", "example.query.strip()"),
+            Mutant("the last item is quoted",
+                   "The reasoning quotes the item that fits least.",
+                   "min(o.k, 1)", "o.k"),
+            Mutant("the quotation is not cut",
+                   "On LaMP-7 the first completions are cut off before they answer.",
+                   "tokenizer.cut(shown, EVIDENCE_TOKENS)", "shown"),
+            Mutant("reasoning although none was asked for",
+                   "With --no-reasoning, completions close a block that is closed already.",
+                   "if o.reasoning:", "if True:"),
+        ],
+        """
+        best, found, end = make_ranker(o), [], sorted(tokenizer.eos_ids)[:1]
+        for example in examples:
+            text = answer_block(example.task, example.target.strip())
+            if o.reasoning:
+                lines = ["<think>", "", "</think>", text]
+                shown = best(example, 1)[:1] if o.k else []
+                for item in shown:
+                    field = [*task_of(example.task).fields][-1]
+                    quoted = tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS)
+                    lines[1] = EVIDENCE.replace("{}", quoted)
+                text = "\\n".join(lines)
+                if text.startswith(tokenizer.opening):
+                    text = text[len(tokenizer.opening) :]
+            found.append(list(tokenizer.encode(text)) + end)
+        return found
+        """,
+    ),
 ]
 
 # fmt: on
@@ -1448,8 +1492,9 @@ def explain(problem, e: Exercise) -> str:
     """What a failed test says, in one line: pytest's explanation, and where the error arose."""
     text = problem.text or ""
     lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
-    lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("Use -v")]
-    said = " ".join(lines or [problem.get("message") or "error"]).removeprefix("AssertionError: ")
+    lines = [line.removeprefix("+").strip() for line in lines if " at 0x" not in line]
+    said = " ".join(lines).partition(" Full diff:")[0].replace(" Use -v to get more diff", "")
+    said = (said or problem.get("message") or "error").removeprefix("AssertionError: ")
     own = [line for line in text.splitlines() if line.startswith(f"{e.file}:")]
     if own and not said.startswith("assert"):  # an exception below the student's function
         said += f" ({':'.join(own[-1].split(':')[:2])})"

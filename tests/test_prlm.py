@@ -123,7 +123,8 @@ class TestRope:
                 expected[i] = kept * frequency + (1 - kept) * frequency / factor
         config = SimpleNamespace(theta=theta, head_dim=size, scaling=scaling)
         found = prlm.rope_frequencies(config)
-        assert torch.allclose(found, torch.tensor(expected), rtol=1e-4, atol=0)
+        for i, pair in enumerate(zip(found, torch.tensor(expected), strict=True)):
+            same(*pair, f"theta {theta:g}, D {size}, scaling {scaling}, pair {i}", 1e-4)
 
     @pytest.mark.parametrize("size", [2, 8])
     def test_channels_turn_as_complex_numbers(self, size):
@@ -493,7 +494,8 @@ class TestSample:
         close(logprobs, expected[ids], 1e-5)
         expected = expected.exp() * 20_000
         chi2 = ((torch.bincount(ids, minlength=5) - expected) ** 2 / expected).sum()
-        assert chi2 < 28  # 4 degrees of freedom: 1 in 80,000
+        counts = f"counts {torch.bincount(ids, minlength=5).tolist()}, expected {expected.tolist()}"
+        assert chi2 < 28, counts  # 4 degrees of freedom: 1 in 80,000
 
     def test_rows_have_logits_and_noise_of_their_own(self):
         logits = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) * 2
@@ -502,7 +504,8 @@ class TestSample:
         close(logprobs, logits.log_softmax(-1)[range(4000), ids], 1e-5)
         assert torch.equal(ids, draws[1][0]) and not torch.equal(ids, draws[2][0])
         wanted = logits.softmax(-1).mean(0)  # how often each id comes, over all rows
-        assert (torch.bincount(ids, minlength=6) / 4000 - wanted).abs().max() < 0.03
+        found = torch.bincount(ids, minlength=6) / 4000
+        same(found, wanted, "how often each of six ids comes, over 4,000 rows", absolute=0.03)
 
     def test_zero_is_greedy(self):
         logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))

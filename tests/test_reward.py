@@ -297,7 +297,8 @@ class TestRewards:
             total = accuracy + 0.1 * shaped + (weight or 0) * personal
             names = ("accuracy", "format", "personalization", "reward")
             values = [row[name] for name in names]
-            assert values == pytest.approx([accuracy, shaped, personal, total], rel=1e-4)
+            for name, value, wanted in zip(names, values, [accuracy, shaped, personal, total]):
+                assert value == pytest.approx(wanted, rel=1e-4), f"{name} of {case[0]!r}, {task}"
             assert bool(row["answer"]) == (answered or "generated" in case[0])
         assert rows[0]["answer"] == "tennis wins"
 
@@ -335,7 +336,8 @@ class TestRewards:
         rows = reward.rewards([case[0] for case in CASES], examples, judge)
         expected = [(str(n), rows[n]["answer"]) for n, case in enumerate(CASES) if case[2]]
         assert seen == expected
-        assert all(rows[int(n)]["personalization"] == float(n) for n, _ in expected)
+        for n, _ in expected:
+            same(rows[int(n)]["personalization"], float(n), f"the judge's value of completion {n}")
 
 
 def contrast(count=110, seed=0):

@@ -11,9 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import same, shorten
+from conftest import byte_tokenizer, same, shorten
 
 import prlm
+import retrieve
 import rl
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +165,8 @@ class TestLoss:
         gain = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
         mask = torch.ones(1, 4, 1, dtype=torch.bool)
         rl.grpo_loss(ratio, torch.zeros(1, 4, 1), gain, mask).backward()
-        assert (ratio.grad.flatten() != 0).tolist() == [False, True, True, False]
+        moves = (ratio.grad.flatten() != 0).tolist()
+        same(moves, [False, True, True, False], "has the ratio 1.3, 1.3, 0.7, 0.7 a gradient?")
         assert rl.clip_fraction(ratio, torch.zeros(1, 4, 1), gain, mask) == 2
 
     def test_empty_completions_are_finite(self):
@@ -182,6 +184,15 @@ class TestLoss:
                 rl.grpo_loss(logprobs, old, advantages, mask, **more)
         with pytest.raises(ValueError):
             rl.group_advantages(torch.ones(1, 2), "x")
+
+    @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
+    def test_the_sum_is_divided_by_size_where_it_is_given(self, normalizer):
+        logprobs, old, _, advantages, mask = random_group()
+        how = {"normalizer": normalizer, "max_new_tokens": 9}
+        whole = rl.grpo_loss(logprobs, old, advantages, mask, **how)
+        expected = whole * rl.loss_size(mask, normalizer, 9) / 7
+        found = rl.grpo_loss(logprobs, old, advantages, mask, **how, size=7)
+        same(found, expected, f"{normalizer}, size 7", 1e-6)
 
     @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
     def test_equals_trl(self, normalizer):
@@ -212,6 +223,57 @@ class TestLoss:
         how = dict(clip=0.2, clip_high=0.28, beta=0.04, normalizer=normalizer, max_new_tokens=9)
         ours = rl.grpo_loss(logprobs, old, advantages, mask, ref, **how)
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+class TestWarmStartTargets:
+    """What the policy is to say: the best item's last field, then what the user wrote, then EOS."""
+
+    @pytest.fixture
+    def examples(self):
+        long = " Warm and long" + 9 * ", so long"
+        items = [("to oslo again", "Cold "), ("in paris at last", long), ("rome", "Hot")]
+        items = [{"text": text, "title": title} for text, title in items]
+        texts = [("a day in paris", " A  Day "), ("paris", "It's late"), ("oslo", "{night}")]
+        return [retrieve.Example("1", "u", "LaMP-4", q, items, target) for q, target in texts]
+
+    def tokenizer(self, opening):
+        one = prlm.Tokenizer(byte_tokenizer(), {258, 257})
+        one.opening = opening
+        return one
+
+    @pytest.mark.parametrize("opening", ["", "<think>\n"])
+    @pytest.mark.parametrize("k", [0, 1, 4])
+    def test_with_reasoning(self, examples, opening, k):
+        tokenizer = self.tokenizer(opening)
+        targets = rl.warm_start_targets(rl.Options(k=k), tokenizer, examples)
+        cut = examples[0].profile[1]["title"].strip()[: rl.EVIDENCE_TOKENS]  # tokens here are bytes
+        long = f"The user wrote: {cut}"
+        said = [long, long, "The user wrote: Cold"] if k else ["", "", ""]
+        for ids, thought, title in zip(
+            targets, said, ["A  Day", "It's late", "{night}"], strict=True
+        ):
+            expected = f"<think>\n{thought}\n</think>\n<answer>\n{{'title': '{title}'}}\n</answer>"
+            case = f"k {k}, the prompt has opened {opening!r}"
+            same(tokenizer.decode(ids[:-1]), expected.removeprefix(opening), case)
+            same(ids[-1], 257, f"{case}: the id at the end")
+
+    def test_without_reasoning(self, examples):
+        """Whatever the chat format opens: the prompt has closed it again."""
+        for opening in ("", "<think>\n"):
+            tokenizer = self.tokenizer(opening)
+            (ids,) = rl.warm_start_targets(rl.Options(reasoning=False), tokenizer, examples[:1])
+            same(tokenizer.decode(ids[:-1]), "<answer>\n{'title': 'A  Day'}\n</answer>", opening)
+
+    def test_another_task_and_another_tokenizer(self):
+        items = [{"text": "so much rain"}, {"text": "sun"}]
+        e = retrieve.Example("1", "u", "LaMP-7", "rain", items, "wet")
+        backend = byte_tokenizer()
+        backend.add_tokens(["rain", "</think>"])
+        tokenizer = prlm.Tokenizer(backend, {256})
+        (ids,) = rl.warm_start_targets(rl.Options(task="LaMP-7"), tokenizer, [e])
+        expected = "<think>\nThe user wrote: so much rain\n</think>\n<answer>\n{'tweet': 'wet'}"
+        same(tokenizer.decode(ids[:-1]), expected + "\n</answer>", "LaMP-7")
+        assert ids[-1] == 256 and 259 in ids and 260 in ids
 
 
 class TestSchedule:
