@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import differentials
 import exercises as module
@@ -27,6 +28,17 @@ def test_the_table():
     assert all(len(e.mutants) >= 3 and e.points > 0 and e.tests and e.hint for e in EXERCISES)
     assert {e.file for e in EXERCISES} == set(module.MODULES)
     assert differentials.FUNCTIONS.keys() == {e.function for e in EXERCISES}
+
+
+def test_the_course_tells_of_every_exercise():
+    text = (module.ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    points = sum(e.points for e in EXERCISES)
+    assert f"{len(EXERCISES)} functions, one exercise each, {points} points" in text
+    for e in EXERCISES:
+        worth = f"{e.points} point{'s' * (e.points > 1)}"
+        assert f"**{e.number}. {e.title}** · `{e.function}` · {worth}\\\n" in text, e.number
+    counts = Counter(v.kind for e in EXERCISES for v in module.variants(e))
+    assert f"{counts['mutant']} mutants and {counts['cheat']} cheats" in text
 
 
 @each
