@@ -47,8 +47,10 @@ from typing import Literal
 
 CHAPTERS = ["prlm.py", "retrieve.py", "eval.py", "reward.py", "rl.py"]  # each builds on those above
 
-if Path(sys.argv[0]).name in CHAPTERS:  # Ctrl-C while torch is loaded: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if Path(sys.argv[0]).name in CHAPTERS:  # a command: what has to be set before torch is loaded
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it loads: no traceback
+    # Threads that wait should sleep: on a machine with other work, spinning ones stop everything.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.distributed as dist

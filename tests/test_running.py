@@ -429,6 +429,15 @@ class TestStopping:
         rl.warn_if_stuck([line | {"truncated": 1.0, "zero_spread_groups": 0}] * 10, Bar)
         assert "--max-new-tokens" in said[2]
 
+    def test_threads_that_wait_sleep_unless_told_otherwise(self):
+        code = "import os, sys; sys.argv = ['rl.py']; import prlm; print(os.environ[NAME])"
+        code = code.replace("NAME", "'OMP_WAIT_POLICY'")
+        for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+            env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+            run = [sys.executable, "-c", code]
+            done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
+            assert done.stdout.strip() == expected
+
     def test_ctrl_c_while_torch_is_loaded_ends_without_a_traceback(self):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "rl.py"), "--help"], stderr=subprocess.PIPE,
