@@ -548,10 +548,10 @@ def obtain_judge(o, policy: Decoder, tokenizer, examples, directory) -> Judge | 
 def inputs_of(o: RewardOptions, *splits: str) -> dict[str, list]:
     """The files that a result depends on, under the names of the options that lead to them."""
     files = {"model": [o.model], "data": lamp_files(o.data, o.task, *splits)}
-    trains_a_judge = o.judge == "bert" and not o.reward_model
-    if o.judge == "bert" and o.reward_model:
+    judged_by_bert = o.judge == "bert" and getattr(o, "personalization", 1.0) > 0
+    if judged_by_bert and o.reward_model:
         files["reward_model"] = [o.reward_model]
-    if o.retriever == "dense" or trains_a_judge:
+    if o.retriever == "dense" or (judged_by_bert and not o.reward_model):
         files["encoder"] = [encoder_of(o)]
     return files
 

@@ -261,6 +261,7 @@ class TestPresets:
         with pytest.raises(ValueError, match="--encoder DIRECTORY"):
             rl.main(o)
         assert not (tmp_path / "run").exists()
+        rl.main(quick(world, tmp_path / "run", encoder=None))  # no judge: no encoder either
 
     @pytest.mark.parametrize("module", ["rl.py", "eval.py", "reward.py", "retrieve.py"])
     def test_the_toy_is_found_from_anywhere(self, module, tmp_path):
