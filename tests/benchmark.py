@@ -8,6 +8,7 @@ measured memory bandwidth, whichever is longer. Peers that are not installed are
     python tests/benchmark.py                    # the small model: minutes on one core
     python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
     python tests/benchmark.py --device cuda      # DeepSeek-R1-Distill-Qwen-1.5B's shape
+    python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
 Measured on one core of a 2-core AMD server (AVX2), float32, medians of 5 alternating runs, fewer
 with --large; "floor" is how many times the floor we take:
@@ -32,6 +33,8 @@ completions of 64 take, for G = 1, 4, 8, 16, in sampling .62, .79, .88, 1.31 s a
 
 import argparse
 import ctypes
+import itertools
+import json
 import random
 import resource
 import statistics
@@ -42,14 +45,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import torch  # noqa: E402
+import trl_example  # noqa: E402
 
 import prlm  # noqa: E402
 import rl  # noqa: E402
 from eval import rouge  # noqa: E402
-from retrieve import BM25  # noqa: E402
+from retrieve import BM25, load_lamp  # noqa: E402
 
 COMMON = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
 SHAPES = {
@@ -345,6 +349,82 @@ def bench_text() -> None:
     row("ROUGE-1, -2, -L of 10 words: pairs/s", 2000 / a, 2000 / b, ratio)
 
 
+# ---- Whole steps beside TRL's GRPOTrainer ----------------------------------------------------
+
+STEP = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "max_prompt_tokens": 320,
+        "k": 4, "task": "LaMP-4", "lr": 1e-6, "temperature": 1.0, "seed": 0}  # fmt: skip
+STEPS = 4  # the first one warms up
+
+
+def our_steps(model: str, data: str, checkpointing: bool, out: Path) -> list[float]:
+    """Seconds of each step of rl.py."""
+    o = rl.Options(
+        model=model, data=data, out=str(out), device="cpu", precision="float32", steps=STEPS,
+        personalization=0.0, checkpointing=checkpointing, eval_every=0, eval_examples=1, **STEP
+    )  # fmt: skip
+    o.force = True  # a released model answers in no form yet: its rewards are all 0
+    rl.main(o)
+    lines = prlm.read_lines(out / "metrics.jsonl")
+    return [line["seconds_rollout"] + line["seconds_update"] for line in lines]
+
+
+def trl_steps(model: str, data: str, checkpointing: bool, out: Path) -> list[float]:
+    """Seconds of each step of TRL's trainer on the same prompts, with the same reward."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.times = [time.perf_counter()]
+
+        def on_step_end(self, *_, **__):
+            self.times.append(time.perf_counter())
+
+    how = {key: STEP[key] for key in ("task", "k", "max_prompt_tokens", "max_new_tokens")}
+    o = trl_example.Options(model=model, data=data, **how)
+    examples = load_lamp(data, o.task, "train")
+    columns = trl_example.columns(o, prlm.load_tokenizer(model), examples)
+    config = GRPOConfig(
+        output_dir=str(out), use_cpu=True, bf16=False, max_steps=STEPS, save_strategy="no",
+        per_device_train_batch_size=STEP["prompts_per_step"] * STEP["group_size"],
+        num_generations=STEP["group_size"], max_completion_length=STEP["max_new_tokens"],
+        temperature=STEP["temperature"], learning_rate=STEP["lr"], beta=0.0, loss_type="grpo",
+        gradient_checkpointing=checkpointing, report_to=[], disable_tqdm=True, seed=STEP["seed"],
+        model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    clock = Clock()
+    reward = trl_example.trl_reward(examples)
+    trainer = GRPOTrainer(model, reward, config, Dataset.from_dict(columns), callbacks=[clock])
+    trainer.train()
+    return [after - before for before, after in itertools.pairwise(clock.times)]
+
+
+def bench_trl(model: str, data: str, threads: int) -> None:
+    """Each side in a process of its own, so that each has a memory peak of its own."""
+    row("\nwhole GRPO steps", "ours", "TRL", "TRL/ours")
+    for checkpointing in (False, True):
+        found = {}
+        for side in ("ours", "trl"):
+            line = [sys.executable, __file__, "--trl", model, "--data", data, "--side", side]
+            line += ["--threads", str(threads), *["--checkpointing"] * checkpointing]
+            done = subprocess.run(line, check=True, capture_output=True, text=True)
+            found[side] = json.loads(done.stdout.splitlines()[-1])
+        size = "{prompts_per_step} x {group_size} x {max_new_tokens}".format(**STEP)
+        size += ", checkpointing" * checkpointing
+        for name, unit in (("seconds", "s"), ("peak", "GiB")):
+            ours, theirs = found["ours"][name], found["trl"][name]
+            row(f"{size}: {unit}", ours, theirs, theirs / ours)
+
+
+def run_side(side: str, *how) -> None:
+    """One side of bench_trl: median seconds a step, and the process's highest memory in GiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = {"ours": our_steps, "trl": trl_steps}[side](*how, Path(folder) / "run")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": statistics.median(times[1:]), "peak": peak}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -353,8 +433,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--runs", type=int, default=5, help="alternating runs of each comparison")
     parser.add_argument("--large", action="store_true", help="also Qwen2.5-0.5B's shape, on a CPU")
+    parser.add_argument("--trl", help="only whole GRPO steps of this model, beside TRL's")
+    parser.add_argument("--data", default=str(ROOT / "toy/lamp"), help="LaMP's files, for --trl")
+    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
+    if o.side:
+        run_side(o.side, o.trl, o.data, o.checkpointing)
+        return
+    if o.trl:
+        bench_trl(o.trl, o.data, o.threads)
+        return
     print(f"torch {torch.__version__}, {o.device}, {o.threads} threads, medians of {o.runs} runs\n")
     row("", "ours", "peer", "peer/ours", "tokens/s", "x floor")
     cuda = o.device == "cuda"
