@@ -927,6 +927,12 @@ def report(o: Options, out: Path) -> None:
     if "metrics.jsonl" not in lost:
         count = len(prlm.read_lines(out / "metrics.jsonl"))
         lost += [f"{o.steps - count} of the {o.steps} lines of metrics.jsonl"] * (count < o.steps)
+    try:
+        from toy.page import draw_curves
+
+        draw_curves(out)  # reward.png
+    except ImportError:
+        print("no picture of the curves: that needs matplotlib. With it, this command draws one")
     print(f"{out} is complete" + (f", but {', '.join(lost)} are missing" if lost else ""))
 
 

@@ -158,6 +158,19 @@ class TestResult:
         assert "samples.jsonl" in capsys.readouterr().out.splitlines()[-1]
 
 
+class TestPicture:
+    def test_it_is_drawn_as_soon_as_matplotlib_is_there(self, world, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("matplotlib")
+        out = tmp_path / "run"
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "matplotlib.figure", None)
+            rl.main(quick(world, out))
+        assert "needs matplotlib" in capsys.readouterr().out
+        assert not (out / "reward.png").exists()
+        rl.main(quick(world, out))
+        assert (out / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
 class TestFiles:
     def test_a_disk_that_fills_leaves_whole_lines(self, tmp_path, monkeypatch):
         path = tmp_path / "lines.jsonl"

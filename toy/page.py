@@ -8,6 +8,7 @@ advantage, and its tokens shaded by how unlikely they were.
     python toy/page.py --run runs/toy        # writes runs/toy/report.html, and reward.png
 """
 
+import contextlib
 import math
 import re
 import sys
@@ -210,12 +211,10 @@ def charts(metrics: list[dict], scores: dict) -> str:
 
 
 def draw_curves(run) -> None:
-    """RUN/reward.png: reward and held-out ROUGE-L by step, where matplotlib is installed."""
+    """RUN/reward.png: reward and held-out ROUGE-L by step. ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
     metrics, scores = read(Path(run), "metrics.jsonl", []), read(Path(run), "scores.json", {})
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
     if not metrics:
         return
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -544,7 +543,8 @@ def main(o: Options) -> None:
         less = "--records, --prompts, --steps or --tokens"
         print(f"the page has {size:.0f} MB: lower {less}", file=sys.stderr)
     prlm.write_text(run / "report.html", html)
-    draw_curves(run)
+    with contextlib.suppress(ImportError):  # the page has its own curves
+        draw_curves(run)
     print(f"{run / 'report.html'}: open it in a browser")
 
 
