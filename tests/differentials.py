@@ -46,6 +46,7 @@ def compare(file: str, function: str, original: str, other: str) -> tuple[int, s
 
 def load(file: str, text: str):
     module = types.ModuleType(f"differential_{Path(file).stem}")
+    module.__file__ = str(Path(prlm.__file__).with_name(file))
     sys.modules[module.__name__] = module  # dataclasses look for their module there
     exec(compile_text(text, file), module.__dict__)
     return module

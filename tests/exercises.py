@@ -1727,7 +1727,11 @@ def fork(v: Variant, folder: Path) -> int:
         sys.path.insert(0, str(folder))
         if v.kind == "differential":
             sys.path.insert(0, str(folder / "tests"))
-            print(said := agree(v.exercise), flush=True)
+            try:
+                print(said := agree(v.exercise), flush=True)
+            except Exception as error:
+                said = f"\n{error!r}"
+                print(said, flush=True)
             os._exit("\n" in said)
         if v.how:
             owner, _, name = v.exercise.function.rpartition(".")
