@@ -1473,8 +1473,8 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     out, mine = Path(o.out), recipe(o, inputs)
     config = out / record
     free, adjustable = getattr(o, "free", set()), getattr(o, "adjustable", set())
-    if config.is_file():
-        theirs = read_json(config)
+    theirs = read_json(config) if config.is_file() else {}
+    if "out" in theirs:  # a model's config.json, for one, is not ours, and not ours to delete
         changed = differences(theirs, mine, free)
         adjusted = {name: changed.pop(name) for name in sorted(adjustable & changed.keys())}
         if getattr(o, "force", False):
@@ -1724,7 +1724,10 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     parsed = vars(parser.parse_args(arguments))
     if "preset" in parsed:
         if parsed["preset"] == "auto":
-            parsed["preset"] = options.choose_preset(parsed["model"])
+            try:
+                parsed["preset"] = options.choose_preset(parsed["model"])
+            except (ValueError, OSError) as error:
+                parser.exit(2, f"error: {error}\n")
         preset = parsed["preset"]
         parser.set_defaults(**presets_of(options).get(preset, {}))
         parsed = vars(parser.parse_args(arguments)) | {"preset": preset}
@@ -1746,6 +1749,8 @@ def advice_on_memory(options: type) -> str:
 def command(main, options: type, description: str) -> None:
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
     chosen, debug = parse_options(options, description)
+    for name in ("stdout", "stderr"):  # a scheduler may have started it without them
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Data may hold what a terminal cannot show; and a log is read while it grows.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)

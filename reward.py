@@ -564,6 +564,8 @@ class Options(RewardOptions):
 
 
 def main(o: Options) -> None:
+    if min(o.pairs_per_query, o.negatives, o.reward_epochs) < 1:
+        raise ValueError("--pairs-per-query, --negatives and --reward-epochs must be at least 1")
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
     inputs = inputs_of(o, "train", "dev")

@@ -621,6 +621,7 @@ def warm_start_targets(
 def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> dict[str, float]:
     """One step of cross-entropy on whole completions, in nats a token."""
     device = policy.decoder.head.device
+    world_size = prlm.rank_and_world_size()[1]
     tokens = sum(map(len, targets))
     sizes = [len(p) + len(t) for p, t in zip(prompts, targets, strict=True)]
     total = 0.0
@@ -629,11 +630,11 @@ def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> 
             logprobs, _ = prlm.token_logprobs(
                 policy.decoder, [prompts[n] for n in rows], [[targets[n]] for n in rows]
             )
-        loss = -logprobs.sum() / tokens
+        # Every process computes the same, and `optimizer_step` adds their gradients up.
+        loss = -logprobs.sum() / tokens / world_size
         loss.backward()
         total += loss.item()
-    each = prlm.gather(total)
-    loss = sum(each) / len(each)
+    loss = sum(prlm.gather(total))
     return {"loss": loss, "grad_norm": optimizer_step(o, optimizer, loss)}
 
 
@@ -819,6 +820,9 @@ def run(o: Options, stop: Stop, judge=None) -> None:
     device = prlm.pick_device(o.device)
     train = load_lamp(o.data, o.task, "train")[: o.train_examples or None]
     held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
+    for split, examples in {"train": train, "dev": held}.items():
+        if not examples:
+            raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
     policy = make_policy(o, o.model, device)
     if not policy.tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
@@ -900,16 +904,19 @@ LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/afte
 
 def is_complete(o: Options, out: Path) -> bool:
     """Whether the last score stands. It is forgotten, to be made again from the saved state, where
-    --steps has changed since or a file that belongs to it is gone."""
+    --steps has grown since or a file that belongs to it is gone."""
     file = out / "scores.json"
     scores = prlm.read_json(file) if file.is_file() else {}
     if "after" not in scores:
         return False
     metrics = out / "metrics.jsonl"
     lines = prlm.read_lines(metrics) if metrics.is_file() else []
-    stale = bool(lines) and lines[-1]["step"] != o.steps
+    done = lines[-1]["step"] if lines else 0  # a warm start without RL has written no line
+    if done > o.steps:
+        raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
+    stale = metrics.is_file() and done < o.steps
     lost = not all((out / name).is_file() for name in LAST_FILES)
-    if not (stale or lost) or not (out / "trainer.pt").is_file():
+    if not (stale or lost) or (done and not (out / "trainer.pt").is_file()):
         return True
     del scores["after"]
     prlm.write_json(file, scores)

@@ -55,6 +55,16 @@ def parameters_after_update(world, normalizer, share=slice(None)):
     return torch.cat([p.detach().flatten() for p in decoder.parameters()]), log
 
 
+def parameters_after_warm_up(world):
+    """(parameters, log) after one supervised step whose gradient is clipped."""
+    o = tiny(Path(world), "unused", grad_clip=0.5, tokens_per_micro_batch=20)
+    decoder = prlm.load_decoder(Path(world) / "policy")
+    optimizer = torch.optim.SGD(decoder.parameters(), 1.0)
+    prompts, targets = [[9, 3, 20, 6], [7]], [[5, 70, 258], [200, 258]]
+    log = rl.supervised_step(o, rl.Policy(decoder, decoder, None), optimizer, prompts, targets)
+    return torch.cat([p.detach().flatten() for p in decoder.parameters()]), log
+
+
 def test_the_update_is_that_of_one_process(world, tmp_path):
     process = torchrun(__file__, "update", world, tmp_path)
     _, complaint = process.communicate(timeout=120)
@@ -67,6 +77,11 @@ def test_the_update_is_that_of_one_process(world, tmp_path):
             for name, value in log.items():
                 assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
         assert log["grad_norm"] > 0.5 and log["clip_fraction"] > 0  # both acted
+    expected, log = parameters_after_warm_up(world)
+    for rank in range(2):
+        got, found = torch.load(tmp_path / f"warm{rank}")
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert found == pytest.approx(log, rel=1e-4)
 
 
 def test_stopped_and_killed_it_ends_like_a_run_of_one_process(world, tmp_path, monkeypatch):
@@ -127,6 +142,7 @@ def main() -> None:
                 share = slice(2 * rank, 2 * rank + 2)
                 found = parameters_after_update(sys.argv[2], normalizer, share)
                 torch.save(found, Path(sys.argv[3]) / f"{normalizer}{rank}")
+            torch.save(parameters_after_warm_up(sys.argv[2]), Path(sys.argv[3]) / f"warm{rank}")
         return
     real = rl.grpo_step
 

@@ -97,6 +97,42 @@ class TestResult:
         rl.main(dataclasses.replace(o, temperature=0.5))
         assert (out / "metrics.jsonl").stat().st_mtime_ns > before
 
+    def test_overwrite_deletes_no_model(self, world, tmp_path):
+        shutil.copytree(world / "policy", tmp_path / "model")
+        before = sorted((tmp_path / "model").iterdir())
+        with pytest.raises(ValueError, match="holds no result: choose another --out"):
+            scoring.main(evaluation(world, tmp_path / "model", overwrite=True))
+        assert sorted((tmp_path / "model").iterdir()) == before
+
+    def test_rl_goes_on_after_a_warm_start_alone(self, world, tmp_path, capsys):
+        out = tmp_path / "run"
+        rl.main(quick(world, out, steps=0, warm_start=1))
+        rl.main(quick(world, out, steps=2, warm_start=1, force=True))
+        assert [line["step"] for line in lines(out / "metrics.jsonl")] == [1, 2]
+        assert capsys.readouterr().out.endswith("is complete\n")
+
+    def test_fewer_steps_leave_the_scores(self, world, tmp_path):
+        out = tmp_path / "run"
+        rl.main(quick(world, out))
+        before = (out / "scores.json").read_bytes()
+        with pytest.raises(ValueError, match="2 steps already, more than --steps 1"):
+            rl.main(quick(world, out, steps=1))
+        assert (out / "scores.json").read_bytes() == before
+
+    @pytest.mark.parametrize("split", ["train", "dev"])
+    def test_an_empty_split_is_a_sentence(self, world, tmp_path, split):
+        shutil.copytree(world / "lamp", tmp_path / "lamp")
+        folder = tmp_path / "lamp" / "LaMP_4" / split
+        (folder / f"{split}_questions.json").write_text("[]")
+        (folder / f"{split}_outputs.json").write_text('{"task": "LaMP_4", "golds": []}')
+        with pytest.raises(ValueError, match=f"the {split} split of LaMP-4 has no records"):
+            rl.main(quick(world, tmp_path / "run", data=str(tmp_path / "lamp")))
+
+    @pytest.mark.parametrize("name", ["pairs_per_query", "negatives", "reward_epochs"])
+    def test_a_reward_model_of_nothing_is_refused(self, name):
+        with pytest.raises(ValueError, match=r"--negatives .* must be at least 1"):
+            reward.main(reward.Options(**{name: 0}))
+
     def test_evaluations_do_not_mix(self, world, tmp_path):
         scoring.main(evaluation(world, tmp_path / "a"))
         scoring.main(evaluation(world, tmp_path / "a", batch_size=1))
@@ -264,6 +300,17 @@ class TestPresets:
             assert o.max_new_tokens > 40 and o.temperature == 0.0
         assert self.parse("--preset", "paper").max_new_tokens == 768
 
+    def test_a_broken_config_is_one_line(self, tmp_path, capsys):
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(SystemExit) as ended:
+            prlm.parse_options(rl.Options, "", ["--model", str(tmp_path)])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert (
+            said.startswith(f"error: {tmp_path}/config.json: not valid JSON")
+            and len(said.splitlines()) == 1
+        )
+
     def test_a_policy_trained_from_the_toy_is_a_toy(self, tmp_path):
         policy = prlm.load_decoder(prlm.beside("toy/policy"))
         prlm.save_decoder(policy, prlm.load_tokenizer(prlm.beside("toy/policy")), tmp_path)
@@ -405,6 +452,12 @@ class TestStopping:
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
         assert torch.load(out / "trainer.pt", weights_only=True)["step"] == steps(out) < 400
+
+    @pytest.mark.skipif(os.name != "posix", reason="a shell's way to close a stream")
+    def test_it_may_be_started_without_an_output(self, world):
+        command = f"{sys.executable} {ROOT}/prlm.py --model {world}/policy --max-new-tokens 2 >&-"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == ""
 
     def test_advice_after_a_number_gone_wrong_can_be_followed(self, world, tmp_path, monkeypatch):
         out, real = tmp_path / "run", rl.update
