@@ -210,7 +210,7 @@ def is_placeholder(answer: str, task: str) -> bool:
 
 @dataclass
 class EvalOptions(PromptOptions):
-    presets = {"small": {"max_new_tokens": 72}, "paper": {"max_new_tokens": 768}}  # noqa: RUF012
+    presets = {"small": {"max_new_tokens": 80}, "paper": {"max_new_tokens": 768}}  # noqa: RUF012
     free = PromptOptions.free | {"batch_size"}
     max_new_tokens: int = 128  # longest completion
     batch_size: int = 64  # completions that are generated together
