@@ -622,7 +622,7 @@ def generate(
 
     Every prompt runs once; then a step computes one token of every row, on CUDA as a graph. Rows
     that have met an id of `eos_ids` leave the batch as soon as a quarter of it can go (on CUDA a
-    half; Cache.keep). `seed` makes the noise repeatable (None draws from torch's own generator).
+    half; Cache.shrink). `seed` makes the noise repeatable (None draws from torch's own generator).
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. An id of `eos_ids`
     is the completion's last, and makes it finished; else there are `max_new_tokens`. ValueError for
     a group or a length below 1, a temperature below 0, and what `check_ids` refuses.

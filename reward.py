@@ -21,10 +21,11 @@ policy pi, from which both kinds of answers come, can compute it. Nothing is tra
 
   s(q, d, a) = log pi(a | q, d) - log pi(a | q)
 
-It pays what the profile explains, and nothing that the query explains. Beside gold texts that is
-welcome; alone (--accuracy 0) it lets the policy forget the topic, unless --beta keeps it near pi.
+It pays for what the profile explains, and not for what the query explains. Beside gold texts that
+is welcome; alone (--accuracy 0) it lets the policy forget the topic, unless --beta keeps it near
+pi.
 
-`probe` measures what either judge knows of the user. Read its figures beside the pair accuracy.
+`probe` measures what either judge knows about the user; read its figures with the pair accuracy.
 
     python reward.py --model toy/policy --data toy/lamp --out runs/reward
     python reward.py --judge ratio --out runs/ratio
@@ -82,26 +83,28 @@ def rewards(
 ) -> list[dict]:  # fmt: skip
     """For each completion its answer, the three parts, and "reward", their weighted sum.
 
-    The numbers are the weights; the parts in the rows are unweighted. Without a judge nothing is
-    earned for personalization. An answer that is empty, or an echo of the placeholder, earns no
+    The last three arguments are the weights; the parts in the result are unweighted. Without a
+    judge personalization is 0. An answer that is empty, or an echo of the placeholder, earns no
     accuracy and is not shown to the judge; its personalization is the task's penalty (LaMP-4:
     -10), because a learned judge likes such answers and RL finds out. An example without a target
     earns no accuracy.
     """
-    rows, judged = [], []
+    rows = []
+    judged = []  # (row, example, answer) of those that the judge will see
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
         row = {"answer": answer, "accuracy": 0.0, "format": format_reward(completion)}
-        rows.append(row | {"personalization": 0.0})
+        row["personalization"] = 0.0
+        rows.append(row)
         if not is_placeholder(answer, example.task):
             if example.target is not None:
-                rows[-1]["accuracy"] = accuracy_reward(answer, example.target)
-            judged.append((rows[-1], example, answer))
+                row["accuracy"] = accuracy_reward(answer, example.target)
+            judged.append((row, example, answer))
         elif judge:
-            rows[-1]["personalization"] = task_of(example.task).penalty
+            row["personalization"] = task_of(example.task).penalty
     if judge and judged:
-        earners, theirs, answers = zip(*judged, strict=True)
-        for row, value in zip(earners, judge(theirs, answers), strict=True):
+        judged_rows, shown, answers = zip(*judged, strict=True)
+        for row, value in zip(judged_rows, judge(shown, answers), strict=True):
             row["personalization"] = value
     for row in rows:
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
@@ -127,10 +130,11 @@ class RewardModel(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.encoder, self.tokenizer = encoder, encoder.tokenizer
+        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
         if self.tokenizer is None:
             raise ValueError("the reward model needs its encoder's tokenizer.json")
-        like = encoder.norm.weight
+        like = encoder.norm.weight  # [H], on the device and in the dtype that the head needs too
         if encoder.pooler is None:
             encoder.pooler = nn.Linear(len(like), len(like), device=like.device, dtype=like.dtype)
         self.classifier = nn.Linear(len(like), 1, device=like.device, dtype=like.dtype)
@@ -183,6 +187,7 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
+    """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
     tensors = prlm.read_checkpoint(directory)
     missing = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"} - tensors.keys()
     if missing:
@@ -232,10 +237,10 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
         groups = zip(examples, texts, strict=True)
         return [[extract_answer(text, e.task) for text in group] for e, group in groups]
 
-    with_profile = answers("answers with profile", o.k, o.pairs_per_query)
-    without = answers("answers without profile", 0, o.negatives * o.pairs_per_query)
+    with_profile = answers("answers with profile", k=o.k, count=o.pairs_per_query)
+    without_profile = answers("answers without profile", k=0, count=o.negatives * o.pairs_per_query)
     pairs = []
-    for example, positives, others in zip(examples, with_profile, without, strict=True):
+    for example, positives, others in zip(examples, with_profile, without_profile, strict=True):
         for n, positive in enumerate(positives):
             negatives = [a for a in others[n * o.negatives : (n + 1) * o.negatives] if a]
             if positive and negatives:
@@ -249,7 +254,8 @@ def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
     texts = [[pair["positive"], *pair["negatives"]] for pair in pairs]
     queries = [pair["query"] for pair, row in zip(pairs, texts, strict=True) for _ in row]
     scores = model.score(queries, [text for row in texts for text in row])
-    scores = pad_sequence(scores.split([*map(len, texts)]), True, -math.inf)  # [B, 1+N]
+    by_pair = scores.split([*map(len, texts)])
+    scores = pad_sequence(by_pair, batch_first=True, padding_value=-math.inf)  # [B, 1+N]
     return scores[:, 0], scores[:, 1:]
 
 
@@ -266,7 +272,7 @@ def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
 
 
 def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """(for training, held out): the pairs of a tenth of the queries are held out, one at least."""
+    """(for training, held out): the pairs of a tenth of the queries, at least one, are held out."""
     ids = sorted({pair["id"] for pair in pairs})
     if len(ids) < 2:
         reason = "nearly all of the policy's answers are empty, or not in the form it was asked for"
@@ -275,7 +281,8 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"{text}: {reason}; {advice}")
     random.Random(seed).shuffle(ids)
     held = set(ids[: max(1, len(ids) // 10)])
-    return tuple([pair for pair in pairs if (pair["id"] in held) == side] for side in (False, True))
+    for_training = [pair for pair in pairs if pair["id"] not in held]
+    return for_training, [pair for pair in pairs if pair["id"] in held]
 
 
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
@@ -289,11 +296,12 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
     limit = min(512, model.encoder.max_length)
     device = model.classifier.weight.device.type
     half = prlm.product_dtype(o.precision, device) == torch.bfloat16
-    total, sizes = 0.0, []
+    sizes = []  # tokens of each pair
     for pair in pairs:
         texts = [pair["positive"], *pair["negatives"]]
         ids = [model.tokenizer.encode_pair(pair["query"], text, limit)[0] for text in texts]
         sizes.append((1 + o.negatives) * max(map(len, ids)))
+    total = 0.0
     for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch, padded=True):
         with torch.autocast(device, torch.bfloat16, enabled=half):
             positive, negatives = score_pairs(model, [pairs[n] for n in rows])
@@ -324,7 +332,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     """
     kept, held = split_pairs(pairs, o.seed)
     steps = o.reward_epochs * math.ceil(len(kept) / 64)
-    optimizer = torch.optim.AdamW(model.parameters(), o.reward_lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     torch.manual_seed(o.seed)  # dropout
     model.train()
@@ -342,7 +350,8 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
                 bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
     model.eval()
-    queries, accuracy = len({pair["id"] for pair in held}), pair_accuracy(model, held)
+    queries = len({pair["id"] for pair in held})
+    accuracy = pair_accuracy(model, held)
     report = {"pairs": len(pairs), "held_out_pairs": len(held), "held_out_queries": queries}
     low, high = wilson(accuracy, queries)
     report |= {"loss": mean, "pair_accuracy": accuracy}
@@ -351,21 +360,23 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
 
 def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
-    directory, device = Path(directory), prlm.pick_device(o.device)
-    pairs_file, report = directory / "pairs.json", directory / "report.json"
+    directory = Path(directory)
+    device = prlm.pick_device(o.device)
+    pairs_file = directory / "pairs.json"
+    report_file = directory / "report.json"
 
     def train() -> None:
         torch.manual_seed(o.seed)
         model = RewardModel(prlm.load_encoder(encoder_of(o), device))
         found = train_reward_model(o, model, prlm.read_json(pairs_file, list))
         save_reward_model(model, directory)
-        prlm.write_json(report, found)  # last: it says that all is there
+        prlm.write_json(report_file, found)  # last: it says that all is there
 
-    if prlm.on_first(lambda: not report.is_file()):
+    if prlm.on_first(lambda: not report_file.is_file()):
         directory.mkdir(parents=True, exist_ok=True)
         if prlm.on_first(lambda: not pairs_file.is_file()):
             pairs = build_pairs(o, policy, tokenizer, examples)
-            split_pairs(pairs, o.seed)  # too few are an error, and not kept
+            split_pairs(pairs, o.seed)  # raises ValueError for too few, before they are kept
             prlm.on_first(lambda: prlm.write_json(pairs_file, pairs))  # the slow part is kept
         prlm.on_first(train)
     return load_reward_model(directory, device)
@@ -411,15 +422,16 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
     """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy.
 
     That is the probability that a was written with the profile, if one was as likely as the other
-    beforehand; it lies in (0, 1), as the paper's. The reasoning is closed in both prompts, so that
-    the answers alone are compared, in the form that the prompt asks for.
+    beforehand; it lies in (0, 1), as the paper's does. The reasoning is closed in both prompts, so
+    that the answers alone are compared, in the form that the prompt asks for.
 
     What the query explains cancels out: an answer on another topic is worth as much. So where no
     gold text is rewarded beside it, keep the policy near the base with --beta. The best policy is
     then pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a constant, if the ratio itself is
     the reward: more of what the profile adds, on the topic that pi would choose.
     """
-    rank, how = make_ranker(o), replace(o, reasoning=False)
+    rank = make_ranker(o)
+    how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         groups: dict[tuple, list[int]] = {}  # the answers of an example share its two prompts
@@ -436,7 +448,7 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
         shares = ratios.double().sigmoid()  # float32 would round those above 17 nats to 1
         values = [0.0] * len(answers)
         for members, row in zip(groups.values(), shares.tolist(), strict=True):
-            for n, value in zip(members, row, strict=False):  # behind them is padding
+            for n, value in zip(members, row, strict=False):  # the rest of a row is padding
                 values[n] = value
         return values
 
@@ -454,7 +466,7 @@ def prefers(judge: Judge, own: tuple, other: tuple) -> float:
 
 
 def swap_profiles(examples: Sequence[Example]) -> list[Example]:
-    """Each example with the profile of the next one that is another user's, as far as any is."""
+    """Each example with the profile of the next one that is another user's, if there is one."""
     swapped = []
     for n, example in enumerate(examples):
         following = [*examples[n + 1 :], *examples[:n]]
@@ -468,7 +480,7 @@ def probe(judge: Judge, examples: Sequence[Example], rivals: Sequence[dict] = ()
 
     The swap test asks whether a user's real answer is worth more beside the user's own profile than
     beside another user's. A judge that does not see the profile gives both the same: exactly .5.
-    With the 95 % interval, a user being one trial.
+    Its 95 % interval counts a user as one trial.
 
     `rivals` are records {"query", "own", and any others} of these examples, in the toy: "other" is
     the real answer in another user's style, "plain" the same with a plain word for the user's.
@@ -493,7 +505,7 @@ FEW = 30  # held-out queries: with fewer, an accuracy of .65 cannot be told from
 
 
 def explain(name: str, report: dict) -> str:
-    """The report in words, with what to beware of."""
+    """The report in words, with a warning beside a figure that says little."""
 
     def share(key: str) -> str:
         return f"{report[key]:.3f} ({report[key + '_low']:.2f} to {report[key + '_high']:.2f})"
@@ -547,6 +559,7 @@ def obtain_judge(o, policy: Decoder, tokenizer, examples, directory) -> Judge | 
 
 def inputs_of(o: RewardOptions, *splits: str) -> dict[str, list]:
     """The files that a result depends on, under the names of the options that lead to them."""
+    # reward.py's own command has no weights: it makes the judge in any case.
     files = {"model": [o.model], "data": lamp_files(o.data, o.task, *splits)}
     judged_by_bert = o.judge == "bert" and getattr(o, "personalization", 1.0) > 0
     if judged_by_bert and o.reward_model:

@@ -14,12 +14,13 @@ One step, for P prompts with G completions each:
 The loss starts at 0 and stays small: with one update a rollout the ratio is exactly 1 and the
 advantages of a group sum to 0. Reward is the signal to watch.
 
-Before that, a run warms the policy up by supervised steps, where asked to (--warm-start), looks at
-a first rollout (can anything be learned here?), makes its judge, and scores held-out users, whom it
-scores again at the end. Each stage keeps its result in the run directory.
+Before that, a run takes supervised steps if --warm-start asks for them, looks at a first rollout
+(can anything be learned here?), makes its judge, and scores held-out users, whom it scores again at
+the end. Each stage keeps its result in the run directory.
 
 Every random choice is a function of (seed, step), so a stopped run keeps no generator state: the
-same command, started again, goes on. No dropout anywhere; the ids that were sampled are trained.
+same command, started again, goes on. The policy has no dropout, and it is trained on the very ids
+that it sampled: no text is tokenized a second time.
 
     python rl.py                                        # the toy, on a CPU, in minutes
     python rl.py --model DIR --data DIR --task LaMP-5 --encoder DIR --out runs/5
@@ -112,18 +113,19 @@ def grpo_loss(
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
 
     `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
-    whatever it holds, NaN included. `size` is what the sum is divided by, where these are a part
-    of a larger step; by default `loss_size` of this mask. With "grpo" each completion is first
-    averaged over its own tokens, an empty one is 0. ValueError: beta without ref_logprobs.
+    whatever it holds, NaN included. `size` is what the sum is divided by: give it to a micro-batch,
+    which is a part of a larger step; by default it is `loss_size` of this mask. With "grpo" each
+    completion is first averaged over its own tokens; an empty one counts as 0. ValueError: beta
+    without ref_logprobs.
     """
     size = loss_size(mask, normalizer, max_new_tokens) if size is None else size
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
     old_logprobs = old_logprobs.masked_fill(outside, 0.0)
     ratio = (logprobs - old_logprobs).exp()  # [P, G, C]
-    gain = advantages[..., None]  # [P, G, 1]
+    advantage = advantages[..., None]  # [P, G, 1]
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    loss = -torch.min(ratio * gain, clipped * gain)
+    loss = -torch.min(ratio * advantage, clipped * advantage)
     if beta:
         if ref_logprobs is None:
             raise ValueError("beta > 0 needs the reference's log-probabilities")
@@ -134,12 +136,17 @@ def grpo_loss(
     return loss.sum() / size
 
 
-def clip_fraction(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=None) -> Tensor:
-    """How many tokens [P, G, C] lost their gradient to the clip, as a count."""
+def count_clipped(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=None) -> Tensor:
+    """How many of the tokens [P, G, C] lost their gradient to the clip.
+
+    Only those that have already moved too far where their advantage pushes them: on the other side
+    the minimum takes the term that is not clipped, so a step in the wrong direction is undone.
+    """
     ratio = (logprobs - old_logprobs).exp()
-    gain = advantages[..., None]
-    high = ratio > 1 + (clip if clip_high is None else clip_high)
-    return (((gain > 0) & high | (gain < 0) & (ratio < 1 - clip)) & mask).sum()
+    advantage = advantages[..., None]
+    too_high = (advantage > 0) & (ratio > 1 + (clip if clip_high is None else clip_high))
+    too_low = (advantage < 0) & (ratio < 1 - clip)
+    return ((too_high | too_low) & mask).sum()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -215,7 +222,7 @@ class Policy:
     decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
     sampler: Decoder  # what generates: the decoder itself, or a plain copy in the products' dtype
     tokenizer: Tokenizer
-    reference: Decoder | None = None  # the policy before RL, frozen; with LoRA the decoder has it
+    reference: Decoder | None = None  # the policy before RL, frozen; see reference_of
 
 
 @dataclass
@@ -226,7 +233,7 @@ class Rollout:
     prompts: list[list[int]]  # [P] token ids
     groups: list[list[Completion]]  # [P][G]
     texts: list[str]  # [P*G] completions as text, with what the prompt has already opened
-    parts: list[dict]  # [P*G] answer, parts and sum of the reward (reward.py: rewards)
+    parts: list[dict]  # [P*G] rows of reward.py's `rewards`: answer, parts of the reward, sum
     advantages: Tensor  # [P, G]
 
     @property
@@ -239,12 +246,12 @@ class Rollout:
 
 
 def seed_of(*parts) -> int:
-    """A 63-bit seed for one purpose at one step, whatever was drawn before."""
+    """A 63-bit seed for one purpose at one step; what was drawn before has no influence."""
     return random.Random(repr(parts)).getrandbits(63)
 
 
 def choose(count: int, step: int, size: int, seed: int) -> list[int]:
-    """The examples of a step: each epoch is a new permutation, read on from step to step."""
+    """Indices of a step's examples: an epoch is a permutation, and a step reads on in it."""
     chosen = []
     for n in range(step * size, (step + 1) * size):
         epoch, index = divmod(n, count)
@@ -261,9 +268,10 @@ def make_policy(o: Options, directory, device: str) -> Policy:
     decoder = prlm.load_decoder(directory, device, dtype if o.lora_rank else torch.float32)
     sampler = decoder
     if o.lora_rank or dtype != torch.float32:
+        # Copied before the adapters are there: `refresh` writes them merged into plain weights.
         sampler = copy.deepcopy(decoder).to(dtype).requires_grad_(False)
     if o.lora_rank:
-        torch.manual_seed(o.seed)  # A starts random
+        torch.manual_seed(o.seed)  # a LoRA's A starts random
         prlm.add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
     decoder.checkpointing = o.checkpointing
     return Policy(decoder, sampler, prlm.load_tokenizer(directory))
@@ -271,7 +279,7 @@ def make_policy(o: Options, directory, device: str) -> Policy:
 
 @torch.no_grad()
 def refresh(policy: Policy) -> None:
-    """Brings the sampler up to the decoder, adapters merged in."""
+    """Copies the decoder's weights, adapters merged in, into the sampler."""
     if policy.sampler is not policy.decoder:
         weights = prlm.merged_parameters(policy.decoder)
         for copied, (_, weight) in zip(policy.sampler.parameters(), weights, strict=True):
@@ -289,17 +297,18 @@ def reference_of(policy: Policy):
 
 
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
-    trained = [p for p in policy.decoder.parameters() if p.requires_grad]
-    # Fused, CUDA's AdamW needs no second copy of its second moments while it steps.
-    fused = trained[0].device.type == "cuda"
-    return torch.optim.AdamW(trained, lr, weight_decay=0.0, fused=fused)
+    parameters = [p for p in policy.decoder.parameters() if p.requires_grad]
+    # On CUDA the fused AdamW does without a second copy of its second moments during a step.
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
 
 
 def choose_share(o: Options, step: int, count: int) -> list[int]:
     """The examples of this step that fall to this process."""
     rank, world_size = prlm.rank_and_world_size()
     share = o.prompts_per_step // world_size
-    return choose(count, step, o.prompts_per_step, o.seed)[rank * share :][:share]
+    chosen = choose(count, step, size=o.prompts_per_step, seed=o.seed)
+    return chosen[rank * share : (rank + 1) * share]
 
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) -> Rollout:
@@ -314,12 +323,12 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
         eos_ids=policy.tokenizer.eos_ids,
         seed=seed,
     )
-    start = opening(o, policy.tokenizer)
-    texts = [start + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
+    opened = opening(o, policy.tokenizer)
+    texts = [opened + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
     # 2. reward
-    owners = [example for example in examples for _ in range(o.group_size)]
+    asked = [example for example in examples for _ in range(o.group_size)]  # [P*G]
     weights = {name: getattr(o, name) for name in ("accuracy", "format", "personalization")}
-    parts = rewards(texts, owners, judge, **weights)
+    parts = rewards(texts, asked, judge, **weights)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
         raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
@@ -344,17 +353,19 @@ def trained_tokens(o: Options, rollout: Rollout, device) -> Tensor:
 def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str, float]:
     """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
 
-    pi_old is the policy of the first pass, before any update. The log-probabilities that the
-    sampler has noted are not it: they may come from a bfloat16 copy, and only `gap` uses them.
-    Of several processes each has its share of the rollout; sizes and sums are those of all.
+    pi_old is the policy of the first pass, before any update. The sampler's log-probabilities do
+    not stand in for it, since they may come from a bfloat16 copy: only `gap` uses them. Each of
+    several processes has its share of the rollout; sizes and sums are those of all.
     """
     decoder, device = policy.decoder, policy.decoder.head.device
     completions = [[c.tokens for c in group] for group in rollout.groups]  # [P][G]
     advantages = rollout.advantages.to(device)  # [P, G]
     trained = trained_tokens(o, rollout, device)  # [P, G, C]
-    noted = pad_sequence([torch.tensor(c.logprobs) for c in rollout.completions], True)
-    noted = noted.to(device).view_as(trained)  # [P, G, C] the sampler's log-probabilities
-    old_logprobs = torch.zeros_like(noted)
+    sampler_logprobs = pad_sequence(
+        [torch.tensor(c.logprobs) for c in rollout.completions], batch_first=True
+    )
+    sampler_logprobs = sampler_logprobs.to(device).view_as(trained)  # [P, G, C]
+    old_logprobs = torch.zeros_like(sampler_logprobs)  # filled in the first pass
 
     # Every micro-batch is divided by the size of the whole step, not by its own.
     world_size = prlm.rank_and_world_size()[1]
@@ -369,17 +380,20 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
     for turn in range(o.updates_per_rollout):
         log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
         for rows in batches:
-            batch = [rollout.prompts[n] for n in rows], [completions[n] for n in rows]
+            prompts = [rollout.prompts[n] for n in rows]
+            groups = [completions[n] for n in rows]
             with products(o, device):
-                logprobs, entropy, real = prlm.score_completions(decoder, *batch, o.temperature)
+                logprobs, entropy, real = prlm.score_completions(
+                    decoder, prompts, groups, o.temperature
+                )
             width = logprobs.shape[-1]  # of this micro-batch: C or less
             now = logprobs.detach()
-            mask = trained[rows, :, :width]
+            mask = trained[rows, :, :width]  # `real`, less what --mask-truncated leaves out
             if turn == 0:
                 old_logprobs[rows, :, :width] = now
-                apart = (now - noted[rows, :, :width]).abs()
-                gap = max(gap, apart[real].max().item())
-                gap_mean += apart[mask].sum().item() / tokens
+                difference = (now - sampler_logprobs[rows, :, :width]).abs()
+                gap = max(gap, difference[real].max().item())
+                gap_mean += difference[mask].sum().item() / tokens
             terms = {
                 "old_logprobs": old_logprobs[rows, :, :width],
                 "advantages": advantages[rows],
@@ -388,7 +402,7 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
             ref_logprobs = None
             if o.beta:
                 with torch.no_grad(), products(o, device), reference_of(policy) as reference:
-                    ref_logprobs, _ = prlm.token_logprobs(reference, *batch, o.temperature)
+                    ref_logprobs, _ = prlm.token_logprobs(reference, prompts, groups, o.temperature)
                 log["kl"] += k3(now, ref_logprobs)[mask].sum().item() / tokens
             loss = grpo_loss(
                 logprobs,
@@ -403,7 +417,7 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
             loss.backward()
             log["loss"] += loss.item()
             log["entropy"] += entropy[mask].sum().item() / tokens
-            log["clip_fraction"] += clip_fraction(now, **terms, **clip).item() / tokens
+            log["clip_fraction"] += count_clipped(now, **terms, **clip).item() / tokens
         each = prlm.gather(log)
         log = {name: sum(one[name] for one in each) for name in log}
         log["grad_norm"] = optimizer_step(o, optimizer, log["loss"])
@@ -417,14 +431,14 @@ def products(o: Options, device: torch.device):
 
 
 def optimizer_step(o: Options, optimizer, loss: float) -> float:
-    """Applies the gradients that all processes have gathered; returns their norm."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    """Sums the gradients of all processes, clips and applies them; returns the unclipped norm."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if prlm.rank_and_world_size()[1] > 1:
         # Once an optimizer step, after the last micro-batch: little to overlap, and unlike
         # DistributedDataParallel it needs no forward() of its own and no second copy.
-        for parameter in trained:
+        for parameter in parameters:
             dist.all_reduce(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(trained, o.grad_clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip).item()
     if not math.isfinite(norm + loss):
         raise FloatingPointError(f"the loss is {loss}, the gradient's norm {norm}")
     optimizer.step()
@@ -450,11 +464,11 @@ def grpo_step(
         )
         rolled = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, o.steps, o.lr, o.warmup)
+            group["lr"] = learning_rate(step, o.steps, peak=o.lr, warmup=o.warmup)
         log = update(o, policy, optimizer, rollout)
         refresh(policy)
     except FloatingPointError as error:
-        chosen = choose(len(examples), step, o.prompts_per_step, o.seed)
+        chosen = choose(len(examples), step, size=o.prompts_per_step, seed=o.seed)  # of all
         where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
         advice = "it was not applied; the same command with a lower --lr goes on from what is saved"
         raise ValueError(f"{where}: {error}; {advice}") from None
@@ -499,16 +513,22 @@ def sample_lines(rollout: Rollout, step: int, tokenizer: Tokenizer) -> list[dict
     """A line of samples.jsonl for each completion of a rollout."""
     lines = []
     for n, completion in enumerate(rollout.completions):
-        prompt = n // len(rollout.groups[0])
-        example = rollout.examples[prompt]
+        index = n // len(rollout.groups[0])  # of its prompt
+        example = rollout.examples[index]
         lines.append(
-            {"step": step + 1, "id": example.id, "query": example.query, "target": example.target}
-            | {"completion": rollout.texts[n]}
-            | rollout.parts[n]
-            | {"advantage": rollout.advantages.flatten()[n].item(), "finished": completion.finished}
-            | {"tokens": completion.tokens}
-            | {"logprobs": [round(x, 4) for x in completion.logprobs]}
-            | {"prompt": tokenizer.decode(rollout.prompts[prompt])}
+            {
+                "step": step + 1,
+                "id": example.id,
+                "query": example.query,
+                "target": example.target,
+                "completion": rollout.texts[n],
+                **rollout.parts[n],
+                "advantage": rollout.advantages.flatten()[n].item(),
+                "finished": completion.finished,
+                "tokens": completion.tokens,
+                "logprobs": [round(x, 4) for x in completion.logprobs],
+                "prompt": tokenizer.decode(rollout.prompts[index]),
+            }
         )
     return lines
 
@@ -539,10 +559,11 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
     A group has spread if its rewards differ, or if a judge would be shown different answers.
     Without spread all advantages are 0 and GRPO learns nothing.
     """
-    chosen = choose(len(examples), 0, min(8, len(examples)), o.seed)
+    chosen = choose(len(examples), step=0, size=min(8, len(examples)), seed=o.seed)
     shown = [examples[n] for n in chosen]
     prompts = make_prompts(o, policy.tokenizer, shown)
-    rollout = roll_out(o, policy, None, shown, prompts, seed_of(o.seed, "look"))
+    seed = seed_of(o.seed, "look")
+    rollout = roll_out(o, policy, judge=None, examples=shown, prompts=prompts, seed=seed)
     real = [not is_placeholder(part["answer"], o.task) for part in rollout.parts]
     spread = []
     for n in range(len(shown)):
@@ -574,8 +595,10 @@ def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) 
     )
     if found["groups_with_spread"] <= 0.1 and not o.force:
         ways = ["--warm-start 125 (it teaches the form from the training records)"]
-        ways += [f"--max-new-tokens above {o.max_new_tokens}"] * (found["truncated"] > 0.5)
-        ways += ["a higher --temperature"] * (found["answered"] > 0.5)
+        if found["truncated"] > 0.5:
+            ways.append(f"--max-new-tokens above {o.max_new_tokens}")
+        if found["answered"] > 0.5:
+            ways.append("a higher --temperature")
         raise ValueError(
             "nearly all groups earn the same whatever they say, so GRPO would learn nothing. "
             f"Ways out, each with --overwrite: {'; '.join(ways)}. --force goes on all the same"
@@ -608,7 +631,7 @@ def warm_start_targets(
     targets = []
     for example in examples:
         thought = ""
-        for item in rank(example, min(o.k, 1)):
+        for item in rank(example, min(o.k, 1)):  # the best one, if there is any
             shown = item[list(task_of(example.task).fields)[-1]].strip()
             thought = EVIDENCE.format(tokenizer.cut(shown, EVIDENCE_TOKENS))
         text = answer_block(example.task, example.target.strip())
@@ -659,9 +682,9 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     for step, bar in saved_steps(
         o, "warm start", folder, stop, first, o.warm_start, policy, optimizer
     ):
-        chosen = choose(len(examples), step, o.warm_start_batch, o.seed)
+        chosen = choose(len(examples), step, size=o.warm_start_batch, seed=o.seed)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, o.warm_start, o.warm_start_lr, o.warmup)
+            group["lr"] = learning_rate(step, o.warm_start, peak=o.warm_start_lr, warmup=o.warmup)
         line = {"step": step + 1} | supervised_step(
             o, policy, optimizer, [prompts[n] for n in chosen], [targets[n] for n in chosen]
         )
@@ -706,7 +729,7 @@ def save_state(path: Path, step: int, decoder: Decoder, optimizer) -> None:
 
 
 def load_state(path: Path, decoder: Decoder, optimizer) -> int:
-    """Puts a saved state back; the number of steps that were done."""
+    """Puts a saved state back; returns the number of steps done. ValueError for another file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["model"].keys() != trained_state(decoder).keys():
@@ -717,7 +740,7 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, EOFError, LookupError, OSError, pickle.UnpicklingError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a broken file too
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a broken file
             raise
         reason = str(error).split("\n")[0]
         text = f"{path}: not a state of this run ({reason}); delete it to train from the start"
@@ -725,7 +748,7 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
 
 
 def resume(folder: Path, policy: Policy, optimizer) -> tuple[int, list[dict]]:
-    """(steps done, their metrics) of a training in `folder`; what came after is dropped."""
+    """(steps done, their metrics) of the training in `folder`; what the log has beyond is cut."""
     done = 0
     if prlm.on_first((folder / "trainer.pt").is_file):
         done = load_state(folder / "trainer.pt", policy.decoder, optimizer)
@@ -740,10 +763,13 @@ def resume(folder: Path, policy: Policy, optimizer) -> tuple[int, list[dict]]:
 def saved_steps(
     o: Options, title: str, folder: Path, stop: Stop, first: int, count: int, policy, optimizer
 ):
-    """Yields (step, bar) from `first` to `count`. After the body of a step, saves the state when it
-    is time, at the end, and when somebody asks to stop, which then happens."""
+    """Yields (step, bar) for the steps from `first` on, up to `count` in all.
+
+    After the body of each it saves the state: every --save-every steps, after the last one, and
+    when a signal has asked to stop, which then ends the command.
+    """
     bar = Progress(range(first, count), title, total=count, initial=first)
-    stop.in_loop = True
+    stop.in_loop = True  # from here on a signal waits until the step is saved
     for step in bar:
         yield step, bar
         done = step + 1
@@ -762,7 +788,7 @@ def saved_steps(
 
 def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
-    least = {
+    least = {  # the smallest value: its options; 1e-9 stands for "above 0"
         0: "k beta eval_every accuracy format personalization warmup train_examples warm_start "
         "steps lora_rank",
         1: "prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
@@ -775,7 +801,7 @@ def check(o: Options, world_size: int) -> None:
         for name in names.split():
             if not bound <= getattr(o, name) < math.inf:
                 flag = "--" + name.replace("_", "-")
-                at_least = "above 0" if bound < 1e-6 and bound else f"at least {bound}"
+                at_least = "above 0" if bound == 1e-9 else f"at least {bound}"
                 raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
     if o.prompts_per_step % world_size:
         count = f"a multiple of the {world_size} processes, not {o.prompts_per_step}"
@@ -834,8 +860,8 @@ def run(o: Options, stop: Stop, judge=None) -> None:
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
         take_a_look(o, out, policy, train)
         if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
-            # A copy, since the policy will move; taken before a saved state is put back, so that a
-            # run that goes on has the same one. The sampler's: it is in the products' precision.
+            # A copy, since the policy will move; made before a saved state is put back, so that a
+            # run that goes on has the same one; of the sampler, which has the products' precision.
             policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
         judge = judge or judge_by(o, out, policy, train)
         score(o, out, "no_profile", policy, held, k=0)
@@ -861,8 +887,8 @@ def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
 
 
 def judge_by(o: Options, out: Path, policy: Policy, train: list[Example]):
-    """The judge that the options ask for. It knows the policy as it is before RL."""
-    base = policy.sampler  # samples the pairs of the BERT judge, before it is trained
+    """The judge that the options ask for, made with the policy as it is before RL."""
+    base = policy.sampler  # samples the pairs that the BERT judge is trained on
     if o.judge == "ratio":
         base = policy.reference or policy.decoder
     judge = obtain_judge(o, base, policy.tokenizer, train, out / "reward")
@@ -924,7 +950,7 @@ def is_complete(o: Options, out: Path) -> bool:
 
 
 def report(o: Options, out: Path) -> None:
-    """The table of a finished run, and which of its files are there."""
+    """Prints the table of a finished run, and which of its files are missing."""
     scores = prlm.read_json(out / "scores.json")
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
@@ -933,7 +959,8 @@ def report(o: Options, out: Path) -> None:
     lost = [name for name in files if not (out / name).is_file()]
     if "metrics.jsonl" not in lost:
         count = len(prlm.read_lines(out / "metrics.jsonl"))
-        lost += [f"{o.steps - count} of the {o.steps} lines of metrics.jsonl"] * (count < o.steps)
+        if count < o.steps:
+            lost.append(f"{o.steps - count} of the {o.steps} lines of metrics.jsonl")
     try:
         from toy.page import draw_curves
 

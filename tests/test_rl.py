@@ -167,7 +167,7 @@ class TestLoss:
         rl.grpo_loss(ratio, torch.zeros(1, 4, 1), gain, mask).backward()
         moves = (ratio.grad.flatten() != 0).tolist()
         same(moves, [False, True, True, False], "has the ratio 1.3, 1.3, 0.7, 0.7 a gradient?")
-        assert rl.clip_fraction(ratio, torch.zeros(1, 4, 1), gain, mask) == 2
+        assert rl.count_clipped(ratio, torch.zeros(1, 4, 1), gain, mask) == 2
 
     def test_empty_completions_are_finite(self):
         zeros, mask = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool)
