@@ -21,9 +21,8 @@ policy pi, from which both kinds of answers come, can compute it. Nothing is tra
 
   s(q, d, a) = log pi(a | q, d) - log pi(a | q)
 
-It pays for what the profile explains, and not for what the query explains. Beside gold texts that
-is welcome; alone (--accuracy 0) it lets the policy forget the topic, unless --beta keeps it near
-pi.
+It pays for what the profile explains, not for what the query explains. Beside gold texts that is
+welcome; alone (--accuracy 0) it lets the policy forget the topic, unless --beta keeps it near pi.
 
 `probe` measures what either judge knows about the user; read its figures with the pair accuracy.
 
@@ -134,7 +133,7 @@ class RewardModel(nn.Module):
         self.tokenizer = encoder.tokenizer
         if self.tokenizer is None:
             raise ValueError("the reward model needs its encoder's tokenizer.json")
-        like = encoder.norm.weight  # [H], on the device and in the dtype that the head needs too
+        like = encoder.norm.weight  # [H]: size, device and dtype of what is added here
         if encoder.pooler is None:
             encoder.pooler = nn.Linear(len(like), len(like), device=like.device, dtype=like.dtype)
         self.classifier = nn.Linear(len(like), 1, device=like.device, dtype=like.dtype)

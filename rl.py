@@ -251,7 +251,7 @@ def seed_of(*parts) -> int:
 
 
 def choose(count: int, step: int, size: int, seed: int) -> list[int]:
-    """Indices of a step's examples: an epoch is a permutation, and a step reads on in it."""
+    """Indices of a step's examples: steps read on through epochs, each of them shuffled anew."""
     chosen = []
     for n in range(step * size, (step + 1) * size):
         epoch, index = divmod(n, count)
@@ -271,7 +271,7 @@ def make_policy(o: Options, directory, device: str) -> Policy:
         # Copied before the adapters are there: `refresh` writes them merged into plain weights.
         sampler = copy.deepcopy(decoder).to(dtype).requires_grad_(False)
     if o.lora_rank:
-        torch.manual_seed(o.seed)  # a LoRA's A starts random
+        torch.manual_seed(o.seed)  # LoRA's A starts random
         prlm.add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
     decoder.checkpointing = o.checkpointing
     return Policy(decoder, sampler, prlm.load_tokenizer(directory))
@@ -468,7 +468,9 @@ def grpo_step(
         log = update(o, policy, optimizer, rollout)
         refresh(policy)
     except FloatingPointError as error:
-        chosen = choose(len(examples), step, size=o.prompts_per_step, seed=o.seed)  # of all
+        chosen = choose(
+            len(examples), step, size=o.prompts_per_step, seed=o.seed
+        )  # by all processes
         where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
         advice = "it was not applied; the same command with a lower --lr goes on from what is saved"
         raise ValueError(f"{where}: {error}; {advice}") from None
@@ -680,7 +682,14 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     )
     first, lines = resume(folder, policy, optimizer)
     for step, bar in saved_steps(
-        o, "warm start", folder, stop, first, o.warm_start, policy, optimizer
+        o,
+        "warm start",
+        folder,
+        stop,
+        first=first,
+        count=o.warm_start,
+        policy=policy,
+        optimizer=optimizer,
     ):
         chosen = choose(len(examples), step, size=o.warm_start_batch, seed=o.seed)
         for group in optimizer.param_groups:
@@ -748,7 +757,7 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
 
 
 def resume(folder: Path, policy: Policy, optimizer) -> tuple[int, list[dict]]:
-    """(steps done, their metrics) of the training in `folder`; what the log has beyond is cut."""
+    """(steps done, their metrics) of the training in `folder`; later lines are dropped."""
     done = 0
     if prlm.on_first((folder / "trainer.pt").is_file):
         done = load_state(folder / "trainer.pt", policy.decoder, optimizer)
@@ -788,7 +797,7 @@ def saved_steps(
 
 def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
-    least = {  # the smallest value: its options; 1e-9 stands for "above 0"
+    least = {  # smallest value: options; 1e-9 stands for "above 0"
         0: "k beta eval_every accuracy format personalization warmup train_examples warm_start "
         "steps lora_rank",
         1: "prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
@@ -818,7 +827,9 @@ def train_policy(
     if done > o.steps:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
     prompts = make_prompts(o, policy.tokenizer, train)
-    for step, bar in saved_steps(o, "GRPO", out, stop, done, o.steps, policy, optimizer):
+    for step, bar in saved_steps(
+        o, "GRPO", out, stop, first=done, count=o.steps, policy=policy, optimizer=optimizer
+    ):
         metrics, samples = grpo_step(o, step, policy, optimizer, judge, train, prompts)
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             scores, _ = evaluate(policy.sampler, policy.tokenizer, held, o)
