@@ -516,7 +516,7 @@ class TestSample:
     @pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
     def test_never_an_impossible_id(self, number, monkeypatch):
         """Whatever torch.rand gives: its least or its largest number."""
-        monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
+        monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(*size).fill_(number))
         logits = torch.full((1, 7), -math.inf)
         logits[0, 2:5] = torch.tensor([0.1, 0.2, 0.3])
         ids, logprobs = prlm.sample(logits, 1.0)
