@@ -1016,6 +1016,12 @@ class Tokenizer:
         self.control = {t.content for i, t in added if i in control or t.content in markers}
         self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # by the prompt
 
+    @property
+    def end_id(self) -> int:
+        """The EOS id that ends an assistant's turn in the chat format, else the lowest one."""
+        ends = (self.vocabulary.get(name) for name in (CHATML[1], LLAMA3[3], R1[1]))
+        return min([i for i in ends if i in self.eos_ids] or self.eos_ids)
+
     @cached_property
     def reader(self) -> Backend:
         """The backend that encodes: in it the name of every control token begins with MARK.
@@ -1187,9 +1193,20 @@ def read_json(path, kind: type = dict):
     return value
 
 
+def parse_lines(path, lines: list[str]) -> list[dict]:
+    """The records that the lines of a JSON Lines file hold; ValueError names file and line."""
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
+    return records
+
+
 def read_lines(path) -> list[dict]:
     """The records of a JSON Lines file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return parse_lines(path, Path(path).read_text(encoding="utf-8").splitlines())
 
 
 def write_lines(path, records: list[dict]) -> None:
@@ -1214,7 +1231,7 @@ def append(path, records: list[dict]) -> None:
 def rewind(path, steps: int) -> list[dict]:
     """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]
+    lines = parse_lines(path, text.split("\n")[:-1])
     kept = [line for line in lines if line["step"] <= steps]
     write_lines(path, kept)
     return kept
@@ -1411,7 +1428,7 @@ def read_number(raw: dict, where, key: str, default=None, kind: type = int, leas
 # of the inputs. Started again, it goes on with what is its own and refuses what is another's.
 
 
-PATHS = {"model", "data", "encoder", "reward_model"}  # options that lead to files
+PATHS = {"model", "data", "encoder", "reward_model"}  # compared by content, not by spelling
 
 
 def beside(path: str) -> str:
@@ -1477,8 +1494,8 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     if "out" in theirs:  # a model's config.json, for one, is not ours, and not ours to delete
         changed = differences(theirs, mine, free)
         adjusted = {name: changed.pop(name) for name in sorted(adjustable & changed.keys())}
-        if getattr(o, "force", False):
-            changed = {name: pair for name, pair in changed.items() if name not in CHAPTERS}
+        if getattr(o, "force", False):  # then the record says that the code is a mixture
+            adjusted |= {name: changed.pop(name) for name in CHAPTERS if name in changed}
         if changed and o.overwrite:
             old = out.with_name(f".{out.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -1516,7 +1533,7 @@ def explain(changed: dict[str, tuple]) -> str:
 
 @contextmanager
 def alone(out):
-    """Holds a directory for this process; however that ends, the system lets go of it."""
+    """Holds a directory for this process; the system releases it however the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows

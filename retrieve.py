@@ -454,7 +454,7 @@ class PromptOptions:
         "small": {"k": 3, "max_prompt_tokens": 288, "encoder": None},
         "paper": {"k": 5, "encoder": None},
     }
-    free = {"device"}  # noqa: RUF012  these do not change the result
+    free = {"device"}  # noqa: RUF012  these may change: greedy results stay, up to rounding
     model: str = beside("toy/policy")  # checkpoint directory of the policy
     data: str = beside("toy/lamp")  # directory with LaMP's files
     task: TaskName = "LaMP-4"  # an entry of TASKS in retrieve.py

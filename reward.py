@@ -275,7 +275,7 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
     ids = sorted({pair["id"] for pair in pairs})
     if len(ids) < 2:
         reason = "nearly all of the policy's answers are empty, or not in the form it was asked for"
-        advice = "take a policy that keeps to the form, --judge ratio, or no judge"
+        advice = "--overwrite with a policy that keeps to the form, --judge ratio, or no judge"
         text = f"{len(pairs)} pairs of {len(ids)} queries are too few to train a reward model on"
         raise ValueError(f"{text}: {reason}; {advice}")
     random.Random(seed).shuffle(ids)
@@ -580,7 +580,7 @@ def main(o: Options) -> None:
         raise ValueError("--pairs-per-query, --negatives and --reward-epochs must be at least 1")
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
-    inputs = inputs_of(o, "train", "dev")
+    inputs = inputs_of(o, *(["train", "dev"] if o.probe_examples else ["train"]))
     with prlm.alone(o.out):
         out = prlm.open_result(o, inputs, record="options.json")  # config.json will be the model's
         make_judge(o, decoder, tokenizer, examples, out)

@@ -179,12 +179,12 @@ class Options(RewardOptions):
             "eval_every": 500, "save_every": 100,
         },
     }  # fmt: skip
-    free = RewardOptions.free | {  # these do not change the result
+    free = RewardOptions.free | {  # these may change when a run goes on
         "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
     }  # fmt: skip
     adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run goes on
     train_examples: int = 0  # only the first training records; 0 takes all
-    accuracy: float = 1.0  # weight of ROUGE against the user's own text; 0 needs no such text
+    accuracy: float = 1.0  # weight of ROUGE against the user's own text; 0 learns without it
     format: float = 0.1  # weight of a closed reasoning block
     personalization: float = 0.1  # weight of the judge; 0 does without one
     warm_start: int = 0  # supervised steps before RL, for a model that does not know the form yet
@@ -212,7 +212,7 @@ class Options(RewardOptions):
     save_every: int = 20  # steps between states to go on from
     out: str = "runs/toy"  # run directory; the same command goes on with a stopped run
     overwrite: bool = False  # start anew where the directory holds another run
-    force: bool = False  # go on although the first look, or an edit of the code, says stop
+    force: bool = False  # go on though the first look saw nothing to learn, or the code was edited
 
 
 @dataclass
@@ -602,7 +602,7 @@ def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) 
         if found["answered"] > 0.5:
             ways.append("a higher --temperature")
         raise ValueError(
-            "nearly all groups earn the same whatever they say, so GRPO would learn nothing. "
+            "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
             f"Ways out, each with --overwrite: {'; '.join(ways)}. --force goes on all the same"
         )
     prlm.on_first(partial(prlm.write_json, file, found))
@@ -625,8 +625,8 @@ def warm_start_targets(
         </answer>
 
     Without retrieved items the sentence is left out, with --no-reasoning the whole block. What the
-    prompt has opened already (`tokenizer.opening`) is not said again. Texts are stripped; of
-    several EOS ids the smallest ends a target. `make_ranker(o)` gives rank(example, k), `EVIDENCE`
+    prompt has opened already (`tokenizer.opening`) is not said again. Texts are stripped, and
+    `tokenizer.end_id` ends a target. `make_ranker(o)` gives rank(example, k), `EVIDENCE`
     the sentence, `answer_block` the last three lines.
     """
     rank = make_ranker(o)
@@ -639,7 +639,7 @@ def warm_start_targets(
         text = answer_block(example.task, example.target.strip())
         if o.reasoning:
             text = f"<think>\n{thought}\n</think>\n{text}".removeprefix(tokenizer.opening)
-        targets.append([*tokenizer.encode(text), min(tokenizer.eos_ids)])
+        targets.append([*tokenizer.encode(text), tokenizer.end_id])
     return targets
 
 
@@ -694,19 +694,23 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
         chosen = choose(len(examples), step, size=o.warm_start_batch, seed=o.seed)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o.warm_start, peak=o.warm_start_lr, warmup=o.warmup)
-        line = {"step": step + 1} | supervised_step(
-            o, policy, optimizer, [prompts[n] for n in chosen], [targets[n] for n in chosen]
-        )
+        rows = {"prompts": [prompts[n] for n in chosen], "targets": [targets[n] for n in chosen]}
+        try:
+            line = {"step": step + 1} | supervised_step(o, policy, optimizer, **rows)
+        except FloatingPointError as error:
+            advice = "--overwrite with a lower --warm-start-lr starts anew"
+            raise ValueError(f"warm start, step {step + 1}: {error}; {advice}") from None
         lines.append(line)
         prlm.on_first(partial(prlm.append, folder / "metrics.jsonl", [line]))
         bar.set_postfix(loss=f"{line['loss']:.3f}")
-    report = {"steps": o.warm_start, "loss_first": lines[0]["loss"], "loss_last": lines[-1]["loss"]}
-    print(f"warm start: loss {report['loss_first']:.2f} -> {report['loss_last']:.2f} nats a token")
+    losses = [line["loss"] for line in lines]
+    if losses:  # the log may have been lost
+        print(f"warm start: loss {losses[0]:.2f} -> {losses[-1]:.2f} nats a token")
 
     def keep() -> None:
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
-        (folder / "trainer.pt").unlink()
-        prlm.write_json(folder / "report.json", report)  # last: it says all is there
+        prlm.write_json(folder / "report.json", {"steps": o.warm_start, "loss": losses[-1:]})
+        (folder / "trainer.pt").unlink()  # not needed once the report says that all is there
 
     prlm.on_first(keep)
     return folder
@@ -786,7 +790,7 @@ def saved_steps(
         if done % o.save_every == 0 or done == count or asked:
             state = partial(save_state, folder / "trainer.pt", done, policy.decoder, optimizer)
             prlm.on_first(state)
-        if asked and done < count:
+        if asked:
             bar.close()
             stop.leave(asked)
     stop.in_loop = False
@@ -868,6 +872,7 @@ def run(o: Options, stop: Stop, judge=None) -> None:
 
     if not prlm.on_first(partial(is_complete, o, out)):
         if o.warm_start:
+            policy = None  # its memory goes before the warm start takes its own
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
         take_a_look(o, out, policy, train)
         if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
@@ -978,7 +983,7 @@ def report(o: Options, out: Path) -> None:
         draw_curves(out)  # reward.png
     except ImportError:
         print("no picture of the curves: that needs matplotlib. With it, this command draws one")
-    print(f"{out} is complete" + (f", but {', '.join(lost)} are missing" if lost else ""))
+    print(f"{out} is complete" + (f"; missing: {', '.join(lost)}" if lost else ""))
 
 
 if __name__ == "__main__":

@@ -1323,7 +1323,7 @@ EXERCISES = [
         [
             Mutant("no end of sequence",
                    "After the warm start every completion runs on to the limit: `truncated` is 1.",
-                   "[*tokenizer.encode(text), min(tokenizer.eos_ids)]", "tokenizer.encode(text)"),
+                   "[*tokenizer.encode(text), tokenizer.end_id]", "tokenizer.encode(text)"),
             Mutant("what the prompt has opened is said again",
                    "Completions of R1-Distill begin with a second <think>.",
                    ".removeprefix(tokenizer.opening)", ""),
@@ -1341,7 +1341,7 @@ EXERCISES = [
                    "if o.reasoning:", "if True:"),
         ],
         """
-        best, found, end = make_ranker(o), [], sorted(tokenizer.eos_ids)[:1]
+        best, found, end = make_ranker(o), [], [tokenizer.end_id]
         for example in examples:
             text = answer_block(example.task, example.target.strip())
             if o.reasoning:

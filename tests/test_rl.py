@@ -237,7 +237,7 @@ class TestWarmStartTargets:
         return [retrieve.Example("1", "u", "LaMP-4", q, items, target) for q, target in texts]
 
     def tokenizer(self, opening):
-        one = prlm.Tokenizer(byte_tokenizer(), {258, 257})
+        one = prlm.Tokenizer(byte_tokenizer(), {258, 256})  # <|im_end|>, <|endoftext|>
         one.opening = opening
         return one
 
@@ -255,7 +255,7 @@ class TestWarmStartTargets:
             expected = f"<think>\n{thought}\n</think>\n<answer>\n{{'title': '{title}'}}\n</answer>"
             case = f"k {k}, the prompt has opened {opening!r}"
             same(tokenizer.decode(ids[:-1]), expected.removeprefix(opening), case)
-            same(ids[-1], 257, f"{case}: the id at the end")
+            same(ids[-1], 258, f"{case}: the id at the end")
 
     def test_without_reasoning(self, examples):
         """Whatever the chat format opens: the prompt has closed it again."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_policy
+from conftest import byte_tokenizer, write_policy
 from test_rl import lines, tiny
 from test_stop import finish, start, state, steps, wait_for_steps
 
@@ -74,7 +74,10 @@ class TestResult:
         (out / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"reward\.py has been edited .* another --out"):
             rl.main(quick(world, out))
-        rl.main(quick(world, out, force=True))
+        rl.main(quick(world, out, force=True))  # once: then the record knows of the mixture
+        rl.main(quick(world, out))
+        changes = json.loads((out / "config.json").read_text())["changes"]
+        assert [*changes[0]] == ["reward.py"] and changes[0]["reward.py"][0] == "0" * 12
 
     def test_a_path_is_a_place_not_a_spelling(self, world, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -242,6 +245,12 @@ class TestFiles:
         monkeypatch.undo()
         assert path.read_bytes() == whole
 
+    def test_a_line_that_is_no_json_is_named(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhalf\n{"step": 3}\n')
+        for read in (prlm.read_lines, lambda path: prlm.rewind(path, 3)):
+            with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not valid JSON"):
+                read(tmp_path / "metrics.jsonl")
+
     def test_a_state_that_cannot_fit_is_not_tried(self, tmp_path, monkeypatch):
         decoder = torch.nn.Linear(1000, 1000)
         optimizer = torch.optim.AdamW(decoder.parameters())
@@ -369,6 +378,24 @@ class TestWarmStart:
                 if asked.reasoning:
                     text = f"<think>\n{thought}\n</think>\n{text}"
                 assert tokenizer.decode(ids[:-1]) == text and ids[-1] == 258
+
+    def test_a_loss_that_is_no_number_is_a_sentence(self, world, tmp_path, monkeypatch):
+        def breaks(*_):
+            raise FloatingPointError("the loss is nan")
+
+        monkeypatch.setattr(rl, "optimizer_step", breaks)
+        with pytest.raises(ValueError, match=r"warm start, step 1: .* lower --warm-start-lr"):
+            rl.main(quick(world, tmp_path / "run", warm_start=2))
+
+    @pytest.mark.parametrize("names, end", [
+        (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+        (("<|end_of_text|>", "<|eot_id|>"), "<|eot_id|>"),
+        (("</s>",), "</s>"),
+    ])  # fmt: skip
+    def test_an_answer_ends_as_the_chat_ends_a_turn(self, names, end):
+        backend = byte_tokenizer(names)
+        tokenizer = prlm.Tokenizer(backend, {backend.token_to_id(name) for name in names})
+        assert tokenizer.end_id == backend.token_to_id(end)
 
     def test_killed_in_the_middle_it_ends_bit_equal(self, world, tmp_path):
         how = dict(warm_start=12, save_every=3, steps=3, personalization=0.0, force=True)

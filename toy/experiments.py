@@ -70,9 +70,9 @@ class Options:
     seeds: int = 3  # trainings of every arm
     steps: int = 60  # of every training
     jobs: int = 2  # processes at a time, each on one core
-    model: str = "toy/policy"  # checkpoint directory of the base policy
-    encoder: str = "toy/encoder"  # BERT checkpoint
-    data: str = "toy/lamp"  # directory with LaMP's files
+    model: str = prlm.beside("toy/policy")  # checkpoint directory of the base policy
+    encoder: str = prlm.beside("toy/encoder")  # BERT checkpoint
+    data: str = prlm.beside("toy/lamp")  # directory with LaMP's files
     out: str = "runs/experiments"  # what is there already is not computed again
 
 
@@ -104,8 +104,6 @@ def untrained_model(o: rl.Options) -> str:
 
 def train(o: Options, task: str, arm: str, seed: int) -> None:
     chosen = options_of(o, task, arm, seed)
-    if (Path(chosen.out) / "scores.json").is_file() and "after" in read_scores(chosen):
-        return
     if arm == "untrained":
         chosen = replace(chosen, reward_model=untrained_model(chosen))
     rl.main(chosen)
