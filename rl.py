@@ -63,7 +63,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     The standard deviation has Bessel's correction. A group whose rewards are equal up to rounding
     (8 eps of the largest), or a group of one, gets exact zeros under either scale: it does not say
-    which completion was better.
+    which completion was better. ValueError for another scale.
     """
     if scale not in get_args(Scale):
         raise ValueError(f"scale {scale!r} is neither std nor none")

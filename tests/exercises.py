@@ -861,7 +861,8 @@ EXERCISES = [
          "tests/test_prlm.py::TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
          "tests/test_prlm.py::TestTwins::test_bad_calls_are_refused"],
         "Compare with one row at a time, prompt and completion in full. Which hidden state "
-        "predicts the first token of a completion, and which the last?",
+        "predicts the first token of a completion, and which the last? At which position does each "
+        "token stand?",
         [
             Mutant("end-of-sequence not trained",
                    "Over the training, completions grow until all of them are truncated.",
