@@ -1779,8 +1779,12 @@ def command(main, options: type, description: str) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        full = isinstance(error, torch.OutOfMemoryError)
-        print(f"error: {advice_on_memory(options) if full else error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = advice_on_memory(options)
+        elif isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"  # without the number in front
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 
 
