@@ -128,7 +128,7 @@ class TestRecords:
         }  # fmt: skip
         assert {r["output"] for r in records if r["user_id"] == "a"} == {"s7", "s8", "s9"}
         more = module.make_records([*ten, *four], least=4, queries=99, profile=99)
-        assert [r["id"] for r in more] == [f"a{n}" for n in range(3, 10)] + ["b3"]
+        assert [r["id"] for r in more] == ["a9", "b3", *(f"a{n}" for n in range(8, 2, -1))]
 
     def test_users_are_in_one_part_and_stay_there(self):
         users = {f"{n * 16**11 + 5:012x}": n for n in range(16)}  # spread evenly

@@ -81,16 +81,17 @@ def make_records(commits: list[Commit], least: int, queries: int, profile: int) 
     """LaMP's questions with "output" and "time" beside, of authors with `least` commits or more.
 
     An author's newest commits are queries, at most `queries` of them, each with `least` - 1 earlier
-    ones or more; the newest `profile` of these are its profile, oldest first.
+    ones or more; the newest `profile` of these are its profile, oldest first. Every author's newest
+    record comes first, then everybody's second newest: the first N records are of many authors.
     """
     authors = defaultdict(list)
     for commit in sorted(commits, key=lambda commit: (commit.time, commit.item["id"])):
         authors[commit.author].append(commit)
-    records = []
+    rounds = [[] for _ in range(queries)]  # [0]: the newest of each author
     for author, written in authors.items():
         for n in range(max(least - 1, len(written) - queries), len(written)):
             item = written[n].item
-            records.append(
+            rounds[len(written) - 1 - n].append(
                 {
                     "id": item["id"],
                     "user_id": author,
@@ -100,7 +101,7 @@ def make_records(commits: list[Commit], least: int, queries: int, profile: int) 
                     "time": written[n].time,
                 }
             )
-    return records
+    return [record for records in rounds for record in records]
 
 
 def split_records(records: list[dict], by: str, share: float) -> dict[str, list[dict]]:
