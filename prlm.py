@@ -1786,6 +1786,12 @@ def command(main, options: type, description: str) -> None:
             text = f"{error.filename}: {error.strerror}"  # without the number in front
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_torchelastic_launched():
+        # A thread of gloo may drop a Python object late. If the interpreter is shutting down by
+        # then, the process aborts, though all its work is done; so leave without a shutdown.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @dataclass

@@ -143,7 +143,7 @@ def main() -> None:
                 found = parameters_after_update(sys.argv[2], normalizer, share)
                 torch.save(found, Path(sys.argv[3]) / f"{normalizer}{rank}")
             torch.save(parameters_after_warm_up(sys.argv[2]), Path(sys.argv[3]) / f"warm{rank}")
-        return
+        os._exit(0)  # as `prlm.command` leaves
     real = rl.grpo_step
 
     def step(o, number, *rest):

@@ -1,0 +1,263 @@
+"""The method on a released model and on what people wrote: hours on two cores, no GPU.
+
+Every training is a run of rl.py and every score an eval.py; the commands are printed, so that each
+can be pasted, stopped, and gone on with. What is there already is not computed again.
+
+    python tests/smollm2.py models/smollm2
+    python toy/commits.py REPO --out data          # any git repository, into data/commits
+    python toy/real.py --model models/smollm2 --data data --tasks LaMP-7
+
+A task needs its folder in --data: LaMP_7, LaMP_4, LaMP_5 (README, "Real data"), commits.
+The learning rate and the numbers of steps were chosen on 100 of the training users of LaMP-7.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
+
+import eval as scoring
+import prlm
+import retrieve
+from toy.experiments import bootstrap, markdown
+
+# ---- The trainings: (their name in the tables, the training they start from, options of rl.py) --
+
+STEPS = "--steps 24 --lr 6e-5"  # 4 prompts x 8 completions each
+NO_GOLD = "--accuracy 0 --personalization 1 --judge ratio --beta 0.3"
+ARMS = {
+    "warm": ("warm start", None, "--warm-start 125 --steps 0"),
+    "prlm": ("warm start + GRPO", "warm", STEPS),
+    "answers": ("warm start, answers alone", None, "--warm-start 125 --steps 0 --no-reasoning"),
+    "no_reasoning": ("answers alone + GRPO", "answers", f"{STEPS} --no-reasoning"),
+    # As many supervised steps as take the seconds of the 24 steps of GRPO.
+    "supervised": ("warm start + more of it", "warm", "--warm-start 100 --steps 0"),
+    "ratio": ("… with the ratio judge", "warm", f"{STEPS} --personalization 0.1 --judge ratio"),
+    "bert": ("… with the paper's judge", "warm", f"{STEPS} --personalization 0.1 --judge bert"),
+    "no_gold": ("… ratio, KL, no gold texts", "warm", f"{STEPS} {NO_GOLD}"),
+}
+EVERY_TASK = ["warm", "prlm"]
+SEEDED = ["prlm"]  # trained --seeds times, from the same warm start
+ITEMS = [0, 1, 2, 4, 8]  # k, of which 3 is trained on
+MAIN_TASK = "LaMP-7"  # of everything but these two arms
+
+
+@dataclass
+class Options:
+    model: str = "models/smollm2"  # checkpoint directory of the released model
+    encoder: str = prlm.beside("toy/encoder")  # BERT checkpoint, of the paper's judge
+    data: str = "data"  # directory with LaMP's files
+    tasks: str = "LaMP-7,LaMP-4,LaMP-5,commits"  # of which those are taken that are there
+    users: int = 200  # held-out records to score
+    records: int = 500  # training records
+    seeds: int = 3  # trainings of the main arm
+    jobs: int = 2  # processes at a time, each with one thread
+    out: str = "runs/real"  # what is there already is not computed again
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation: the policy of an arm ("released" is the model itself), and its prompts."""
+
+    task: str
+    arm: str
+    seed: int = 0
+    k: int = 3
+
+    def folder(self, o: Options) -> Path:
+        return Path(o.out) / self.task / "scores" / f"{self.arm}_seed{self.seed}_k{self.k}"
+
+
+def tasks_of(o: Options) -> list[str]:
+    known = [task for task in o.tasks.split(",") if task in retrieve.TASKS]
+    return [task for task in known if (Path(o.data) / task.replace("-", "_")).is_dir()]
+
+
+# ---- Commands -------------------------------------------------------------------------------
+
+
+def place(o: Options, task: str, arm: str, seed: int = 0) -> Path:
+    return Path(o.out) / task / f"{arm}_seed{seed}"
+
+
+def policy_of(o: Options, task: str, arm: str | None, seed: int = 0) -> str:
+    return str(place(o, task, arm, seed) / "checkpoint") if arm else o.model
+
+
+def common(o: Options, task: str) -> str:
+    return f"--preset small --data {shlex.quote(o.data)} --task {task} --device cpu"
+
+
+def training(o: Options, task: str, arm: str, seed: int) -> str:
+    """The command; its own table is of 8 users, since eval.py scores them all afterwards."""
+    _, start, options = ARMS[arm]
+    if task != MAIN_TASK:
+        options = options.replace("--warm-start 125", "--warm-start 75")
+    if arm == "bert":
+        options += f" --pairs-per-query 1 --encoder {shlex.quote(o.encoder)}"
+    return (
+        f"rl.py --model {shlex.quote(policy_of(o, task, start))} {common(o, task)} {options} "
+        f"--seed {seed} --train-examples {o.records} --eval-every 0 --eval-examples 8 "
+        f"--out {shlex.quote(str(place(o, task, arm, seed)))}"
+    )
+
+
+def evaluation(o: Options, cell: Cell) -> str:
+    arm = None if cell.arm == "released" else cell.arm
+    closed = " --no-reasoning" if arm and "--no-reasoning" in ARMS[arm][2] else ""
+    return (
+        f"eval.py --model {shlex.quote(policy_of(o, cell.task, arm, cell.seed))} "
+        f"{common(o, cell.task)} --k {cell.k}{closed} --limit {o.users} --batch-size 16 "
+        f"--out {shlex.quote(str(cell.folder(o)))}"
+    )
+
+
+def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
+    """Runs {name: (command, the file that shows it is done)}, --jobs at a time."""
+    stop = []
+
+    def run(name: str) -> None:
+        command, done = work[name]
+        if done.is_file() or stop:
+            return
+        log = Path(o.out) / "log" / f"{name.replace(' ', '_')}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        tqdm.write(f"python {command}")
+        with open(log, "a") as file:
+            threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+            words = [sys.executable, *shlex.split(command)]
+            words[1] = prlm.beside(words[1])
+            code = subprocess.run(words, stdout=file, stderr=file, env=os.environ | threads)
+        if code.returncode:
+            stop.append(f"{name} ended with status {code.returncode}: see {log}")
+
+    with ThreadPoolExecutor(o.jobs) as pool:
+        for _ in tqdm(pool.map(run, work), title, len(work), disable=None):
+            pass
+    if stop:
+        raise ValueError(stop[0])
+
+
+# ---- What comes out of it -------------------------------------------------------------------
+
+
+def scores_of(o: Options, cell: Cell) -> list[dict]:
+    return prlm.read_lines(cell.folder(o) / "samples.jsonl")
+
+
+def copied(o: Options, task: str) -> dict[str, list[dict]]:
+    """Scores without any model: the query as the answer, and what the nearest item's answer was."""
+    held = retrieve.load_lamp(o.data, task, "dev")[: o.users]
+    rank = retrieve.make_ranker(retrieve.PromptOptions(data=o.data, task=task, k=1))
+    field = list(retrieve.task_of(task).fields)[-1]
+    nearest = [next((item[field] for item in rank(e, 1)), "") for e in held]
+    return {
+        "copying the query": [scoring.score(e.query, e.target) for e in held],
+        "copying the nearest item": [
+            scoring.score(text, e.target) for text, e in zip(nearest, held, strict=True)
+        ],
+    }
+
+
+def by_user(o: Options, task: str, rows: list[dict], metric: str) -> np.ndarray:
+    """The metric's mean for each held-out user, in one order for all rows. [users]"""
+    held = retrieve.load_lamp(o.data, task, "dev")[: o.users]
+    users: dict[str, list[float]] = {}
+    for example, row in zip(held, rows, strict=True):
+        users.setdefault(example.user_id, []).append(row[metric])
+    return np.array([np.mean(values) for values in users.values()])
+
+
+def table(o: Options, task: str, rows: dict[str, list[list[dict]]], ours: str) -> str:
+    """A line a row, {name: [seed][record]}; `ours` minus it in ROUGE-1, with interval and p."""
+    best = np.mean([by_user(o, task, seed, "rouge-1") for seed in rows[ours]], 0)
+    lines = []
+    for name, seeds in rows.items():
+        line = [name, len(seeds)]
+        for metric in scoring.METRICS:
+            means = [np.mean([record[metric] for record in records]) for records in seeds]
+            spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+            line.append(f"{np.mean(means):.3f}{spread}")
+        words = [len(r["answer"].split()) for records in seeds for r in records if "answer" in r]
+        line.append(f"{np.mean(words):.1f}" if words else "")
+        if name == ours:
+            line += ["", ""]
+        else:
+            theirs = np.mean([by_user(o, task, seed, "rouge-1") for seed in seeds], 0)
+            p, low, high = bootstrap(best, theirs)
+            line += [f"{np.mean(best - theirs):+.3f} ({low:+.3f} … {high:+.3f})", f"{p:.4f}"]
+        lines.append(line)
+    against = f"{ours} − this, ROUGE-1, 95 %"
+    return markdown(["", "seeds", *scoring.METRICS, "words", against, "p"], lines)
+
+
+def rows_of(o: Options, task: str) -> dict[str, list[Cell]]:
+    """The rows of a task's table."""
+    rows = {f"released, {name}": [Cell(task, "released", k=k)] for name, k in PROFILES.items()}
+    rows |= {f"warm start, {name}": [Cell(task, "warm", k=k)] for name, k in PROFILES.items()}
+    for arm in EVERY_TASK if task != MAIN_TASK else ARMS:
+        if arm != "warm":
+            rows[ARMS[arm][0]] = [Cell(task, arm, seed) for seed in seeds_of(o, task, arm)]
+    return rows
+
+
+PROFILES = {"no profile": 0, "RAG": 3}
+
+
+def seeds_of(o: Options, task: str, arm: str) -> range:
+    return range(o.seeds if arm in SEEDED and task == MAIN_TASK else 1)
+
+
+def main(o: Options) -> None:
+    tasks = tasks_of(o)
+    if not tasks:
+        raise ValueError(f"{o.data} has the files of none of the tasks {o.tasks}")
+    for warm in (True, False):  # the trainings that others start from come first
+        work = {}
+        for task in tasks:
+            for arm in ARMS if task == MAIN_TASK else EVERY_TASK:
+                if (ARMS[arm][1] is None) == warm:
+                    for seed in seeds_of(o, task, arm):
+                        done = place(o, task, arm, seed) / "checkpoint" / "model.safetensors"
+                        work[f"{task} {arm} {seed}"] = training(o, task, arm, seed), done
+        run_all(o, work, "warm starts" if warm else "trainings")
+
+    rows = {task: rows_of(o, task) for task in tasks}
+    cells = [cell for named in rows.values() for cells in named.values() for cell in cells]
+    robust = {name: [Cell(MAIN_TASK, arm, k=k) for k in ITEMS] for name, arm in
+              (("before GRPO", "warm"), ("after GRPO", "prlm"))}  # fmt: skip
+    if MAIN_TASK in tasks:
+        cells += [cell for named in robust.values() for cell in named]
+    work = {
+        f"score {c.task} {c.arm} {c.seed} {c.k}": (evaluation(o, c), c.folder(o) / "scores.json")
+        for c in cells
+    }
+    run_all(o, work, "scores")
+
+    text = f"# {o.model} on what people wrote\n\ngreedy answers; p: paired bootstrap over users\n"
+    for task in tasks:
+        scores = copied(o, task)
+        scores = {name: [records] for name, records in scores.items()}
+        scores |= {name: [scores_of(o, c) for c in cells] for name, cells in rows[task].items()}
+        text += f"\n## {task}\n\n" + table(o, task, scores, ARMS["prlm"][0])
+    if MAIN_TASK in tasks:
+        lines = [
+            [name, *(f"{np.mean([r['rouge-1'] for r in scores_of(o, c)]):.3f}" for c in cells)]
+            for name, cells in robust.items()
+        ]
+        text += f"\n## {MAIN_TASK}: ROUGE-1 by k (trained with 3)\n\n"
+        text += markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
+    prlm.write_text(Path(o.out) / "report.md", text)
+    print(f"{text}\n{o.out}/report.md")
+
+
+if __name__ == "__main__":
+    prlm.command(main, Options, __doc__)
