@@ -307,13 +307,13 @@ def mean_scores(records: list[dict]) -> dict[str, float]:
 
 def evaluate(
     decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
-    options: EvalOptions | None = None, temperature: float = 0.0, description: str = "evaluate",
+    options: EvalOptions | None = None, temperature: float = 0.0,
 ) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """(mean scores, answers by record id), greedy unless a temperature is given.
 
     The scores are {} where targets are withheld.
     """
-    records = sample_records(decoder, tokenizer, examples, options, temperature, description)
+    records = sample_records(decoder, tokenizer, examples, options, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
 

@@ -936,12 +936,8 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 # out of all that comes from data or from the policy, so that no text can open a turn or end one.
 MARK = "\ufdd0"
 
-R1 = (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-)  # wide bars
+# The bars of R1's tokens are wide ones, U+FF5C.
+R1 = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -1151,6 +1147,9 @@ def load_tokenizer(directory) -> Tokenizer:
 
 
 # ---- Files: never half-written, never trusted -----------------------------------------------
+#
+# Text, JSON and safetensors, in and out. Every file is replaced as a whole, and whatever is wrong
+# with one that is read becomes a sentence with its name.
 
 
 @contextmanager
@@ -1725,7 +1724,14 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     )
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        None, "%(prog)s [options]", description, formatter_class=layout
+    )
+    groups = {}  # one for each chapter that brings options
+    for kind in (c for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)):
+        title = f"options of {Path(inspect.getsourcefile(kind)).name}"
+        groups |= {name: title for name in kind.__annotations__ if name not in groups}
+    shown = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
     for name, kind in typing.get_type_hints(options).items():
         default, inner = getattr(options, name), typing.get_args(kind)
         if typing.get_origin(kind) is typing.Literal:
@@ -1735,7 +1741,8 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
         else:
             how = {"type": inner[0] if inner else kind}  # X of "X | None"
         text = f"{comments[name]} (default: {default})".replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+        flag = "--" + name.replace("_", "-")
+        shown[groups[name]].add_argument(flag, default=default, help=text, **how)
     parser.error = lambda text: parser.exit(2, f"error: {text} (--help lists the options)\n")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsed = vars(parser.parse_args(arguments))

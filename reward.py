@@ -503,7 +503,7 @@ def probe(judge: Judge, examples: Sequence[Example], rivals: Sequence[dict] = ()
 FEW = 30  # held-out queries: with fewer, an accuracy of .65 cannot be told from chance
 
 
-def explain(name: str, report: dict) -> str:
+def describe(name: str, report: dict) -> str:
     """The report in words, with a warning beside a figure that says little."""
 
     def share(key: str) -> str:
@@ -530,6 +530,8 @@ def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory
     `policy` is frozen: "bert" samples its pairs from it, "ratio" keeps it.
     """
     held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
+    if o.judge == "ratio" and o.k < 1:
+        raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
     if o.judge == "ratio":
         judge = ratio_judge(o, policy, tokenizer)
     elif o.reward_model:
@@ -547,13 +549,8 @@ def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory
             prlm.write_json(file, report)
         return report
 
-    print(explain(o.judge, prlm.on_first(examine)))
+    print(describe(o.judge, prlm.on_first(examine)))
     return judge
-
-
-def obtain_judge(o, policy: Decoder, tokenizer, examples, directory) -> Judge | None:
-    """`make_judge`, or None where its value would weigh nothing."""
-    return make_judge(o, policy, tokenizer, examples, directory) if o.personalization else None
 
 
 def inputs_of(o: RewardOptions, *splits: str) -> dict[str, list]:

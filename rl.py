@@ -28,14 +28,13 @@ that it sampled: no text is tokenized a second time.
 """
 
 import copy
-import dataclasses
 import errno
 import math
 import pickle
 import random
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -44,7 +43,7 @@ import prlm  # before torch, so that Ctrl-C ends its long import without a trace
 from eval import evaluate, is_placeholder, mean_scores, sample_records, table, write_predictions
 from prlm import Completion, Decoder, Progress, Stop, Tokenizer
 from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, opening, task_of
-from reward import RewardOptions, inputs_of, obtain_judge, rewards
+from reward import RewardOptions, inputs_of, make_judge, rewards
 
 # isort: split
 import torch
@@ -879,7 +878,7 @@ def run(o: Options, stop: Stop, judge=None) -> None:
             # A copy, since the policy will move; made before a saved state is put back, so that a
             # run that goes on has the same one; of the sampler, which has the products' precision.
             policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
-        judge = judge or judge_by(o, out, policy, train)
+        judge = judge or obtain_judge(o, out, policy, train)
         score(o, out, "no_profile", policy, held, k=0)
         score(o, out, "before", policy, held, k=o.k)
         train_policy(o, out, stop, policy, judge, train, held)
@@ -902,13 +901,19 @@ def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
     )
 
 
-def judge_by(o: Options, out: Path, policy: Policy, train: list[Example]):
-    """The judge that the options ask for, made with the policy as it is before RL."""
-    base = policy.sampler  # samples the pairs that the BERT judge is trained on
+def obtain_judge(o: Options, out: Path, policy: Policy, train: list[Example]):
+    """The judge that the options name, of the policy as it is before RL; None if it has no weight.
+
+    `policy.sampler` samples the pairs that the BERT judge is trained on; the ratio asks the
+    reference.
+    """
+    if not o.personalization:
+        return None
+    base = policy.sampler
     if o.judge == "ratio":
         base = policy.reference or policy.decoder
-    judge = obtain_judge(o, base, policy.tokenizer, train, out / "reward")
-    if judge is None or o.judge == "bert":
+    judge = make_judge(o, base, policy.tokenizer, train, out / "reward")
+    if o.judge == "bert":
         return judge
 
     def ask(examples, answers) -> list[float]:
@@ -922,12 +927,11 @@ def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example],
     """Scores held-out users, greedy and at T = 0.7, into scores.json and held_out/{name}.jsonl."""
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
-    if name in scores:
+    if name in scores and name != "after":  # a run whose last score still holds does not come here
         return
-    asked = dataclasses.replace(o, k=k)
-    how = {"decoder": policy.sampler, "tokenizer": policy.tokenizer, "examples": held}
-    sampled, _ = evaluate(**how, options=asked, temperature=0.7, description=f"{name}, sampled")
-    records = sample_records(**how, options=asked, description=f"{name}, greedy")
+    ask = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
+    sampled = mean_scores(ask(temperature=0.7, description=f"{name}, sampled"))
+    records = ask(description=f"{name}, greedy")
     scores[name] = mean_scores(records) | {f"{key}_sampled": v for key, v in sampled.items()}
 
     def keep() -> None:
@@ -945,11 +949,12 @@ LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/afte
 
 
 def is_complete(o: Options, out: Path) -> bool:
-    """Whether the last score stands. It is forgotten, to be made again from the saved state, where
-    --steps has grown since or a file that belongs to it is gone."""
+    """Whether the last score holds: not if --steps has grown since or a file of it is gone.
+
+    Without a state to make it again from, it has to hold.
+    """
     file = out / "scores.json"
-    scores = prlm.read_json(file) if file.is_file() else {}
-    if "after" not in scores:
+    if not file.is_file() or "after" not in prlm.read_json(file):
         return False
     metrics = out / "metrics.jsonl"
     lines = prlm.read_lines(metrics) if metrics.is_file() else []
@@ -958,11 +963,8 @@ def is_complete(o: Options, out: Path) -> bool:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
     stale = metrics.is_file() and done < o.steps
     lost = not all((out / name).is_file() for name in LAST_FILES)
-    if not (stale or lost) or (done and not (out / "trainer.pt").is_file()):
-        return True
-    del scores["after"]
-    prlm.write_json(file, scores)
-    return False
+    stateless = done and not (out / "trainer.pt").is_file()
+    return stateless or not (stale or lost)
 
 
 def report(o: Options, out: Path) -> None:

@@ -667,15 +667,19 @@ class TestJudge:
         assert report["swap_test"] == 0.5  # it is blind to the profile
         assert "it does not see the profile" in capsys.readouterr().out
 
-    def test_no_weight_no_judge(self):
-        assert reward.obtain_judge(rl.Options(personalization=0), None, None, [], "") is None
+    def test_no_weight_no_judge(self, tmp_path):
+        assert rl.obtain_judge(rl.Options(personalization=0), tmp_path, None, []) is None
+
+    def test_a_ratio_without_a_profile_is_refused(self, toy, tmp_path):
+        with pytest.raises(ValueError, match="--k 0 leaves none"):
+            reward.make_judge(reward.RewardOptions(judge="ratio", k=0), *toy, [], tmp_path)
 
     def test_few_held_out_queries_are_mentioned(self):
         report = {"pairs": 71, "held_out_pairs": 6, "held_out_queries": 2, "loss": 0.5}
         report |= {"pair_accuracy": 0.75, "pair_accuracy_low": 0.2, "pair_accuracy_high": 0.97}
-        said = reward.explain("bert", report)
+        said = reward.describe("bert", report)
         assert "0.750 (0.20 to 0.97), from 6 pairs of 2 held-out queries: too few" in said
-        assert "too few" not in reward.explain("bert", report | {"held_out_queries": 40})
+        assert "too few" not in reward.describe("bert", report | {"held_out_queries": 40})
 
     def test_a_very_likely_answer_is_still_told_from_a_likelier_one(self, toy, monkeypatch):
         monkeypatch.setattr(reward, "likelihood_ratio", lambda *_: torch.tensor([[20.0, 25, -800]]))

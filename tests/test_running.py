@@ -460,7 +460,7 @@ class TestLoRA:
         o = quick(world, tmp_path / "run", lora_rank=2, judge="ratio", personalization=1.0)
         policy = rl.make_policy(o, o.model, "cpu")
         example = retrieve.load_lamp(world / "lamp", "LaMP-4", "train")[0]
-        judge = rl.judge_by(o, tmp_path, policy, [example])
+        judge = rl.obtain_judge(o, tmp_path, policy, [example])
         before = judge([example], ["tennis wins"])
         for name, parameter in policy.decoder.named_parameters():
             if name.endswith(".B"):
