@@ -14,7 +14,8 @@ BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace t
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
 
-where w occurs f times in d and in n(w) of the N documents; d has |d| words, a document has `mean`.
+where w occurs f(w,d) times in d and at all in n(w) of the N documents; |d| counts the words of d,
+and `mean` is their number in an average document.
 
     python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4
 """
@@ -515,11 +516,13 @@ def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:
 
 def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples, rank=None) -> list[list[int]]:
     """The token ids of each example's personalized prompt; `rank` is make_ranker(o), if at hand."""
-    rank, prompts = rank or make_ranker(o), []
+    rank = rank or make_ranker(o)
     said = tokenizer.encode(opening(o, tokenizer).removeprefix(tokenizer.opening))
+    budget = o.max_prompt_tokens - len(said)
+    prompts = []
     for example in Progress(examples, "prompts", delay=1):
-        items, budget = rank(example, o.k), o.max_prompt_tokens - len(said)
-        prompts.append(tokenizer.chat(build_messages(example, items, tokenizer, budget)) + said)
+        messages = build_messages(example, rank(example, o.k), tokenizer, budget)
+        prompts.append(tokenizer.chat(messages) + said)
     return prompts
 
 

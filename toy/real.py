@@ -120,6 +120,14 @@ def evaluation(o: Options, cell: Cell) -> str:
     )
 
 
+def examination(o: Options) -> str:
+    """Of the ratio under the released model; rl.py examines the judges of its own runs."""
+    return (
+        f"reward.py --model {shlex.quote(o.model)} {common(o, MAIN_TASK)} --judge ratio "
+        f"--out {shlex.quote(str(Path(o.out) / MAIN_TASK / 'judge_released'))}"
+    )
+
+
 def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
     """Runs {name: (command, the file that shows it is done)}, --jobs at a time."""
     stop = []
@@ -199,6 +207,21 @@ def table(o: Options, task: str, rows: dict[str, list[list[dict]]], ours: str) -
     return markdown(["", "seeds", *scoring.METRICS, "words", against, "p"], lines)
 
 
+def judges(o: Options) -> str:
+    """What the judges know of the held-out users: pair accuracy and swap test, .5 by chance."""
+    reports = {"ratio, released model": Path(o.out) / MAIN_TASK / "judge_released"}
+    named = {"ratio": "ratio, warm start", "bert": "the paper's, warm start"}
+    reports |= {named[arm]: place(o, MAIN_TASK, arm) / "reward" for arm in named if arm in ARMS}
+    lines = []
+    for name, folder in reports.items():
+        report, line = prlm.read_json(folder / "report.json"), [name]
+        for key in ("pair_accuracy", "swap_test"):
+            low, high = (report.get(f"{key}_{end}", 0) for end in ("low", "high"))
+            line.append(f"{report[key]:.3f} ({low:.2f} to {high:.2f})" if key in report else "")
+        lines.append(line)
+    return markdown(["", "pair accuracy (95 %)", "swap test (95 %)"], lines)
+
+
 def rows_of(o: Options, task: str) -> dict[str, list[Cell]]:
     """The rows of a task's table."""
     rows = {f"released, {name}": [Cell(task, "released", k=k)] for name, k in PROFILES.items()}
@@ -240,6 +263,9 @@ def main(o: Options) -> None:
         f"score {c.task} {c.arm} {c.seed} {c.k}": (evaluation(o, c), c.folder(o) / "scores.json")
         for c in cells
     }
+    if MAIN_TASK in tasks:
+        report = Path(o.out) / MAIN_TASK / "judge_released" / "report.json"
+        work[f"judge {MAIN_TASK}"] = examination(o), report
     run_all(o, work, "scores")
 
     text = f"# {o.model} on what people wrote\n\ngreedy answers; p: paired bootstrap over users\n"
@@ -255,6 +281,7 @@ def main(o: Options) -> None:
         ]
         text += f"\n## {MAIN_TASK}: ROUGE-1 by k (trained with 3)\n\n"
         text += markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
+        text += f"\n## {MAIN_TASK}: the judges\n\n{judges(o)}"
     prlm.write_text(Path(o.out) / "report.md", text)
     print(f"{text}\n{o.out}/report.md")
 
