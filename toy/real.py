@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters 
 import eval as scoring
 import prlm
 import retrieve
-from toy.experiments import bootstrap, markdown
+from toy.experiments import bootstrap, markdown, pictures
 
 # ---- The trainings: (their name in the tables, the training they start from, options of rl.py) --
 
@@ -222,6 +222,37 @@ def judges(o: Options) -> str:
     return markdown(["", "pair accuracy (95 %)", "swap test (95 %)"], lines)
 
 
+def over_copying(o: Options, task: str, arm: str, seed: int) -> np.ndarray:
+    """By step: the completions' mean accuracy (ROUGE-1 + -2 + -L) minus that of their queries."""
+    steps: dict[int, list[float]] = {}
+    for line in prlm.read_lines(place(o, task, arm, seed) / "samples.jsonl"):
+        copied = scoring.rouge(line["query"], line["target"])
+        steps.setdefault(line["step"], []).append(line["accuracy"] - sum(copied.values()))
+    return np.array([np.mean(gains) for gains in steps.values()])
+
+
+def draw_curves(o: Options, path: Path) -> None:
+    """What the completions of each step of GRPO earn, above or below copying the query."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    colors = iter(f"C{n}" for n in range(10))
+    for arm, (name, _, options) in ARMS.items():
+        if "--steps 0" in options:
+            continue
+        color = next(colors)
+        for seed in seeds_of(o, MAIN_TASK, arm):
+            gains = over_copying(o, MAIN_TASK, arm, seed)
+            smooth = [gains[max(0, n - 3) : n + 1].mean() for n in range(len(gains))]
+            label = name if seed == 0 else None
+            axis.plot(range(1, len(gains) + 1), smooth, color=color, label=label)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set(xlabel="step of GRPO (mean of the last 4)", ylabel="accuracy above copying the query")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def rows_of(o: Options, task: str) -> dict[str, list[Cell]]:
     """The rows of a task's table."""
     rows = {f"released, {name}": [Cell(task, "released", k=k)] for name, k in PROFILES.items()}
@@ -282,6 +313,8 @@ def main(o: Options) -> None:
         text += f"\n## {MAIN_TASK}: ROUGE-1 by k (trained with 3)\n\n"
         text += markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
         text += f"\n## {MAIN_TASK}: the judges\n\n{judges(o)}"
+        text += "\n## The completions of each step\n\n"
+        text += pictures(draw_curves, o, Path(o.out) / "curves.png")
     prlm.write_text(Path(o.out) / "report.md", text)
     print(f"{text}\n{o.out}/report.md")
 
