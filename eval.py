@@ -2,9 +2,9 @@
 
 ROUGE measures how many words of two texts match. It is that of LaMP's official evaluation, Google's
 rouge_score without stemming: lowercased [a-z0-9]+ words, n-gram counts (a repeated word counts as
-often as both sides have it), and of precision and recall the harmonic mean, F1:
+often as both sides have it), and F1, the harmonic mean of precision and recall:
 
-  ROUGE-n = 2 p r / (p + r),  p = matches / n-grams of the prediction,  r = matches / of the target
+  ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
 The authors' release scores with rouge_chinese after jieba: sets of n-grams, punctuation as words.
@@ -49,13 +49,13 @@ def f1(matches: int, predicted: int, wanted: int) -> float:
 
 
 def common(a: list, b: list, n: int) -> int:
-    """How many n-grams of `a` and `b` match: each as often as both sides have it."""
+    """How many n-grams of `a` and `b` match: each the smaller of its two counts."""
     ngrams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 
 
 def longest_common_subsequence(a: list, b: list) -> int:
-    """Its length, L(len(a), len(b)) in the table with L(i, 0) = L(0, j) = 0 and
+    """The longest length, L(len(a), len(b)) in the table with L(i, 0) = L(0, j) = 0 and
 
     L(i, j) = L(i-1, j-1) + 1 where the i-th of `a` equals the j-th of `b`,
               else max(L(i-1, j), L(i, j-1))
@@ -72,7 +72,7 @@ def longest_common_subsequence(a: list, b: list) -> int:
     for token in a:
         matches = row & columns.get(token, 0)
         # The carry of the sum moves each growth back to the first match since the growth before.
-        row = (row + matches | row - matches) & all_columns
+        row = ((row + matches) | (row - matches)) & all_columns
     return len(b) - row.bit_count()
 
 
@@ -117,6 +117,7 @@ def bleu(prediction: str, reference: str) -> float:
 
 SINGLE = "'‘’"  # quotation marks, straight and typographic
 DOUBLE = '"“”'
+# A run of \u at once, since two may be one character.
 ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\['"\\]""")
 
 
@@ -129,14 +130,14 @@ def extract_answer(completion: str, task: str) -> str:
     2. Of that only what comes before the first </answer>, if there is one, and of that only what
        follows the last <answer>, if there is one. Even there, text without a key is no answer.
     3. A key is the task's word, in capitals or not, and a colon, with any blanks, line breaks and
-       asterisks (Markdown's) before and after the colon. There are three sorts, best first:
+       asterisks (Markdown's) before and after the colon. There are three forms, best first:
        - the word between two quotation marks of any sort;
        - the word after nothing on its line but spaces, tabs and any of { # > * -
        - the word anywhere else in a line, but not right after a letter, a digit, _ or -. Here the
          colon and the value have to be on the same line: "I call it the title: Deep Nets".
-    4. `read_value` reads the value that follows. All keys of one sort are found from left to right,
+    4. `read_value` reads the value that follows. All keys of one form are found from left to right,
        none of them within the value of another. Then each key with its value is replaced by a line
-       break, and the next sort is looked for in what is left.
+       break, and the next form is looked for in what is left.
     5. The answer is the first value found that is neither empty nor the placeholder. If there is
        none, it is the first placeholder.
 
@@ -148,14 +149,14 @@ def extract_answer(completion: str, task: str) -> str:
     if "<think>" in text:
         return ""
     text = text.partition("</answer>")[0].rpartition("<answer>")[2]
-    sorts = (
+    forms = (
         rf"[{SINGLE}{DOUBLE}]{word}[{SINGLE}{DOUBLE}][\s*]*:[\s*]*",
         rf"^[ \t{{#>*-]*{word}[\s*]*:[\s*]*",
         rf"(?<![\w-]){word}[ \t*]*:[ \t*]*(?=\S)",
     )
     values = []
-    for sort in sorts:
-        key = re.compile(sort, re.IGNORECASE | re.MULTILINE)
+    for form in forms:
+        key = re.compile(form, re.IGNORECASE | re.MULTILINE)
         rest = []  # the text without keys and values
         start = 0
         while found := key.search(text, start):
@@ -220,9 +221,9 @@ def sample_groups(
     o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
     group_size: int = 1, temperature: float = 0.0, description: str = "generate",
 ) -> list[list[Completion]]:  # fmt: skip
-    """Completions [P][G]. Prompts of like length share a batch, so that few pads are computed.
+    """Completions [P][G]. Prompts of similar length share a batch, which leaves little padding.
 
-    Several processes take turns with the batches, and each gets all the completions.
+    Several processes share the batches, and each gets all the completions.
     """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     size = max(1, o.batch_size // group_size)
@@ -238,7 +239,7 @@ def sample_groups(
             max_new_tokens=o.max_new_tokens,
             temperature=temperature,
             eos_ids=tokenizer.eos_ids,
-            seed=o.seed + start,  # other noise in every batch
+            seed=o.seed + start,  # new noise in every batch
         )
         groups |= zip(batch, found, strict=True)
     for share in prlm.gather(groups):
@@ -296,7 +297,7 @@ def sample_records(
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
-    """The mean of each metric over sample records; {} if a record has no target, or none is there.
+    """The mean of each metric over sample records; {} if one has no target, or there is none.
 
     LaMP withholds the targets of its test split.
     """

@@ -49,7 +49,7 @@ CHAPTERS = ["prlm.py", "retrieve.py", "eval.py", "reward.py", "rl.py"]  # each b
 
 if Path(sys.argv[0]).name in CHAPTERS:  # a command: what has to be set before torch is loaded
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it loads: no traceback
-    # Threads that wait should sleep: on a machine with other work, spinning ones stop everything.
+    # Waiting threads should sleep: on a busy machine, spinning ones slow everything down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -60,7 +60,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# cuDNN's attention plans anew, for seconds, for each new shape, and every batch here has another.
+# cuDNN's attention plans for seconds at each new shape, and here nearly every batch has one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ---- The decoder ----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
         return bool(value)
 
-    size = partial(read_number, raw, where)
+    number = partial(read_number, raw, where)
     family, kinds = raw.get("model_type"), raw.get("layer_types")
     need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
@@ -99,23 +99,23 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     rope = {"rope_theta": raw.get("rope_theta")} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
-    shares = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    need(shares == 1, "partial rotary embeddings are not implemented")
+    share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    need(share == 1, "partial rotary embeddings are not implemented")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    hidden = size("hidden_size")
-    heads = size("num_attention_heads")
+    hidden = number("hidden_size")
+    heads = number("num_attention_heads")
     bias = flag("attention_bias")
     config = SimpleNamespace(
-        vocabulary=size("vocab_size"),
+        vocabulary=number("vocab_size"),
         hidden=hidden,
-        intermediate=size("intermediate_size"),
-        layers=size("num_hidden_layers"),
+        intermediate=number("intermediate_size"),
+        layers=number("num_hidden_layers"),
         heads=heads,
-        kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", 128 if family == "qwen3" else hidden // heads),
-        eps=size("rms_norm_eps", 1e-6, float),
+        kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
+        eps=number("rms_norm_eps", 1e-6, float),
         tied=flag("tie_word_embeddings"),  # the output head is the embedding
-        qkv_bias=bias or family == "qwen2",
+        qkv_bias=bias or family == "qwen2",  # Qwen2's are fixed, config.json does not name them
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
@@ -130,11 +130,12 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 def rope_frequencies(config: SimpleNamespace) -> Tensor:
     """Radians a position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
-    Without scaling `config.scaling` is empty; llama3's is [factor, low, high, original context]. It
-    divides by `factor` the slow ones, which turn (2 pi radians) fewer than `low` times within the
-    original context; keeps those that turn more than `high` times; and blends linearly in the
-    turns between. float32.
+    Without scaling `config.scaling` is empty; llama3's is [factor, low, high, original context].
+    Pairs that turn (2 pi radians) fewer than `low` times within the original context are divided
+    by `factor`, those that turn more than `high` times kept, those between blended, linearly in
+    the turns. float32.
     """
+    # On the CPU even where `filled` builds all else on meta, without values.
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.theta**exponents
     if config.scaling:
@@ -164,7 +165,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
-        # With a mask, enable_gqa would leave only the kernel that writes all scores out.
+        # With a mask, enable_gqa allows only the slow kernel, which stores all scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
@@ -228,8 +229,8 @@ class Layer(nn.Module):
         self.down = Linear(c.intermediate, [c.hidden], c.mlp_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.c.head_dim))
-        q, k, v = heads.split(self.heads, -2)  # [.., heads, D]
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.c.head_dim))
+        q, k, v = qkv.split(self.heads, -2)  # [.., heads, D]
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         x = x + self.o(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))  # [.., H]
@@ -237,6 +238,7 @@ class Layer(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+# Our names and Hugging Face's; where we hold several matrices as one, it has several names.
 DECODER_NAMES = {
     "embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
     "layers": "model.layers", "attention_norm": "input_layernorm",
@@ -253,7 +255,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.raw = raw
         self.config = c = parse_config(raw, where)
-        self.vocab_limit = c.vocabulary  # ids from here on exist in the matrix only: never sampled
+        self.vocab_limit = c.vocabulary  # ids from here on are rows without a token: never sampled
         self.embed = nn.Embedding(c.vocabulary, c.hidden)
         self.norm = nn.RMSNorm(c.hidden, c.eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
@@ -261,8 +263,8 @@ class Decoder(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        self.frequencies = rope_frequencies(c)
-        self.checkpointing = False  # keep no layer's insides for the backward pass: run it again
+        self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
+        self.checkpointing = False  # True: backward runs each layer again and keeps no insides
 
     @property
     def head(self) -> Tensor:
@@ -288,11 +290,11 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side.
 
-        The plain definition, which the tests hold against transformers and against everything
+        The plain definition, which the tests compare with transformers and with everything
         faster. `generate` and `score_completions` call `run`, each with an attention of its own.
 
-        A row has at its real tokens the logits that it has alone, whatever ids the padding holds:
-        padding is not seen and takes no position. Logits at padding are finite and mean nothing.
+        At its real tokens a row has the logits that it would have alone, whatever ids the padding
+        holds: padding is not seen and takes no position. Its logits are finite and mean nothing.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = None  # causal
@@ -369,7 +371,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
 
 @contextmanager
 def without_lora(decoder: Decoder):
-    """Within it the decoder is the one that `add_lora` was given."""
+    """Inside it the adapters are off."""
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]
     scales = [linear.scale for linear in linears]
     for linear in linears:
@@ -383,7 +385,7 @@ def without_lora(decoder: Decoder):
 
 @torch.no_grad()
 def merged_parameters(decoder: Decoder):
-    """(name, tensor) of the plain decoder that computes the same, one merged matrix at a time."""
+    """(name, tensor) of an equivalent decoder without adapters, merged one matrix at a time."""
     for name, parameter in decoder.named_parameters():
         path, _, kind = name.rpartition(".")
         linear = decoder.get_submodule(path)
@@ -442,7 +444,7 @@ def check_ids(decoder: Decoder, prompts: list[list[int]], completions=()) -> Non
 
 @dataclass
 class Completion:
-    """A sampled answer; `finished` if it ended by itself, its end-of-sequence id is in tokens."""
+    """A sampled completion; `finished`: it ended by itself, and its EOS id is its last token."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -456,18 +458,18 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
     softmax, and so the sampler, would disagree with the trainer's attention, which does not round.
     """
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, k.mT, out_dtype=torch.float32)  # a CPU lacks this, but has no hurry
+        return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
     return torch.bmm(q.float(), k.float().mT)
 
 
 class Cache:
-    """Keys and values while sampling: each prompt's once for its group, the completions' per row.
+    """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
 
     Rows lie [P, K, G]: the G·R queries of a group that share a key-value head meet the prompt's
     keys in one matrix product. A cache that repeats the prompt would read it G times.
 
     A completion has a slot for each token. A step reads the first `window` of them and hides those
-    not yet written: reading no more than is written is the least work, but a CUDA graph needs
+    not yet written. On a CPU the window is what is written, the least work; a CUDA graph needs
     shapes that stay the same for many steps.
     """
 
@@ -476,11 +478,13 @@ class Cache:
         self.prompts = prompts
         self.scale = c.head_dim**-0.5
         self.shared = []  # a layer: the prompts' keys and values, [P, K, T, D] each
-        own = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
-        self.own = decoder.head.new_zeros(own)
+        shape = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
+        self.own = decoder.head.new_zeros(shape)
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
-        self.slot = torch.zeros(1, dtype=torch.long, device=decoder.head.device)  # of the new token
+        # Of the new token; a tensor, as a CUDA graph would freeze a Python number.
+        self.slot = torch.zeros(1, dtype=torch.long, device=decoder.head.device)
         seen = F.pad(prompts.mask, (0, max_new_tokens))  # [P, T+C]
+        # Added to the scores: -inf hides padding and slots not yet written.
         self.hide = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -495,7 +499,7 @@ class Cache:
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1
         window = max(128, 1 << (self.length - 1).bit_length()) if coarse else self.length
-        self.window = min(window, self.own.shape[5])
+        self.window = min(window, self.own.shape[5])  # max_new_tokens
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a row, [P*G, heads, D]: it sees its prompt and its completion so far.
@@ -522,24 +526,24 @@ class Cache:
         out = torch.baddbmm(out, for_own, own_values)
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
-    def shrink(self, prompts: Tensor, members: Tensor) -> None:
-        """Shrinks the batch to `prompts` [P'] and of their groups to `members` [P', G']."""
-        self.hide = self.hide[prompts]
-        self.shared = [(k[prompts], v[prompts]) for k, v in self.shared]
+    def shrink(self, kept: Tensor, members: Tensor) -> None:
+        """Keeps the prompts `kept` [P'], of their groups `members` [P', G']; indices."""
+        self.hide = self.hide[kept]
+        self.shared = [(k[kept], v[kept]) for k, v in self.shared]
         layers, two, _, K, _, C, D = self.own.shape
-        new = self.own.new_zeros(layers, two, len(prompts), K, members.shape[1], C, D)
+        new = self.own.new_zeros(layers, two, len(kept), K, members.shape[1], C, D)
         rows = members[:, None, :, None, None].expand(-1, K, -1, self.length, D)
         for target, source in zip(new.flatten(0, 1), self.own.flatten(0, 1), strict=True):
-            target[..., : self.length, :] = source[prompts][..., : self.length, :].gather(2, rows)
+            target[..., : self.length, :] = source[kept][..., : self.length, :].gather(2, rows)
         self.own = new
 
 
 class Recorded:
-    """The decode step as a CUDA graph: one launch, where dozens a layer take longer than they work.
+    """The decode step as a CUDA graph: one launch; dozens a layer would take longer than the work.
 
     A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
-    number of rows (each Cache.shrink lowers it) or the cache's window changes. Where that fails
-    once, the step runs as it is.
+    number of rows (each Cache.shrink lowers it) or the cache's window changes. If that fails once,
+    all steps run without a graph.
     """
 
     devices = ("cuda",)  # the kinds of device that have graphs
@@ -567,7 +571,7 @@ class Recorded:
         return self.hidden
 
     def record(self, ids: Tensor, positions: Tensor) -> None:
-        """`torch.cuda.graph` does this too, but it first waits for the device and gives all cached
+        """Records the step. `torch.cuda.graph` would first wait for the device and give all cached
         memory back to it: a rollout records half a dozen times and would pay for it each time.
         """
         self.ids = ids.clone()
@@ -578,9 +582,9 @@ class Recorded:
         self.side.wait_stream(main)
         try:
             with torch.cuda.stream(self.side):
-                # Once as it is: libraries load and allocate what must not happen in a recording.
+                # Once unrecorded: libraries load and allocate then, which a recording forbids.
                 self.step(self.ids, self.positions)
-                # Only this thread has to hold still: NCCL's watchdog is another one.
+                # thread_local: NCCL's watchdog, another thread, may still call CUDA.
                 graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     self.hidden = self.step(self.ids, self.positions)
@@ -609,6 +613,7 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
         ids = ids.clamp(max=logits.shape[-1] - 1)  # where rounding makes the number the whole sum
     else:
         ids = probabilities.argmax(-1, keepdim=True)
+    # Rounding may pick the last id even where its probability is 0: no -inf then.
     chosen = probabilities.gather(-1, ids).clamp(min=torch.finfo(torch.float32).tiny)
     return ids[:, 0], chosen.log()[:, 0]
 
@@ -623,8 +628,8 @@ def generate(
     Every prompt runs once; then a step computes one token of every row, on CUDA as a graph. Rows
     that have met an id of `eos_ids` leave the batch as soon as a quarter of it can go (on CUDA a
     half; Cache.shrink). `seed` makes the noise repeatable (None draws from torch's own generator).
-    Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. An id of `eos_ids`
-    is the completion's last, and makes it finished; else there are `max_new_tokens`. ValueError for
+    Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. A completion ends
+    with its first id of `eos_ids`, and is then finished, or after `max_new_tokens`. ValueError for
     a group or a length below 1, a temperature below 0, and what `check_ids` refuses.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
@@ -636,11 +641,11 @@ def generate(
     head, device = decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    rows = Ragged(prompts, device)
-    cache = Cache(decoder, rows, G, max_new_tokens)
-    hidden = decoder.run(rows.tokens, rows.positions, cache.read_prompts)  # [N, H]
-    hidden = hidden[rows.starts + rows.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
-    positions = rows.lengths.repeat_interleave(G)  # [P*G] of the next token
+    laid = Ragged(prompts, device)
+    cache = Cache(decoder, laid, G, max_new_tokens)
+    hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
+    hidden = hidden[laid.starts + laid.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
+    positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
     writing = torch.arange(P * G, device=device)  # [P*G] which completion a row writes
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
@@ -648,14 +653,14 @@ def generate(
     recorded = device.type in Recorded.devices
     run_step = partial(decoder.run, attend=cache.read_next)
     run_step = Recorded(run_step, cache) if recorded else run_step
-    # Leaving the batch copies the cache of those who stay, and asks for another recording. With
-    # these shares all copies together cost a few steps, and there are few recordings.
+    # Leaving the batch copies the cache of those that stay, and calls for a new recording. With
+    # these limits all copies together cost a few steps, and recordings are few.
     small_enough = 0.5 if recorded else 0.75
     for step in range(max_new_tokens):
         ids, chosen = sample(F.linear(hidden, head[: decoder.vocab_limit]), temperature, generator)
         tokens[writing, step], logprobs[writing, step] = ids, chosen
         done |= torch.isin(ids, eos).view_as(done)
-        # To look at `done`, the host waits until a GPU has done all it was told: so now and then.
+        # Reading `done` makes the host wait for all queued GPU work: so only now and then.
         if device.type == "cpu" or step % 16 == 15:
             unfinished = (~done).sum(1)  # [P] completions of each prompt
             width = int(unfinished.max())
@@ -663,7 +668,7 @@ def generate(
                 break
             alive = unfinished.nonzero()[:, 0]  # [P'] prompts with an unfinished completion
             if len(alive) * width <= small_enough * done.numel():
-                # A stable sort puts each group's unfinished members first, in their order.
+                # Groups stay of one size: unfinished first, in order, then finished ones.
                 members = done[alive].sort(dim=1, stable=True).indices[:, :width]
                 kept = (alive[:, None] * done.shape[1] + members).flatten()
                 cache.shrink(alive, members)
@@ -673,7 +678,7 @@ def generate(
             cache.open(coarse=recorded)
             hidden = run_step(ids, positions)
             positions = positions + 1
-    stop = set(eos_ids)
+    stop = set(eos_ids)  # a row may have gone on after its end: it is cut there
     completions = []
     for ids, chosen in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         end = next((n for n, token in enumerate(ids, 1) if token in stop), None)
@@ -730,7 +735,7 @@ class HeadLogprobs(torch.autograd.Function):
             if grad_weight is None:
                 continue
             if x.dtype == weight.dtype:
-                grad_weight.addmm_(slope.T, x[rows])
+                grad_weight.addmm_(slope.T, x[rows])  # without a second [V, H]
             else:
                 grad_weight += slope.T @ x[rows]
         return grad_x, grad_weight, None, None
@@ -739,8 +744,8 @@ class HeadLogprobs(torch.autograd.Function):
 def score_completions(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, entropy, mask), each [P, G, C]: `token_logprobs`, and the entropy for the log.
 
-    Each prompt runs once, with gradient, beside its G completions: all tokens lie end to end, and
-    only attention sees grids, where completion queries meet [prompt keys, their own keys].
+    Each prompt runs once, with gradient, beside its G completions. All tokens lie end to end; only
+    attention sees grids, where a completion's queries meet [prompt keys, its own keys].
 
     The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. After a
     completion's end, which may be its beginning, all three are 0. ValueError for a temperature that
@@ -756,21 +761,21 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     rows = [list(ids) for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
     fed = Ragged([ids[:-1] for ids in rows], device)  # the last token predicts nothing
-    N, C = len(prompt.tokens), fed.shape[1]
-    causal = torch.ones(C, C, dtype=torch.bool, device=device).tril().expand(len(rows), C, C)
-    inside = prompt.mask.repeat_interleave(G, 0)[:, None].expand(-1, C, -1)
-    visible = torch.cat([inside, causal], -1)  # [P*G, C, T+C]
+    N, L = len(prompt.tokens), fed.shape[1]  # L is C - 1
+    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril().expand(len(rows), L, L)
+    inside = prompt.mask.repeat_interleave(G, 0)[:, None].expand(-1, L, -1)
+    visible = torch.cat([inside, causal], -1)  # [P*G, L, T+L]
 
     def attend(_, q, k, v):
         prompt_q, prompt_k, prompt_v = (prompt.grid(x[:N]) for x in (q, k, v))  # [P, T, heads, D]
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
-        if C == 0:
+        if L == 0:
             return out
         # Here, unlike in the sampler's Cache, the prompt's keys are repeated for each completion:
         # autograd then sums their gradients over the group, which is what makes the shared prompt
         # exact (Prefix Grouper, arXiv 2506.05433), and one fast kernel does the rest. What is not
         # repeated is the work of the layers' matrices, which is most of the cost.
-        k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+C, K, D]
+        k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
 
@@ -781,7 +786,7 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
     before = N + fed.starts[target.rows] + target.positions - 1
     x = x.index_select(0, torch.where(target.positions == 0, first, before))
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type):  # it does not reach into HeadLogprobs
         x = x.to(torch.get_autocast_dtype(device.type))
     limit = decoder.vocab_limit
     weight = decoder.head[:limit]
@@ -809,7 +814,7 @@ def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> li
     """
     batches, room, cost = [], 0, 0
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        cost = cost if padded else sizes[n]
+        cost = cost if padded else sizes[n]  # padded: that of its batch's first, the largest
         if not batches or cost > room:
             batches.append([])
             room, cost = budget, sizes[n]
@@ -829,7 +834,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, hidden: int, heads: int, inner: int, eps: float, dropout: list[float]):
         super().__init__()
-        self.heads, self.dropout = heads, dropout  # of the sublayers' outputs, of attention weights
+        self.heads, self.dropout = heads, dropout  # dropout: of outputs, of attention weights
         self.qkv, self.o = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
         self.up, self.down = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
         self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden, eps), nn.LayerNorm(hidden, eps)
@@ -861,23 +866,23 @@ class Encoder(nn.Module):
         for key, wanted in {"model_type": "bert", **assumed}.items():
             if (assumed | raw).get(key) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
-        size = partial(read_number, raw, where)
-        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        number = partial(read_number, raw, where)
+        hidden, heads = number("hidden_size"), number("num_attention_heads")
         if hidden % heads:
             raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
-        eps, inner = size("layer_norm_eps", 1e-12, float), size("intermediate_size")
+        eps, inner = number("layer_norm_eps", 1e-12, float), number("intermediate_size")
         keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        self.dropout = [size(key, 0.1, float, least=0) for key in keys]
+        self.dropout = [number(key, 0.1, float, least=0) for key in keys]
         self.raw = {"type_vocab_size": 2} | raw
         self.hidden, self.tokenizer = hidden, None
-        self.max_length = size("max_position_embeddings")
-        self.words = nn.Embedding(size("vocab_size"), hidden)
+        self.max_length = number("max_position_embeddings")
+        self.words = nn.Embedding(number("vocab_size"), hidden)
         self.positions = nn.Embedding(self.max_length, hidden)
-        self.segments = nn.Embedding(size("type_vocab_size", 2), hidden)
+        self.segments = nn.Embedding(number("type_vocab_size", 2), hidden)
         self.norm = nn.LayerNorm(hidden, eps)
-        shape, count = (hidden, heads, inner, eps, self.dropout), size("num_hidden_layers")
+        shape, count = (hidden, heads, inner, eps, self.dropout), number("num_hidden_layers")
         self.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
-        self.pooler = nn.Linear(hidden, hidden) if pooler else None
+        self.pooler = nn.Linear(hidden, hidden) if pooler else None  # for reward.py's classifier
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -942,7 +947,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # pinned
+LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # its template's
 
 
 def as_text(text: str) -> str:
@@ -969,11 +974,13 @@ def render_chat(messages: list[dict], known) -> str | None:
         return text + assistant + "<think>\n"
     if {*CHATML} <= known.keys():
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
-        default = QWEN_SYSTEM if "<tool_call>" in known else SMOLLM_SYSTEM * ("<gh_stars>" in known)
+        # Their templates add a default system message; a token only they have tells them apart.
+        default = SMOLLM_SYSTEM if "<gh_stars>" in known else ""
+        default = QWEN_SYSTEM if "<tool_call>" in known else default
         if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
             ends = [content.split("</think>")[-1].lstrip("\n") for _, content in turns]
             turns = [(r, e if r == "assistant" else c) for (r, c), e in zip(turns, ends)]
-        elif default and turns == others:
+        elif default and turns == others:  # no system message is given
             turns = [("system", default), *turns]
     elif {*LLAMA3} <= known.keys():
         head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
@@ -991,12 +998,12 @@ def render_chat(messages: list[dict], known) -> str | None:
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
 
-    Text is text: control tokens come from the chat format and from [CLS] and [SEP] of a pair, never
-    from what a text spells. Other ids are those of transformers.
+    Control tokens come from the chat format and from the [CLS] and [SEP] of a pair, never from
+    what a text spells. Apart from that, ids equal transformers'.
     """
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
-        backend.no_truncation()  # a tokenizer.json may carry both, switched on
+        backend.no_truncation()  # tokenizer.json may switch on either
         backend.no_padding()
         self.backend = backend
         self.files = files or {"tokenizer.json": backend.to_str()}
@@ -1004,13 +1011,13 @@ class Tokenizer:
         self.size = max(self.vocabulary.values(), default=-1) + 1
         self.eos_ids = frozenset(eos_ids)
         added = backend.get_added_tokens_decoder().items()
-        think = ("<think>", "</think>")  # the policy has to write them, and we to read them
-        self.hidden_ids = {i for i, token in added if token.special and token.content not in think}
+        think = ("<think>", "</think>")  # the policy has to write them; we read them
+        self.skipped = {i for i, token in added if token.special and token.content not in think}
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
-        control = self.hidden_ids | self.eos_ids
+        control_ids = self.skipped | self.eos_ids
         markers = {*R1, *CHATML, *LLAMA3}
-        self.control = {t.content for i, t in added if i in control or t.content in markers}
-        self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # by the prompt
+        self.control = {t.content for i, t in added if i in control_ids or t.content in markers}
+        self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # the prompt ends so
 
     @property
     def end_id(self) -> int:
@@ -1020,9 +1027,8 @@ class Tokenizer:
 
     @cached_property
     def reader(self) -> Backend:
-        """The backend that encodes: in it the name of every control token begins with MARK.
-
-        Their ids stay, and so does everything else.
+        """The backend that encodes. The name of every control token begins with MARK in it, so no
+        text can spell one. Their ids stay, and so does everything else.
         """
         tokenizer = json.loads(self.backend.to_str())
         model = tokenizer["model"]
@@ -1046,7 +1052,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
-        ids = [i for i in ids if i not in self.hidden_ids]
+        ids = [i for i in ids if i not in self.skipped]
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def chat(self, messages: list[dict]) -> list[int]:
@@ -1085,7 +1091,7 @@ class Tokenizer:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
         text = as_text(text)
         tokens = max(tokens, 0)
-        while True:
+        while True:  # what is left may split into other, more tokens
             offsets = self.reader.encode(text, add_special_tokens=False).offsets
             if len(offsets) <= tokens:
                 return text
@@ -1100,10 +1106,10 @@ class Tokenizer:
 
 
 def checkpoint_directory(directory) -> Path:
-    """The path, if there is such a directory; else a sentence on how to get the files."""
+    """The path, if there is such a directory; else an error that says how to get the files."""
     path = Path(directory)
     if not path.is_dir():
-        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))  # as models are on the hub
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))  # like a model on the hub
         folder = f"models/{path.name}"
         get = f"hf download {directory} --local-dir {folder}"
         hint = f"; if it is a model of the Hugging Face hub: {get}, then give {folder}"
@@ -1111,7 +1117,7 @@ def checkpoint_directory(directory) -> Path:
     return path
 
 
-# What other programs may ask for in a trained checkpoint: they are copied along, unread.
+# Files other programs may want beside a trained checkpoint: they are copied unchanged.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
@@ -1149,7 +1155,7 @@ def load_tokenizer(directory) -> Tokenizer:
 # ---- Files: never half-written, never trusted -----------------------------------------------
 #
 # Text, JSON and safetensors, in and out. Every file is replaced as a whole, and whatever is wrong
-# with one that is read becomes a sentence with its name.
+# with one that is read becomes an error that names it.
 
 
 @contextmanager
@@ -1165,7 +1171,7 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say which file it was
+    except OSError as error:  # a full disk's error names no file
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1219,7 +1225,7 @@ def append(path, records: list[dict]) -> None:
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:
-            while text:  # a disk that is nearly full takes a part
+            while text:  # a nearly full disk takes only a part
                 text = text[file.write(text) :]
             os.fsync(file.fileno())
         except OSError as error:
@@ -1261,9 +1267,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
     data_offsets}} in UTF-8, without a byte order mark; the bytes, which the ranges must tile: no
     hole, no overlap, nothing after them (`_ranges` checks that and all entries). A range may begin
     at any byte; a tensor may be empty. Writing to a tensor does not change the file, writing a new
-    file in its place does not change the tensors. Whatever is wrong with the bytes, a name that
-    stands twice or JSON nested without end too, is a ValueError that names the file; a path without
-    a file is a FileNotFoundError.
+    file in its place does not change the tensors. Faulty bytes, also a repeated name or endless
+    nesting, are a ValueError that names the file; a path without a file a FileNotFoundError.
     """
 
     def unique(pairs):
@@ -1275,7 +1280,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > min(size, 8 + 100_000_000):
+            if size < 8 or start > min(size, 8 + 100_000_000):  # the format's own limit
                 raise ValueError("the file ends before its header; is the download complete?")
             header = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=unique)
             if not isinstance(header, dict):
@@ -1307,7 +1312,7 @@ def _ranges(header: dict, size: int) -> dict[str, tuple]:
         for numbers in (shape, offsets):
             if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(f"{name}: shape and data_offsets must be lists of numbers >= 0")
-        if math.prod(max(n, 1) for n in shape) > 2**60:
+        if math.prod(max(n, 1) for n in shape) > 2**60:  # torch overflows, also if one n is 0
             raise ValueError(f"{name}: shape {shape} is too large")
         wanted = math.prod(shape) * DTYPES[dtype].itemsize
         if len(offsets) != 2 or offsets[1] - offsets[0] != wanted:
@@ -1330,7 +1335,8 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError(f"{path}: metadata must map strings to strings")
     header, offset = {"__metadata__": metadata}, 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    # Large elements first: then each tensor begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         x, begin = tensors[name], offset
         if name in header or x.dtype not in codes:
@@ -1378,7 +1384,7 @@ def checkpoint_views(module: nn.Module, names: dict[str, str], state) -> dict[st
     """A checkpoint's weight names, each with the part of a tensor of `state` that holds it.
 
     `names` translates each step of a parameter's path. A fused matrix has several names, one for
-    each block of its rows: its `rows` say where they are cut, without it they are equal.
+    each block of its rows: `rows` of our Linear says where to cut; BERT's blocks are equal.
     """
     found = {}
     for path, parameter in state.items():
@@ -1392,7 +1398,7 @@ def checkpoint_views(module: nn.Module, names: dict[str, str], state) -> dict[st
 
 
 def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
-    """make() with a checkpoint's weights: allocated once, each view of it written exactly once."""
+    """make() with a checkpoint's weights: copied into `views`, which share the module's memory."""
     with torch.device("meta"):
         module = make()
     module = module.to(dtype).to_empty(device=device).eval()
@@ -1431,14 +1437,14 @@ PATHS = {"model", "data", "encoder", "reward_model"}  # compared by content, not
 
 
 def beside(path: str) -> str:
-    """A path beside this file, as it is written from the working directory."""
+    """A path beside this file, relative to the working directory."""
     return os.path.relpath(Path(__file__).resolve().parent / path)
 
 
 def fingerprint(*paths) -> str:
     """Twelve hex digits of the contents of files; a directory stands for its .json, .safetensors.
 
-    Of a Python file what it does counts: comments and layout may change.
+    A Python file counts by what it does: comments and layout may change.
     """
     digest = hashlib.sha256()
     for path in map(Path, paths):
@@ -1498,7 +1504,7 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
         if changed and o.overwrite:
             old = out.with_name(f".{out.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)  # at once, whatever happens then
+            out.rename(old)  # so that a crash leaves no half-deleted result
             shutil.rmtree(old)
         elif changed:
             raise ValueError(f"{out} holds another result: {explain(changed)}")
@@ -1582,11 +1588,11 @@ def processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=timedelta(hours=1))  # the first may train a reward model
     if dist.get_rank():
-        sys.stdout = io.StringIO()  # one voice
+        sys.stdout = io.StringIO()  # only one prints
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "by peer" not in str(error):
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):  # gloo's words
             raise
         reason = str(error).strip().split("\n")[0]
         text = "another process of the run has ended; the same command goes on from what is saved"
@@ -1596,8 +1602,8 @@ def processes():
 
 # ---- The command line, shared by all chapters -----------------------------------------------
 #
-# Options are one dataclass a command: the comment beside a field is its help. Progress, stopping
-# and errors look the same everywhere.
+# Each command's options are a dataclass; a field's comment is its help. Progress, stopping and
+# errors look the same everywhere.
 
 
 class Progress(tqdm):
@@ -1754,6 +1760,7 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
                 parser.exit(2, f"error: {error}\n")
         preset = parsed["preset"]
         parser.set_defaults(**presets_of(options).get(preset, {}))
+        # Once more, over the preset's defaults: a flag that was given wins.
         parsed = vars(parser.parse_args(arguments)) | {"preset": preset}
     debug = parsed.pop("debug")
     return options(**parsed), debug

@@ -14,8 +14,8 @@ BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace t
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
 
-where w occurs f(w,d) times in d and at all in n(w) of the N documents; |d| counts the words of d,
-and `mean` is their number in an average document.
+where f(w,d) counts w in d, n(w) of the N documents hold w, |d| is the number of words of d, and
+`mean` the average |d|.
 
     python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4
 """
@@ -41,8 +41,8 @@ import torch
 class Task:
     """All that makes one task differ from another: to add a task, add an entry to TASKS."""
 
-    prefix: str  # the task's own instruction at the start of every input; no part of the query
-    fields: dict[str, str]  # a profile item's keys, in the order shown, and the names they show
+    prefix: str  # the task's own instruction at the start of every input; not part of the query
+    fields: dict[str, str]  # a profile item's keys, in the order shown -> the names shown
     request: str  # with a profile it follows "Based on the historical profiles provided, "
     penalty: float = 0.0  # personalization reward of an answer that is empty or the placeholder
 
@@ -114,7 +114,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     targets = _load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
     examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
     ids = Counter(e.id for e in examples)
-    for id, count in ids.most_common(1):
+    for id, count in ids.most_common(1):  # none, where there are no records
         if count > 1:
             raise ValueError(f"{path}: record id {id!r} is there {count} times")
     if targets is None:
@@ -176,9 +176,9 @@ def _example(record, number: int, task: str, path: Path) -> Example:
     profile = record.get("profile")
     if not isinstance(text, str) or not isinstance(profile, list):
         raise ValueError(f"{where} needs an input (a string) and a profile (a list)")
-    for other, content in TASKS.items():
-        if other != task and text.startswith(content.prefix):
-            raise ValueError(f"{where} belongs to {other}, not to {task}")
+    for name, other in TASKS.items():
+        if name != task and text.startswith(other.prefix):
+            raise ValueError(f"{where} belongs to {name}, not to {task}")
     for position, item in enumerate(profile):
         item = item if isinstance(item, dict) else {}
         if not all(isinstance(item.get(key), str) for key in kind.fields):
@@ -210,8 +210,8 @@ class BM25:
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
         and norm [N], k1 (1 - b + b |d|/mean) of each document.
 
-        The mean idf is that of all words, those with a negative one too. No texts at all, or only
-        empty ones, are no error and no warning: a mean of 0 words counts as 1.
+        The mean idf is over all words, negative ones included. An empty corpus, or one of empty
+        texts, gives no error and no warning: an average length of 0 counts as 1.
         """
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
@@ -318,9 +318,9 @@ def retrieve(
     the same draw for the same seed and record. BM25 splits texts at blanks and keeps their case;
     `lowercase` takes ROUGE's words instead, the runs of [a-z0-9] in the lowercased text.
 
-    What comes back are the profile's own dictionaries. The texts are `show`'s, the dates those of
-    `parse_date`; random is random in order too; dense asks `dense.scores` once, with the stripped
-    query. ValueError names a k below 0 or an unknown retriever; dense needs `dense`.
+    Returned are the profile's own dictionaries. Ranked are the texts of `show` or the dates of
+    `parse_date`; a random choice is also in random order; `dense.scores` is asked once, with the
+    stripped query. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -333,12 +333,12 @@ def retrieve(
         return random.Random(f"{seed} {example.id}").sample(profile, min(k, len(profile)))
     if retriever == "recency":
         dates = [parse_date(item, example) for item in profile]
-        order = sorted(range(len(profile)), key=dates.__getitem__, reverse=True)  # stable
+        order = sorted(range(len(profile)), key=lambda n: dates[n], reverse=True)  # stable
     else:
         texts = [show(item, example.task) for item in profile]
         if retriever == "bm25":
-            split = (lambda text: re.findall("[a-z0-9]+", text.lower())) if lowercase else str.split
-            scores = BM25([split(t) for t in texts], idf=idf).scores(split(example.query))
+            words = (lambda text: re.findall("[a-z0-9]+", text.lower())) if lowercase else str.split
+            scores = BM25([words(t) for t in texts], idf=idf).scores(words(example.query))
         elif dense is None:
             raise ValueError("the dense retriever needs an encoder: --encoder DIRECTORY")
         else:
@@ -362,9 +362,11 @@ ANSWER_FORMAT = " Answer in English as {{'{answer}': '{placeholder}'}}, without 
 def instruction(task: str, personal: bool) -> str:
     """The request of a task; `personal`: profile items come before it."""
     kind = TASKS[task]
-    start = WITH_PROFILE + kind.request[0] if personal else kind.request[0].upper()
+    start = WITH_PROFILE + kind.request
+    if not personal:
+        start = kind.request[0].upper() + kind.request[1:]
     form = ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
-    return start + kind.request[1:] + form
+    return start + form
 
 
 def answer_block(task: str, answer: str) -> str:
@@ -393,9 +395,9 @@ def build_messages(
     bare instruction takes, if that is more.
 
     To share evenly, each item in turn may take what is left, line break included, divided by the
-    number of items still to come. Nothing is cut further than it must be: no more than a few tokens
-    of the budget stay free, since where two pieces meet, tokens can merge or split. Texts may have
-    100,000 words, and cutting one takes a while: take off what is too much at once, not in steps.
+    number of items left, itself included. Nothing is cut more than it must be: only a few tokens
+    of the budget stay free, since where two pieces meet, tokens can merge or split. A text may
+    have 100,000 words: the first cut takes off all that is too much, later ones a few tokens.
     """
 
     def messages(shown: list[str], query: str) -> list[dict]:
@@ -407,33 +409,33 @@ def build_messages(
     if tokenizer is None or max_prompt_tokens is None:
         return full
 
-    def over(chat: list[dict]) -> int:
+    def excess(chat: list[dict]) -> int:
         return len(tokenizer.chat(chat)) - max_prompt_tokens
 
-    if over(full) <= 0:
+    if excess(full) <= 0:
         return full
-    bare = over(messages([], ""))
+    bare = excess(messages([], ""))
     if bare > 0:
         need = f"the bare instruction takes {max_prompt_tokens + bare}"
         raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, but {need}: raise it")
     # Where two pieces meet, tokens can merge or split, so a cut is checked on the whole prompt.
     query = example.query
     room = -bare
-    while over(messages([], query)) > 0:
+    while excess(messages([], query)) > 0:
         query = tokenizer.cut(example.query.strip(), room)
         room -= 1
-    room = -over(messages([], query))  # for the items
+    room = -excess(messages([], query))  # for the items
     while True:
         cut = []
         left = room
         for n, item in enumerate(items):
             text = _cut_item(item, example.task, tokenizer, left // (len(items) - n) - 1)
-            left -= (len(tokenizer.encode(text)) + 1) * bool(text)  # 1 for the line break
+            left -= len(tokenizer.encode(text)) + 1 if text else 0  # 1 for the line break
             cut.append(text)
         chat = messages([text for text in cut if text], query)
-        if over(chat) <= 0:
+        if excess(chat) <= 0:
             return chat
-        room -= over(chat)
+        room -= excess(chat)
 
 
 def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
@@ -467,7 +469,7 @@ class PromptOptions:
     encoder: str | None = beside("toy/encoder")  # BERT checkpoint, of dense retrieval and the judge
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
     query_prefix: str = ""  # what the dense retriever puts before a query (bge models expect it)
-    max_prompt_tokens: int = 512  # in a longer prompt, the items lose their ends
+    max_prompt_tokens: int = 512  # longest prompt; where it would be longer, items are cut
     reasoning: bool = True  # without it the prompt closes the reasoning: answer at once
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -481,7 +483,7 @@ class PromptOptions:
         1,024 (about half a billion parameters), "paper" from there on.
         """
         shape = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        toy, own = ({}, {})
+        toy, own = {}, {}  # without a config.json both: "toy"; loading it complains
         if (Path(model) / "config.json").is_file():
             own = read_json(Path(model) / "config.json")
             toy = read_json(beside("toy/policy/config.json"))
@@ -495,7 +497,7 @@ def encoder_of(o: PromptOptions) -> str:
     """The BERT checkpoint that the options name; ValueError if they name none."""
     if o.encoder is None:
         what = "the dense retriever and the BERT judge need"
-        raise ValueError(f"{what} --encoder DIRECTORY, a BERT checkpoint (the toy's fits only it)")
+        raise ValueError(f"{what} --encoder DIRECTORY, a BERT checkpoint (the toy's fits the toy)")
     return o.encoder
 
 
@@ -510,7 +512,7 @@ def make_ranker(o: PromptOptions):
 
 
 def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:
-    """What the prompt has already said of the assistant's turn: the completion goes on from it."""
+    """How a prompt begins the assistant's turn; `chat` itself brings `tokenizer.opening`."""
     return tokenizer.opening if o.reasoning else CLOSED
 
 

@@ -178,7 +178,7 @@ class Options(RewardOptions):
             "eval_every": 500, "save_every": 100,
         },
     }  # fmt: skip
-    free = RewardOptions.free | {  # these may change when a run goes on
+    free = RewardOptions.free | {  # these do not change the result
         "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
     }  # fmt: skip
     adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run goes on

@@ -36,10 +36,10 @@ NO_GOLD = "--accuracy 0 --personalization 1 --judge ratio --beta 0.3"
 ARMS = {
     "warm": ("warm start", None, "--warm-start 125 --steps 0"),
     "prlm": ("warm start + GRPO", "warm", STEPS),
-    "answers": ("warm start, answers alone", None, "--warm-start 125 --steps 0 --no-reasoning"),
-    "no_reasoning": ("answers alone + GRPO", "answers", f"{STEPS} --no-reasoning"),
+    "no_reasoning": ("… without reasoning", "warm", f"{STEPS} --no-reasoning"),
     # As many supervised steps as take the seconds of the 24 steps of GRPO.
     "supervised": ("warm start + more of it", "warm", "--warm-start 100 --steps 0"),
+    "cold": ("GRPO without a warm start", None, STEPS),
     "ratio": ("… with the ratio judge", "warm", f"{STEPS} --personalization 0.1 --judge ratio"),
     "bert": ("… with the paper's judge", "warm", f"{STEPS} --personalization 0.1 --judge bert"),
     "no_gold": ("… ratio, KL, no gold texts", "warm", f"{STEPS} {NO_GOLD}"),
