@@ -1,11 +1,13 @@
 """The language model: a Hugging Face checkpoint read by hand, in plain PyTorch.
 
-  read and write   safetensors, config.json and tokenizer.json of a Hugging Face checkpoint
-  Decoder          Qwen2 (so Qwen2.5 and R1-Distill), Qwen3, Llama; Encoder: the BERT family
+  Decoder          Qwen2 (so Qwen2.5 and R1-Distill), Qwen3, Llama; LoRA adapters for it
   generate         samples G completions of each of P prompts, with a key-value cache
   token_logprobs   the log-probability of every completion token, with gradient
+  Encoder          the BERT family, for the reward model and the dense retriever
+  Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
+  files, results, processes, command line: what all five chapters share
 
-The last two are twins: both run each prompt ONCE and let its G completions attend to the prompt's
+generate and token_logprobs are twins: both run each prompt ONCE and let its G completions attend to the prompt's
 keys and values. A retrieval prompt is long and GRPO asks it G times: the speed comes from here. A
 plain pass, a prompt, a sampling step and a training step differ only in which token may look at
 which, so `Decoder.run` is one loop over the layers and each of the four brings its own `attend`.

@@ -539,10 +539,9 @@ def main(o: Options) -> None:
     examples, rank = load_lamp(o.data, o.task, o.split), make_ranker(o)
     tokenizer = prlm.load_tokenizer(o.model) if o.show else None
     for example in examples[: o.show]:
-        messages = build_messages(example, rank(example, o.k), tokenizer, o.max_prompt_tokens)
-        tokens = len(tokenizer.chat(messages))
-        print(f"--- record {example.id}: {tokens} tokens, target {example.target!r}")
-        print("\n".join(message["content"] for message in messages))
+        (prompt,) = make_prompts(o, tokenizer, [example], rank)
+        print(f"--- record {example.id}: {len(prompt)} tokens, target {example.target!r}")
+        print(tokenizer.decode(prompt))
     if o.out:
         ranking = {}
         for example in Progress(examples, f"rank by {o.retriever}"):
