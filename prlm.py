@@ -7,15 +7,16 @@
   Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
   files, results, processes, command line: what all five chapters share
 
-generate and token_logprobs are twins: both run each prompt ONCE and let its G completions attend to the prompt's
-keys and values. A retrieval prompt is long and GRPO asks it G times: the speed comes from here. A
-plain pass, a prompt, a sampling step and a training step differ only in which token may look at
-which, so `Decoder.run` is one loop over the layers and each of the four brings its own `attend`.
+`generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
+attend to the prompt's keys and values. A retrieval prompt is long and GRPO asks it G times: the
+speed comes from here. A plain pass, a prompt, a sampling step and a training step differ only in
+which token may look at which, so `Decoder.run` is one loop over the layers and each of the four
+brings its own `attend`.
 
 Left out: sliding windows, rope types other than llama3, quantised weights, top-k and top-p (GRPO
 needs the probability of what was sampled; a cut distribution is not the one that is trained).
 
-    python prlm.py --model toy/policy --prompt "Generate a title for (sport) tennis in paris"
+    python prlm.py --model DIR --prompt "What is BM25?"      # the toy's policy knows its own task only
 
 Shapes: P prompts, G completions a prompt, B batch, T tokens, C completion tokens, N tokens laid
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each.
