@@ -16,7 +16,7 @@ brings its own `attend`.
 Left out: sliding windows, rope types other than llama3, quantised weights, top-k and top-p (GRPO
 needs the probability of what was sampled; a cut distribution is not the one that is trained).
 
-    python prlm.py --model DIR --prompt "What is BM25?"      # the toy's policy knows its own task only
+    python prlm.py --model DIR --prompt "What is BM25?"     # the toy answers its own tasks only
 
 Shapes: P prompts, G completions a prompt, B batch, T tokens, C completion tokens, N tokens laid
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each.
