@@ -170,7 +170,7 @@ class Options(RewardOptions):
         "small": {
             "warm_start_batch": 4, "warm_start_lr": 3e-4, "steps": 40, "prompts_per_step": 4,
             "temperature": 0.7, "lr": 3e-5, "personalization": 0.0, "save_every": 5,
-            "tokens_per_micro_batch": 4096,
+            "tokens_per_micro_batch": 4096, "eval_temperature": 0.0,
         },
         "paper": {
             "train_examples": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4,
@@ -208,6 +208,7 @@ class Options(RewardOptions):
     checkpointing: bool = False  # run each layer again in the backward pass: less memory, slower
     eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
     eval_examples: int = 200  # held-out records to score
+    eval_temperature: float = 0.7  # of a second score, of sampled answers; 0 does without it
     save_every: int = 20  # steps between states to go on from
     out: str = "runs/toy"  # run directory; the same command goes on with a stopped run
     overwrite: bool = False  # start anew where the directory holds another run
@@ -802,7 +803,7 @@ def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     least = {  # smallest value: options; 1e-9 stands for "above 0"
         0: "k beta eval_every accuracy format personalization warmup train_examples warm_start "
-        "steps lora_rank",
+        "steps lora_rank eval_temperature",
         1: "prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
         "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs "
         "warm_start_batch",
@@ -924,15 +925,17 @@ def obtain_judge(o: Options, out: Path, policy: Policy, train: list[Example]):
 
 
 def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example], k: int) -> None:
-    """Scores held-out users, greedy and at T = 0.7, into scores.json and held_out/{name}.jsonl."""
+    """Scores held-out users into scores.json; the greedy answers go to held_out/{name}.jsonl."""
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
     if name in scores and name != "after":  # a run whose last score still holds does not come here
         return
     ask = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
-    sampled = mean_scores(ask(temperature=0.7, description=f"{name}, sampled"))
     records = ask(description=f"{name}, greedy")
-    scores[name] = mean_scores(records) | {f"{key}_sampled": v for key, v in sampled.items()}
+    scores[name] = mean_scores(records)
+    if o.eval_temperature:
+        sampled = ask(temperature=o.eval_temperature, description=f"{name}, sampled")
+        scores[name] |= {f"{key}_sampled": value for key, value in mean_scores(sampled).items()}
 
     def keep() -> None:
         (out / "held_out").mkdir(exist_ok=True)
@@ -971,7 +974,8 @@ def report(o: Options, out: Path) -> None:
     """Prints the table of a finished run, and which of its files are missing."""
     scores = prlm.read_json(out / "scores.json")
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
-    columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
+    columns = ["rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled"]
+    columns = [column for column in columns if column in scores["after"]]
     print(table({row: {c: scores[key][c] for c in columns} for row, key in rows.items()}))
     files = ["metrics.jsonl", "samples.jsonl", "scores.json", *LAST_FILES]
     lost = [name for name in files if not (out / name).is_file()]

@@ -404,6 +404,13 @@ def finished(world, tmp_path_factory):
 
 
 class TestRun:
+    def test_the_sampled_scores_can_be_left_out(self, world, tmp_path, capsys):
+        rl.main(tiny(world, tmp_path / "run", steps=1, eval_temperature=0.0, personalization=0.0))
+        scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+        keys = {"rouge-1", "rouge-2", "rouge-l", "bleu"}
+        assert [set(scores[name]) for name in ("no_profile", "before", "after")] == [keys] * 3
+        assert "rouge-l_sampled" not in capsys.readouterr().out
+
     def test_leaves_what_the_readme_promises(self, world, finished):
         names = {path.name for path in finished.iterdir()}
         assert names >= {
