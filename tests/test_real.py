@@ -42,9 +42,10 @@ def o(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(real, "ARMS", arms)
     monkeypatch.setattr(real, "MAIN_TASK", "LaMP-4")
-    monkeypatch.setattr(real, "ITEMS", [0, 2])
     names = dict(model=str(tmp_path / "policy"), data=str(tmp_path / "lamp"))
     o = real.Options(**names, out=str(tmp_path / "out"), users=4, records=5, seeds=2, jobs=1)
+    o.arms = ",".join(arms)
+    o.items = "0,2"
     o.commands = commands
     return o
 
@@ -60,7 +61,7 @@ def test_every_command_runs_once_and_the_report_has_all_rows(o, capsys):
     names = ["copying the query", "copying the nearest item", "released, no profile"]
     names += ["released, RAG", "warm start, no profile", "warm start, RAG", "warm start + GRPO"]
     assert [row for row in rows if row in names] == names
-    assert "before GRPO" in rows and "after GRPO" in rows and "ratio, released model" in rows
+    assert "before GRPO" in rows and "after GRPO" in rows and "ratio, released" in rows
 
     count = len(o.commands)
     real.main(replace(o))
@@ -86,6 +87,8 @@ def test_what_fails_is_named_and_the_rest_is_not_started(o, monkeypatch):
         real.main(o)
     with pytest.raises(ValueError, match="has the files of none of the tasks LaMP-5"):
         real.main(replace(o, tasks="LaMP-5"))
+    with pytest.raises(ValueError, match="needs warm and prlm, and knows warm, prlm, closed"):
+        real.main(replace(o, arms="warm,ratio"))
 
 
 def test_its_help_is_there():

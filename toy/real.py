@@ -46,7 +46,7 @@ ARMS = {
 }
 EVERY_TASK = ["warm", "prlm"]
 SEEDED = ["prlm"]  # trained --seeds times, from the same warm start
-ITEMS = [0, 1, 2, 4, 8]  # k, of which 3 is trained on
+PROFILES = {"no profile": 0, "RAG": 3}  # k, which is 3 in training
 MAIN_TASK = "LaMP-7"  # of everything but these two arms
 
 
@@ -56,6 +56,8 @@ class Options:
     encoder: str = prlm.beside("toy/encoder")  # BERT checkpoint, of the paper's judge
     data: str = "data"  # directory with LaMP's files
     tasks: str = "LaMP-7,LaMP-4,LaMP-5,commits"  # of which those are taken that are there
+    arms: str = ",".join(ARMS)  # which of the trainings above
+    items: str = "0,1,2,4,8"  # numbers of items with which warm start and GRPO are scored
     users: int = 200  # held-out records to score
     records: int = 500  # training records
     seeds: int = 3  # trainings of the main arm
@@ -79,6 +81,14 @@ class Cell:
 def tasks_of(o: Options) -> list[str]:
     known = [task for task in o.tasks.split(",") if task in retrieve.TASKS]
     return [task for task in known if (Path(o.data) / task.replace("-", "_")).is_dir()]
+
+
+def arms_of(o: Options, task: str) -> list[str]:
+    return [arm for arm in ARMS if arm in (o.arms.split(",") if task == MAIN_TASK else EVERY_TASK)]
+
+
+def seeds_of(o: Options, task: str, arm: str) -> range:
+    return range(o.seeds if arm in SEEDED and task == MAIN_TASK else 1)
 
 
 # ---- Commands -------------------------------------------------------------------------------
@@ -120,12 +130,14 @@ def evaluation(o: Options, cell: Cell) -> str:
     )
 
 
-def examination(o: Options) -> str:
-    """Of the ratio under the released model; rl.py examines the judges of its own runs."""
-    return (
-        f"reward.py --model {shlex.quote(o.model)} {common(o, MAIN_TASK)} --judge ratio "
-        f"--out {shlex.quote(str(Path(o.out) / MAIN_TASK / 'judge_released'))}"
+def examination(o: Options, arm: str | None) -> tuple[str, Path]:
+    """The command that examines the ratio under a policy, and the report that it leaves."""
+    folder = Path(o.out) / MAIN_TASK / f"judge_{arm or 'released'}"
+    command = (
+        f"reward.py --model {shlex.quote(policy_of(o, MAIN_TASK, arm))} {common(o, MAIN_TASK)} "
+        f"--judge ratio --out {shlex.quote(str(folder))}"
     )
+    return command, folder / "report.json"
 
 
 def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
@@ -209,12 +221,13 @@ def table(o: Options, task: str, rows: dict[str, list[list[dict]]], ours: str) -
 
 def judges(o: Options) -> str:
     """What the judges know of the held-out users: pair accuracy and swap test, .5 by chance."""
-    reports = {"ratio, released model": Path(o.out) / MAIN_TASK / "judge_released"}
-    named = {"ratio": "ratio, warm start", "bert": "the paper's, warm start"}
-    reports |= {named[arm]: place(o, MAIN_TASK, arm) / "reward" for arm in named if arm in ARMS}
+    reports = {f"ratio, {arm or 'released'}": examination(o, arm)[1] for arm in (None, "warm")}
+    if "bert" in arms_of(o, MAIN_TASK):
+        reports["the paper's, warm"] = place(o, MAIN_TASK, "bert") / "reward" / "report.json"
     lines = []
-    for name, folder in reports.items():
-        report, line = prlm.read_json(folder / "report.json"), [name]
+    for name, file in reports.items():
+        report = prlm.read_json(file)
+        line = [name]
         for key in ("pair_accuracy", "swap_test"):
             low, high = (report.get(f"{key}_{end}", 0) for end in ("low", "high"))
             line.append(f"{report[key]:.3f} ({low:.2f} to {high:.2f})" if key in report else "")
@@ -238,7 +251,8 @@ def draw_curves(o: Options, path: Path) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
     colors = iter(f"C{n}" for n in range(10))
-    for arm, (name, _, options) in ARMS.items():
+    for arm in arms_of(o, MAIN_TASK):
+        name, _, options = ARMS[arm]
         if "--steps 0" in options:
             continue
         color = next(colors)
@@ -257,64 +271,65 @@ def rows_of(o: Options, task: str) -> dict[str, list[Cell]]:
     """The rows of a task's table."""
     rows = {f"released, {name}": [Cell(task, "released", k=k)] for name, k in PROFILES.items()}
     rows |= {f"warm start, {name}": [Cell(task, "warm", k=k)] for name, k in PROFILES.items()}
-    for arm in EVERY_TASK if task != MAIN_TASK else ARMS:
+    for arm in arms_of(o, task):
         if arm != "warm":
-            rows[ARMS[arm][0]] = [Cell(task, arm, seed) for seed in seeds_of(o, task, arm)]
+            rows[ARMS[arm][0]] = [Cell(task, arm, seed=seed) for seed in seeds_of(o, task, arm)]
     return rows
 
 
-PROFILES = {"no profile": 0, "RAG": 3}
+def robustness(o: Options) -> dict[str, list[Cell]]:
+    """The cells of the table by number of items, before and after GRPO."""
+    named = {"before GRPO": "warm", "after GRPO": "prlm"}
+    items = [int(k) for k in o.items.split(",")]
+    return {name: [Cell(MAIN_TASK, arm, k=k) for k in items] for name, arm in named.items()}
 
 
-def seeds_of(o: Options, task: str, arm: str) -> range:
-    return range(o.seeds if arm in SEEDED and task == MAIN_TASK else 1)
+def report(o: Options, tasks: list[str]) -> str:
+    text = f"# {o.model} on what people wrote\n\ngreedy answers; p: paired bootstrap over users\n"
+    for task in tasks:
+        scores = {name: [records] for name, records in copied(o, task).items()}
+        for name, cells in rows_of(o, task).items():
+            scores[name] = [scores_of(o, cell) for cell in cells]
+        text += f"\n## {task}\n\n" + table(o, task, scores, ARMS["prlm"][0])
+    if MAIN_TASK in tasks:
+        lines = []
+        for name, cells in robustness(o).items():
+            means = [np.mean([r["rouge-1"] for r in scores_of(o, cell)]) for cell in cells]
+            lines.append([name, *(f"{mean:.3f}" for mean in means)])
+        text += f"\n## {MAIN_TASK}: ROUGE-1 by number of items (3 in training)\n\n"
+        text += markdown(["", *o.items.split(",")], lines)
+        text += f"\n## {MAIN_TASK}: the judges\n\n{judges(o)}"
+        text += "\n## The completions of each step\n\n"
+        text += pictures(draw_curves, o, Path(o.out) / "curves.png")
+    return text
 
 
 def main(o: Options) -> None:
     tasks = tasks_of(o)
     if not tasks:
         raise ValueError(f"{o.data} has the files of none of the tasks {o.tasks}")
-    for warm in (True, False):  # the trainings that others start from come first
+    if not {"warm", "prlm"} <= {*o.arms.split(",")} <= ARMS.keys():
+        raise ValueError(f"--arms needs warm and prlm, and knows {', '.join(ARMS)}")
+    for first in (True, False):  # the trainings that others start from come first
         work = {}
         for task in tasks:
-            for arm in ARMS if task == MAIN_TASK else EVERY_TASK:
-                if (ARMS[arm][1] is None) == warm:
+            for arm in arms_of(o, task):
+                if (ARMS[arm][1] is None) == first:
                     for seed in seeds_of(o, task, arm):
                         done = place(o, task, arm, seed) / "checkpoint" / "model.safetensors"
                         work[f"{task} {arm} {seed}"] = training(o, task, arm, seed), done
-        run_all(o, work, "warm starts" if warm else "trainings")
+        run_all(o, work, "warm starts" if first else "trainings")
 
-    rows = {task: rows_of(o, task) for task in tasks}
-    cells = [cell for named in rows.values() for cells in named.values() for cell in cells]
-    robust = {name: [Cell(MAIN_TASK, arm, k=k) for k in ITEMS] for name, arm in
-              (("before GRPO", "warm"), ("after GRPO", "prlm"))}  # fmt: skip
+    cells = [cell for task in tasks for cells in rows_of(o, task).values() for cell in cells]
+    work = {}
     if MAIN_TASK in tasks:
-        cells += [cell for named in robust.values() for cell in named]
-    work = {
-        f"score {c.task} {c.arm} {c.seed} {c.k}": (evaluation(o, c), c.folder(o) / "scores.json")
-        for c in cells
-    }
-    if MAIN_TASK in tasks:
-        report = Path(o.out) / MAIN_TASK / "judge_released" / "report.json"
-        work[f"judge {MAIN_TASK}"] = examination(o), report
+        cells += [cell for cells in robustness(o).values() for cell in cells]
+        work |= {f"judge {arm}": examination(o, arm) for arm in (None, "warm")}
+    for c in cells:
+        name = f"score {c.task} {c.arm} {c.seed} {c.k}"
+        work[name] = evaluation(o, c), c.folder(o) / "scores.json"
     run_all(o, work, "scores")
-
-    text = f"# {o.model} on what people wrote\n\ngreedy answers; p: paired bootstrap over users\n"
-    for task in tasks:
-        scores = copied(o, task)
-        scores = {name: [records] for name, records in scores.items()}
-        scores |= {name: [scores_of(o, c) for c in cells] for name, cells in rows[task].items()}
-        text += f"\n## {task}\n\n" + table(o, task, scores, ARMS["prlm"][0])
-    if MAIN_TASK in tasks:
-        lines = [
-            [name, *(f"{np.mean([r['rouge-1'] for r in scores_of(o, c)]):.3f}" for c in cells)]
-            for name, cells in robust.items()
-        ]
-        text += f"\n## {MAIN_TASK}: ROUGE-1 by k (trained with 3)\n\n"
-        text += markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
-        text += f"\n## {MAIN_TASK}: the judges\n\n{judges(o)}"
-        text += "\n## The completions of each step\n\n"
-        text += pictures(draw_curves, o, Path(o.out) / "curves.png")
+    text = report(o, tasks)
     prlm.write_text(Path(o.out) / "report.md", text)
     print(f"{text}\n{o.out}/report.md")
 
