@@ -811,7 +811,8 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
 
 
 def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
-    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one.
+    """For callers of the twins: indices of `sizes`, largest first, as many together as stay within
+    `budget`; at least one.
 
     `padded`: each counts as much as the largest of its batch, since padding takes memory too.
     """
@@ -1603,6 +1604,41 @@ def processes():
     dist.destroy_process_group()
 
 
+# ---- Device and precision -------------------------------------------------------------------
+#
+# Where a model lives, and in which precision it multiplies: the same in every command.
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the best of cuda, mps and cpu that this machine has."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
+
+
+def product_dtype(precision: str, device: str) -> torch.dtype:
+    """The precision of matrix products; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    half = precision == "bfloat16" or (precision == "auto" and str(device).startswith("cuda"))
+    return torch.bfloat16 if half else torch.float32
+
+
+def load_policy(o) -> tuple[Decoder, Tokenizer]:
+    """The checkpoint o.model, to sample from, in the precision that the options ask for.
+
+    The same weights sample the same in every command: rl.py's copy for sampling is rounded alike.
+    """
+    device = pick_device(o.device)
+    dtype = product_dtype(o.precision, device)
+    return load_decoder(o.model, device, dtype), load_tokenizer(o.model)
+
+
 # ---- The command line, shared by all chapters -----------------------------------------------
 #
 # Each command's options are a dataclass; a field's comment is its help. Progress, stopping and
@@ -1681,36 +1717,6 @@ class Stop:
     def leave(self, number) -> None:
         print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(128 + number)
-
-
-Precision = Literal["auto", "float32", "bfloat16"]
-
-
-def pick_device(name: str) -> str:
-    """`auto` is the best of cuda, mps and cpu that this machine has."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        return str(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
-
-
-def product_dtype(precision: str, device: str) -> torch.dtype:
-    """The precision of matrix products; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    half = precision == "bfloat16" or (precision == "auto" and str(device).startswith("cuda"))
-    return torch.bfloat16 if half else torch.float32
-
-
-def load_policy(o) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model, to sample from, in the precision that the options ask for.
-
-    The same weights sample the same in every command: rl.py's copy for sampling is rounded alike.
-    """
-    device = pick_device(o.device)
-    dtype = product_dtype(o.precision, device)
-    return load_decoder(o.model, device, dtype), load_tokenizer(o.model)
 
 
 def presets_of(options: type) -> dict[str, dict]:
