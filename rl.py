@@ -250,10 +250,13 @@ def seed_of(*parts) -> int:
     return random.Random(repr(parts)).getrandbits(63)
 
 
-def choose(count: int, step: int, size: int, seed: int) -> list[int]:
-    """Indices of a step's examples: steps read on through epochs, each of them shuffled anew."""
+def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
+    """Indices of a step's examples: steps read on through epochs, each of them shuffled anew.
+
+    `start` examples were read before step 0.
+    """
     chosen = []
-    for n in range(step * size, (step + 1) * size):
+    for n in range(start + step * size, start + (step + 1) * size):
         epoch, index = divmod(n, count)
         order = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
         chosen.append(order[index])
@@ -303,12 +306,20 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
 
 
+def choose_for_step(o: Options, step: int, count: int) -> list[int]:
+    """The examples of a step of GRPO, of all processes; it reads on where the warm start stopped.
+
+    So a warm start of less than an epoch leaves RL records that the policy has not imitated.
+    """
+    seen = o.warm_start * o.warm_start_batch
+    return choose(count, step, size=o.prompts_per_step, seed=o.seed, start=seen)
+
+
 def choose_share(o: Options, step: int, count: int) -> list[int]:
     """The examples of this step that fall to this process."""
     rank, world_size = prlm.rank_and_world_size()
     share = o.prompts_per_step // world_size
-    chosen = choose(count, step, size=o.prompts_per_step, seed=o.seed)
-    return chosen[rank * share : (rank + 1) * share]
+    return choose_for_step(o, step, count)[rank * share : (rank + 1) * share]
 
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) -> Rollout:
@@ -468,9 +479,7 @@ def grpo_step(
         log = update(o, policy, optimizer, rollout)
         refresh(policy)
     except FloatingPointError as error:
-        chosen = choose(
-            len(examples), step, size=o.prompts_per_step, seed=o.seed
-        )  # by all processes
+        chosen = choose_for_step(o, step, len(examples))
         where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
         advice = "it was not applied; the same command with a lower --lr goes on from what is saved"
         raise ValueError(f"{where}: {error}; {advice}") from None

@@ -298,6 +298,12 @@ class TestSchedule:
         epochs = [chosen[i : i + 10] for i in (0, 10)]
         assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
         assert rl.choose(10, 3, 4, 0) == chosen[12:16] != rl.choose(10, 3, 4, 1)
+        assert rl.choose(10, 1, 4, 0, start=8) == chosen[12:16]
+
+    def test_rl_reads_on_where_the_warm_start_stopped(self, world):
+        o = tiny(world, "unused", warm_start=2, warm_start_batch=3, prompts_per_step=4)
+        seen = [n for step in range(2) for n in rl.choose(10, step, 3, o.seed)]
+        assert sorted(seen + rl.choose_for_step(o, 0, 10)) == [*range(10)]
 
     def test_micro_batches_hold_every_group_once_within_the_budget(self):
         sizes = [10, 14, 6, 35, 9]
