@@ -11,6 +11,7 @@ import real
 from conftest import write_lamp, write_policy
 
 import prlm
+import retrieve
 
 SMALL = (
     "--max-new-tokens 12 --max-prompt-tokens 400 --prompts-per-step 1 --group-size 2 --force "
@@ -95,3 +96,8 @@ def test_its_help_is_there():
     command = ["python", str(Path(real.__file__)), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--users" in done.stdout
+
+
+def test_our_own_tweets_are_lamps():
+    examples = retrieve.load_lamp(Path(real.__file__).parent / "tweets", "LaMP-7", "dev")
+    assert len(examples) == 8 and all(len(e.profile) == 8 and e.target for e in examples)
