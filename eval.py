@@ -55,7 +55,7 @@ def common(a: list, b: list, n: int) -> int:
 
 
 def longest_common_subsequence(a: list, b: list) -> int:
-    """The longest length, L(len(a), len(b)) in the table with L(i, 0) = L(0, j) = 0 and
+    """The length of the longest, L(len(a), len(b)) in the table with L(i, 0) = L(0, j) = 0 and
 
     L(i, j) = L(i-1, j-1) + 1 where the i-th of `a` equals the j-th of `b`,
               else max(L(i-1, j), L(i, j-1))

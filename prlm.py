@@ -5,7 +5,7 @@
   token_logprobs   the log-probability of every completion token, with gradient
   Encoder          the BERT family, for the reward model and the dense retriever
   Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
-  files, results, processes, command line: what all five chapters share
+  files, results, processes, device, command line: what all five chapters share
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
 attend to the prompt's keys and values. A retrieval prompt is long and GRPO asks it G times: the
@@ -545,8 +545,8 @@ class Recorded:
     """The decode step as a CUDA graph: one launch; dozens a layer would take longer than the work.
 
     A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
-    number of rows (each Cache.shrink lowers it) or the cache's window changes. If that fails once,
-    all steps run without a graph.
+    number of rows (each Cache.shrink lowers it) or the cache's window changes. If that fails, the
+    steps from then on run without a graph.
     """
 
     devices = ("cuda",)  # the kinds of device that have graphs
@@ -613,10 +613,10 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
         sums = probabilities.cumsum(-1)
         uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
-        ids = ids.clamp(max=logits.shape[-1] - 1)  # where rounding makes the number the whole sum
+        ids = ids.clamp(max=logits.shape[-1] - 1)  # a guard: never past the last id
     else:
         ids = probabilities.argmax(-1, keepdim=True)
-    # Rounding may pick the last id even where its probability is 0: no -inf then.
+    # A probability that underflows must not give -inf.
     chosen = probabilities.gather(-1, ids).clamp(min=torch.finfo(torch.float32).tiny)
     return ids[:, 0], chosen.log()[:, 0]
 
@@ -789,7 +789,7 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
     before = N + fed.starts[target.rows] + target.positions - 1
     x = x.index_select(0, torch.where(target.positions == 0, first, before))
-    if torch.is_autocast_enabled(device.type):  # it does not reach into HeadLogprobs
+    if torch.is_autocast_enabled(device.type):  # HeadLogprobs' backward runs outside it
         x = x.to(torch.get_autocast_dtype(device.type))
     limit = decoder.vocab_limit
     weight = decoder.head[:limit]
@@ -811,8 +811,7 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
 
 
 def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
-    """For callers of the twins: indices of `sizes`, largest first, as many together as stay within
-    `budget`; at least one.
+    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one.
 
     `padded`: each counts as much as the largest of its batch, since padding takes memory too.
     """
@@ -951,7 +950,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # its template's
+LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
 def as_text(text: str) -> str:
@@ -978,7 +977,7 @@ def render_chat(messages: list[dict], known) -> str | None:
         return text + assistant + "<think>\n"
     if {*CHATML} <= known.keys():
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
-        # Their templates add a default system message; a token only they have tells them apart.
+        # Qwen2.5's and SmolLM's templates add a system message; these tokens tell them apart.
         default = SMOLLM_SYSTEM if "<gh_stars>" in known else ""
         default = QWEN_SYSTEM if "<tool_call>" in known else default
         if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
@@ -1448,7 +1447,7 @@ def beside(path: str) -> str:
 def fingerprint(*paths) -> str:
     """Twelve hex digits of the contents of files; a directory stands for its .json, .safetensors.
 
-    A Python file counts by what it does: comments and layout may change.
+    A Python file counts by its syntax tree: comments and layout may change, docstrings may not.
     """
     digest = hashlib.sha256()
     for path in map(Path, paths):

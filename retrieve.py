@@ -541,7 +541,7 @@ def main(o: Options) -> None:
     for example in examples[: o.show]:
         (prompt,) = make_prompts(o, tokenizer, [example], rank)
         print(f"--- record {example.id}: {len(prompt)} tokens, target {example.target!r}")
-        print(tokenizer.decode(prompt))
+        print(tokenizer.decode(prompt))  # without the control tokens
     if o.out:
         ranking = {}
         for example in Progress(examples, f"rank by {o.retriever}"):

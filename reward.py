@@ -529,9 +529,9 @@ def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory
 
     `policy` is frozen: "bert" samples its pairs from it, "ratio" keeps it.
     """
-    held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
-    if o.judge == "ratio" and o.k < 1:
+    if o.judge == "ratio" and o.k == 0:
         raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
+    held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
     if o.judge == "ratio":
         judge = ratio_judge(o, policy, tokenizer)
     elif o.reward_model:

@@ -570,7 +570,8 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
     A group has spread if its rewards differ, or if a judge would be shown different answers.
     Without spread all advantages are 0 and GRPO learns nothing.
     """
-    chosen = choose(len(examples), step=0, size=min(8, len(examples)), seed=o.seed)
+    size, seen = min(8, len(examples)), o.warm_start * o.warm_start_batch
+    chosen = choose(len(examples), step=0, size=size, seed=o.seed, start=seen)
     shown = [examples[n] for n in chosen]
     prompts = make_prompts(o, policy.tokenizer, shown)
     seed = seed_of(o.seed, "look")
@@ -825,6 +826,8 @@ def check(o: Options, world_size: int) -> None:
                 flag = "--" + name.replace("_", "-")
                 at_least = "above 0" if bound == 1e-9 else f"at least {bound}"
                 raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
+    if o.personalization and o.judge == "ratio" and o.k == 0:
+        raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
     if o.prompts_per_step % world_size:
         count = f"a multiple of the {world_size} processes, not {o.prompts_per_step}"
         raise ValueError(f"--prompts-per-step must be {count}")
@@ -891,11 +894,12 @@ def run(o: Options, stop: Stop, judge=None) -> None:
         judge = judge or obtain_judge(o, out, policy, train)
         score(o, out, "no_profile", policy, held, k=0)
         score(o, out, "before", policy, held, k=o.k)
+        prlm.on_first(partial(forget_last_score, out))
         train_policy(o, out, stop, policy, judge, train, held)
-        score(o, out, "after", policy, held, k=o.k)
         prlm.on_first(
             partial(prlm.save_decoder, policy.decoder, policy.tokenizer, out / "checkpoint")
         )
+        score(o, out, "after", policy, held, k=o.k)  # last: where it stands, all is there
     prlm.on_first(partial(report, o, out))
 
 
@@ -937,7 +941,7 @@ def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example],
     """Scores held-out users into scores.json; the greedy answers go to held_out/{name}.jsonl."""
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
-    if name in scores and name != "after":  # a run whose last score still holds does not come here
+    if name in scores:
         return
     ask = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
     records = ask(description=f"{name}, greedy")
@@ -955,6 +959,13 @@ def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example],
         prlm.write_json(file, scores)
 
     prlm.on_first(keep)
+
+
+def forget_last_score(out: Path) -> None:
+    """The policy is about to move on from it."""
+    scores = prlm.read_json(out / "scores.json")
+    if scores.pop("after", None) is not None:
+        prlm.write_json(out / "scores.json", scores)
 
 
 LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/after.jsonl")

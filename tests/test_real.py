@@ -1,6 +1,8 @@
 """The experiment on real text: its commands, run on a tiny world, and its tables."""
 
+import shlex
 import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -82,18 +84,40 @@ def test_scores_are_of_the_users_and_the_prompts_they_name(o):
 
 
 def test_what_fails_is_named_and_the_rest_is_not_started(o, monkeypatch):
-    failing = SimpleNamespace(returncode=2)
-    monkeypatch.setattr(real.subprocess, "run", lambda *_, **__: failing)
+    calls = []
+
+    def fail(words, **_):
+        calls.append(words)
+        return SimpleNamespace(returncode=2)
+
+    alone = {name: (text, None, options) for name, (text, _, options) in real.ARMS.items()}
+    monkeypatch.setattr(real, "ARMS", alone)
+    monkeypatch.setattr(real.subprocess, "run", fail)
     with pytest.raises(ValueError, match=r"LaMP-4 warm 0 ended with status 2: see .*warm_0\.txt"):
         real.main(o)
+    assert len(calls) == 1
     with pytest.raises(ValueError, match="has the files of none of the tasks LaMP-5"):
         real.main(replace(o, tasks="LaMP-5"))
+    with pytest.raises(ValueError, match="task 'LaMP-9' is none of"):
+        real.main(replace(o, tasks="LaMP-9"))
     with pytest.raises(ValueError, match="needs warm and prlm, and knows warm, prlm, closed"):
         real.main(replace(o, arms="warm,ratio"))
+    with pytest.raises(ValueError, match="holds results of other options"):
+        real.main(replace(o, users=3))
+
+
+def test_other_tasks_get_two_arms_and_a_shorter_warm_start(monkeypatch):
+    o = real.Options(model="my model", data="d", out="o")
+    words = shlex.split(real.training(o, "LaMP-5", "warm", 0))
+    assert words[words.index("--warm-start") + 1] == "75" and "my model" in words
+    assert "--warm-start 125" in real.training(o, "LaMP-7", "warm", 0)
+    assert real.arms_of(o, "LaMP-5") == real.EVERY_TASK
+    assert "bert" not in real.arms_of(o, "LaMP-7")  # it needs an encoder
+    assert "bert" in real.arms_of(replace(o, encoder="e"), "LaMP-7")
 
 
 def test_its_help_is_there():
-    command = ["python", str(Path(real.__file__)), "--help"]
+    command = [sys.executable, str(Path(real.__file__)), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--users" in done.stdout
 

@@ -410,6 +410,29 @@ def finished(world, tmp_path_factory):
 
 
 class TestRun:
+    def test_the_last_score_is_forgotten_before_the_policy_moves_on(
+        self, world, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "run"
+        how = dict(personalization=0.0, eval_temperature=0.0)
+        rl.main(tiny(world, out, steps=1, **how))
+        old = (out / "held_out" / "after.jsonl").stat().st_mtime_ns
+        real = rl.score
+
+        def interrupted(o, out, name, *rest, **named):
+            if name == "after":
+                raise KeyboardInterrupt
+            real(o, out, name, *rest, **named)
+
+        monkeypatch.setattr(rl, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rl.main(tiny(world, out, steps=2, **how))
+        assert "after" not in json.loads((out / "scores.json").read_text())
+        monkeypatch.setattr(rl, "score", real)
+        rl.main(tiny(world, out, steps=2, **how))
+        assert "after" in json.loads((out / "scores.json").read_text())
+        assert (out / "held_out" / "after.jsonl").stat().st_mtime_ns > old
+
     def test_the_sampled_scores_can_be_left_out(self, world, tmp_path, capsys):
         rl.main(tiny(world, tmp_path / "run", steps=1, eval_temperature=0.0, personalization=0.0))
         scores = json.loads((tmp_path / "run" / "scores.json").read_text())

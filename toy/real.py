@@ -1,16 +1,17 @@
 """The method on a released model and on what people wrote: hours on two cores, no GPU.
 
-Every training is a run of rl.py and every score an eval.py; the commands are printed, so that each
-can be pasted, stopped, and gone on with. What is there already is not computed again.
+Every training is a run of rl.py and every score an eval.py. Their commands are printed, so that
+each can be pasted, stopped, and gone on with. What is there already is not computed again, even if
+the code has changed since.
 
     python tests/smollm2.py models/smollm2
-    python toy/commits.py REPO --out data          # any git repository, into data/commits
-    python toy/real.py --model models/smollm2 --data data --tasks LaMP-7
+    python toy/commits.py REPO --out data/commits          # any git repository
+    python toy/real.py --model models/smollm2 --data data
 
-A task needs its folder in --data: LaMP_7, LaMP_4, LaMP_5 (README, "Real data"), commits.
-The learning rate and the numbers of steps were chosen on 100 of the training users of LaMP-7.
+A task is taken if --data has its files, as load_lamp finds them.
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -30,6 +31,8 @@ import retrieve
 from toy.experiments import bootstrap, markdown, pictures
 
 # ---- The trainings: (their name in the tables, the training they start from, options of rl.py) --
+#
+# Each is a run of its own, so GRPO reads the same training records as the warm start before it.
 
 STEPS = "--steps 24 --lr 6e-5"  # 4 prompts x 8 completions each
 NO_GOLD = "--accuracy 0 --personalization 1 --judge ratio --beta 0.3"
@@ -39,7 +42,7 @@ ARMS = {
     "no_reasoning": ("… without reasoning", "warm", f"{STEPS} --no-reasoning"),
     # As many supervised steps as take the seconds of the 24 steps of GRPO.
     "supervised": ("warm start + more of it", "warm", "--warm-start 100 --steps 0"),
-    "cold": ("GRPO without a warm start", None, STEPS),
+    "cold": ("GRPO without a warm start", None, f"{STEPS} --force"),
     "ratio": ("… with the ratio judge", "warm", f"{STEPS} --personalization 0.1 --judge ratio"),
     "bert": ("… with the paper's judge", "warm", f"{STEPS} --personalization 0.1 --judge bert"),
     "no_gold": ("… ratio, KL, no gold texts", "warm", f"{STEPS} {NO_GOLD}"),
@@ -53,9 +56,9 @@ MAIN_TASK = "LaMP-7"  # of everything but these two arms
 @dataclass
 class Options:
     model: str = "models/smollm2"  # checkpoint directory of the released model
-    encoder: str = prlm.beside("toy/encoder")  # BERT checkpoint, of the paper's judge
+    encoder: str = ""  # BERT checkpoint of the paper's judge; without one that arm is left out
     data: str = "data"  # directory with LaMP's files
-    tasks: str = "LaMP-7,LaMP-4,LaMP-5,commits"  # of which those are taken that are there
+    tasks: str = ",".join(retrieve.TASKS)  # those of them that --data has are taken
     arms: str = ",".join(ARMS)  # which of the trainings above
     items: str = "0,1,2,4,8"  # numbers of items with which warm start and GRPO are scored
     users: int = 200  # held-out records to score
@@ -79,12 +82,19 @@ class Cell:
 
 
 def tasks_of(o: Options) -> list[str]:
-    known = [task for task in o.tasks.split(",") if task in retrieve.TASKS]
-    return [task for task in known if (Path(o.data) / task.replace("-", "_")).is_dir()]
+    """Those of --tasks of which --data has both splits; ValueError for an unknown one."""
+    found = []
+    for task in o.tasks.split(","):
+        retrieve.task_of(task)
+        with contextlib.suppress(FileNotFoundError):
+            retrieve.lamp_files(o.data, task, "train", "dev")
+            found.append(task)
+    return found
 
 
 def arms_of(o: Options, task: str) -> list[str]:
-    return [arm for arm in ARMS if arm in (o.arms.split(",") if task == MAIN_TASK else EVERY_TASK)]
+    wanted = o.arms.split(",") if task == MAIN_TASK else EVERY_TASK
+    return [arm for arm in ARMS if arm in wanted and (arm != "bert" or o.encoder)]
 
 
 def seeds_of(o: Options, task: str, arm: str) -> range:
@@ -150,11 +160,11 @@ def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
             return
         log = Path(o.out) / "log" / f"{name.replace(' ', '_')}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        tqdm.write(f"python {command}")
         with open(log, "a") as file:
             threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
             words = [sys.executable, *shlex.split(command)]
             words[1] = prlm.beside(words[1])
+            tqdm.write("OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 " + shlex.join(["python", *words[1:]]))
             code = subprocess.run(words, stdout=file, stderr=file, env=os.environ | threads)
         if code.returncode:
             stop.append(f"{name} ended with status {code.returncode}: see {log}")
@@ -285,7 +295,13 @@ def robustness(o: Options) -> dict[str, list[Cell]]:
 
 
 def report(o: Options, tasks: list[str]) -> str:
-    text = f"# {o.model} on what people wrote\n\ngreedy answers; p: paired bootstrap over users\n"
+    text = (
+        f"# {o.model} on what people wrote\n\nGreedy answers. Differences and p (paired bootstrap)"
+    )
+    text += (
+        " are over users, each the mean of its records and seeds:\nwhat differs between seeds is "
+    )
+    text += "not in p.\n"
     for task in tasks:
         scores = {name: [records] for name, records in copied(o, task).items()}
         for name, cells in rows_of(o, task).items():
@@ -310,6 +326,13 @@ def main(o: Options) -> None:
         raise ValueError(f"{o.data} has the files of none of the tasks {o.tasks}")
     if not {"warm", "prlm"} <= {*o.arms.split(",")} <= ARMS.keys():
         raise ValueError(f"--arms needs warm and prlm, and knows {', '.join(ARMS)}")
+    robustness(o)  # --items has to be numbers
+    settings = {name: getattr(o, name) for name in ("model", "encoder", "data", "users", "records")}
+    file = Path(o.out) / "settings.json"
+    if file.is_file() and prlm.read_json(file) != settings:
+        raise ValueError(f"{o.out} holds results of other options ({file}): choose another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    prlm.write_json(file, settings)
     for first in (True, False):  # the trainings that others start from come first
         work = {}
         for task in tasks:
@@ -324,7 +347,7 @@ def main(o: Options) -> None:
     work = {}
     if MAIN_TASK in tasks:
         cells += [cell for cells in robustness(o).values() for cell in cells]
-        work |= {f"judge {arm}": examination(o, arm) for arm in (None, "warm")}
+        work |= {f"judge {arm or 'released'}": examination(o, arm) for arm in (None, "warm")}
     for c in cells:
         name = f"score {c.task} {c.arm} {c.seed} {c.k}"
         work[name] = evaluation(o, c), c.folder(o) / "scores.json"
