@@ -211,7 +211,7 @@ def is_placeholder(answer: str, task: str) -> bool:
 
 @dataclass
 class EvalOptions(PromptOptions):
-    presets = {"small": {"max_new_tokens": 80}, "paper": {"max_new_tokens": 768}}  # noqa: RUF012
+    presets = {"paper": {"max_new_tokens": 768}}  # noqa: RUF012
     free = PromptOptions.free | {"batch_size"}
     max_new_tokens: int = 128  # longest completion
     batch_size: int = 64  # completions that are generated together
@@ -332,16 +332,19 @@ def why_empty(record: dict, task: str) -> str:
 
 
 def summary(records: list[dict], task: str) -> str:
-    """How many answers are worth nothing, and why, in one line.
+    """How many answers are worth nothing, and why; and how many others were cut off. One line.
 
     >>> summary([{"answer": "", "finished": False, "completion": "<think>"}], "LaMP-4")
     '1 of 1 answers is empty or the placeholder: 1 never finished'
     """
-    reasons = Counter(filter(None, (why_empty(record, task) for record in records)))
+    why = [why_empty(record, task) for record in records]
+    reasons = Counter(filter(None, why))
     count = reasons.total()
     details = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
     said = f"{count} of {len(records)} answers {'is' if count == 1 else 'are'} empty"
-    return f"{said} or the placeholder: {details}" if count else said
+    said = f"{said} or the placeholder: {details}" if count else said
+    cut_off = sum(not record["finished"] for record, no in zip(records, why, strict=True) if not no)
+    return f"{said}; {cut_off} cut off at --max-new-tokens" if cut_off else said
 
 
 def write_predictions(path, task: str, answers: dict[str, str]) -> None:

@@ -168,8 +168,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 class Options(RewardOptions):
     presets = {  # noqa: RUF012  what the authors trained with, and what small real models want
         "small": {
-            "warm_start_batch": 4, "warm_start_lr": 3e-4, "steps": 40, "prompts_per_step": 4,
-            "temperature": 0.7, "lr": 3e-5, "personalization": 0.0, "save_every": 5,
+            "warm_start_batch": 4, "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4,
+            "temperature": 0.7, "lr": 6e-5, "personalization": 0.0, "save_every": 5,
             "tokens_per_micro_batch": 4096, "eval_temperature": 0.0,
         },
         "paper": {

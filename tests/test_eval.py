@@ -508,6 +508,9 @@ class TestWhyEmpty:
         said += "3 reasoning not closed, 3 no 'title' found"
         assert module.summary(records, "LaMP-4") == said
         assert module.summary(records[3:7], "LaMP-4") == "0 of 4 answers are empty"
+        records[3]["finished"] = False
+        said = "0 of 4 answers are empty; 1 cut off at --max-new-tokens"
+        assert module.summary(records[3:7], "LaMP-4") == said
 
 
 class TestTable:

@@ -32,20 +32,20 @@ from toy.experiments import bootstrap, markdown, pictures
 
 # ---- The trainings: (their name in the tables, the training they start from, options of rl.py) --
 #
-# Each is a run of its own, so GRPO reads the same training records as the warm start before it.
+# Each is a run of its own, so GRPO reads the same training records as the warm start before it. Its
+# steps, 24 of 4 prompts x 8 completions, and its learning rate are those of --preset small.
 
-STEPS = "--steps 24 --lr 6e-5"  # 4 prompts x 8 completions each
 NO_GOLD = "--accuracy 0 --personalization 1 --judge ratio --beta 0.3"
 ARMS = {
     "warm": ("warm start", None, "--warm-start 125 --steps 0"),
-    "prlm": ("warm start + GRPO", "warm", STEPS),
-    "no_reasoning": ("… without reasoning", "warm", f"{STEPS} --no-reasoning"),
+    "prlm": ("warm start + GRPO", "warm", ""),
+    "no_reasoning": ("… without reasoning", "warm", "--no-reasoning"),
     # As many supervised steps as take the seconds of the 24 steps of GRPO.
     "supervised": ("warm start + more of it", "warm", "--warm-start 100 --steps 0"),
-    "cold": ("GRPO without a warm start", None, f"{STEPS} --force"),
-    "ratio": ("… with the ratio judge", "warm", f"{STEPS} --personalization 0.1 --judge ratio"),
-    "bert": ("… with the paper's judge", "warm", f"{STEPS} --personalization 0.1 --judge bert"),
-    "no_gold": ("… ratio, KL, no gold texts", "warm", f"{STEPS} {NO_GOLD}"),
+    "cold": ("GRPO without a warm start", None, "--force"),
+    "ratio": ("… with the ratio judge", "warm", "--personalization 0.1 --judge ratio"),
+    "bert": ("… with the paper's judge", "warm", "--personalization 0.1 --judge bert"),
+    "no_gold": ("… ratio, KL, no gold texts", "warm", NO_GOLD),
 }
 EVERY_TASK = ["warm", "prlm"]
 SEEDED = ["prlm"]  # trained --seeds times, from the same warm start
