@@ -300,7 +300,7 @@ class TestPresets:
 
     def test_the_model_chooses(self, tmp_path, monkeypatch):
         assert self.parse().preset == "toy" and self.parse().lr == 1e-3
-        for hidden, preset, lr in ((576, "small", 3e-5), (1536, "paper", 1e-6)):
+        for hidden, preset, lr in ((576, "small", 6e-5), (1536, "paper", 1e-6)):
             prlm.write_json(tmp_path / "config.json", {"hidden_size": hidden})
             o = self.parse("--model", str(tmp_path))
             assert (o.preset, o.lr, o.encoder) == (preset, lr, None)
