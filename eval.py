@@ -117,7 +117,7 @@ def bleu(prediction: str, reference: str) -> float:
 
 SINGLE = "'‘’"  # quotation marks, straight and typographic
 DOUBLE = '"“”'
-# A run of \u at once, since two may be one character.
+# \u escapes in a row are read as one: two may be one character (a surrogate pair).
 ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\['"\\]""")
 
 
@@ -343,7 +343,8 @@ def summary(records: list[dict], task: str) -> str:
     details = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
     said = f"{count} of {len(records)} answers {'is' if count == 1 else 'are'} empty"
     said = f"{said} or the placeholder: {details}" if count else said
-    cut_off = sum(not record["finished"] for record, no in zip(records, why, strict=True) if not no)
+    others = [record for record, reason in zip(records, why, strict=True) if not reason]
+    cut_off = sum(not record["finished"] for record in others)
     return f"{said}; {cut_off} cut off at --max-new-tokens" if cut_off else said
 
 

@@ -118,7 +118,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
         eps=number("rms_norm_eps", 1e-6, float),
         tied=flag("tie_word_embeddings"),  # the output head is the embedding
-        qkv_bias=bias or family == "qwen2",  # Qwen2's are fixed, config.json does not name them
+        qkv_bias=bias or family == "qwen2",  # Qwen2 always has them, unsaid
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
@@ -241,7 +241,7 @@ class Layer(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-# Our names and Hugging Face's; where we hold several matrices as one, it has several names.
+# Our name: Hugging Face's; for a matrix that we hold fused, the names of its blocks.
 DECODER_NAMES = {
     "embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
     "layers": "model.layers", "attention_norm": "input_layernorm",
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
         self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
-        self.checkpointing = False  # True: backward runs each layer again and keeps no insides
+        self.checkpointing = False  # True: keep no layer's insides, run it again in backward
 
     @property
     def head(self) -> Tensor:
@@ -530,7 +530,7 @@ class Cache:
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
     def shrink(self, kept: Tensor, members: Tensor) -> None:
-        """Keeps the prompts `kept` [P'], of their groups `members` [P', G']; indices."""
+        """Keeps the prompts of indices `kept` [P'] and in each the rows `members` [P', G']."""
         self.hide = self.hide[kept]
         self.shared = [(k[kept], v[kept]) for k, v in self.shared]
         layers, two, _, K, _, C, D = self.own.shape
@@ -671,7 +671,7 @@ def generate(
                 break
             alive = unfinished.nonzero()[:, 0]  # [P'] prompts with an unfinished completion
             if len(alive) * width <= small_enough * done.numel():
-                # Groups stay of one size: unfinished first, in order, then finished ones.
+                # All groups keep one size: unfinished rows first, then finished ones to fill up.
                 members = done[alive].sort(dim=1, stable=True).indices[:, :width]
                 kept = (alive[:, None] * done.shape[1] + members).flatten()
                 cache.shrink(alive, members)
@@ -817,7 +817,7 @@ def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> li
     """
     batches, room, cost = [], 0, 0
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        cost = cost if padded else sizes[n]  # padded: that of its batch's first, the largest
+        cost = cost if padded else sizes[n]  # padded: as long as its batch's longest
         if not batches or cost > room:
             batches.append([])
             room, cost = budget, sizes[n]
@@ -1020,7 +1020,7 @@ class Tokenizer:
         control_ids = self.skipped | self.eos_ids
         markers = {*R1, *CHATML, *LLAMA3}
         self.control = {t.content for i, t in added if i in control_ids or t.content in markers}
-        self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # the prompt ends so
+        self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # ends the prompt
 
     @property
     def end_id(self) -> int:
@@ -1030,7 +1030,7 @@ class Tokenizer:
 
     @cached_property
     def reader(self) -> Backend:
-        """The backend that encodes. The name of every control token begins with MARK in it, so no
+        """The backend that encodes. In it the name of every control token begins with MARK, so no
         text can spell one. Their ids stay, and so does everything else.
         """
         tokenizer = json.loads(self.backend.to_str())

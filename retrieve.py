@@ -483,7 +483,7 @@ class PromptOptions:
         1,024 (about half a billion parameters), "paper" from there on.
         """
         shape = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        toy, own = {}, {}  # without a config.json both: "toy"; loading it complains
+        toy, own = {}, {}  # no config.json: both stay empty, so "toy"; loading then fails
         if (Path(model) / "config.json").is_file():
             own = read_json(Path(model) / "config.json")
             toy = read_json(beside("toy/policy/config.json"))

@@ -503,7 +503,7 @@ def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, fl
     for name in ("reward", "accuracy", "format", "personalization"):
         grid = rollout.grid(name)
         metrics[name] = grid.mean().item()
-        # Only what differs within a group can teach: a part without spread there is saturated.
+        # Only what differs within a group can teach: a part without spread teaches nothing.
         metrics[f"spread_{name}"] = grid.std(1).mean().item()
     learning = (rollout.advantages != 0).any(1)
     alike = torch.ones_like(learning)
@@ -899,12 +899,12 @@ def run(o: Options, stop: Stop, judge=None) -> None:
         prlm.on_first(
             partial(prlm.save_decoder, policy.decoder, policy.tokenizer, out / "checkpoint")
         )
-        score(o, out, "after", policy, held, k=o.k)  # last: where it stands, all is there
+        score(o, out, "after", policy, held, k=o.k)  # last: it marks the run complete
     prlm.on_first(partial(report, o, out))
 
 
 def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
-    """The first lines of a run: on what, in which precision, with whose values."""
+    """The first line of a run: device, precision, preset, task, numbers of users."""
     device = policy.decoder.head.device
     dtype = str(prlm.product_dtype(o.precision, device)).removeprefix("torch.")
     world_size = prlm.rank_and_world_size()[1]
@@ -916,7 +916,7 @@ def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
 
 
 def obtain_judge(o: Options, out: Path, policy: Policy, train: list[Example]):
-    """The judge that the options name, of the policy as it is before RL; None if it has no weight.
+    """The judge that the options name, of the policy as it is before RL; None if its weight is 0.
 
     `policy.sampler` samples the pairs that the BERT judge is trained on; the ratio asks the
     reference.
@@ -962,7 +962,7 @@ def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example],
 
 
 def forget_last_score(out: Path) -> None:
-    """The policy is about to move on from it."""
+    """Drops the "after" score: the policy is about to move on from it."""
     scores = prlm.read_json(out / "scores.json")
     if scores.pop("after", None) is not None:
         prlm.write_json(out / "scores.json", scores)

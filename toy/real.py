@@ -1,6 +1,6 @@
 """The method on a released model and on what people wrote: hours on two cores, no GPU.
 
-Every training is a run of rl.py and every score an eval.py. Their commands are printed, so that
+Every training is a run of rl.py and every score one of eval.py. Their commands are printed, so that
 each can be pasted, stopped, and gone on with. What is there already is not computed again, even if
 the code has changed since.
 
@@ -40,7 +40,7 @@ ARMS = {
     "warm": ("warm start", None, "--warm-start 125 --steps 0"),
     "prlm": ("warm start + GRPO", "warm", ""),
     "no_reasoning": ("… without reasoning", "warm", "--no-reasoning"),
-    # As many supervised steps as take the seconds of the 24 steps of GRPO.
+    # As many steps as fit in the time of GRPO's 24.
     "supervised": ("warm start + more of it", "warm", "--warm-start 100 --steps 0"),
     "cold": ("GRPO without a warm start", None, "--force"),
     "ratio": ("… with the ratio judge", "warm", "--personalization 0.1 --judge ratio"),
@@ -50,7 +50,7 @@ ARMS = {
 EVERY_TASK = ["warm", "prlm"]
 SEEDED = ["prlm"]  # trained --seeds times, from the same warm start
 PROFILES = {"no profile": 0, "RAG": 3}  # k, which is 3 in training
-MAIN_TASK = "LaMP-7"  # of everything but these two arms
+MAIN_TASK = "LaMP-7"  # the only task of all other arms
 
 
 @dataclass
@@ -120,7 +120,7 @@ def training(o: Options, task: str, arm: str, seed: int) -> str:
     """The command; its own table is of 8 users, since eval.py scores them all afterwards."""
     _, start, options = ARMS[arm]
     if task != MAIN_TASK:
-        options = options.replace("--warm-start 125", "--warm-start 75")
+        options = options.replace("--warm-start 125", "--warm-start 75")  # to save an hour
     if arm == "bert":
         options += f" --pairs-per-query 1 --encoder {shlex.quote(o.encoder)}"
     return (
@@ -207,7 +207,7 @@ def by_user(o: Options, task: str, rows: list[dict], metric: str) -> np.ndarray:
 
 
 def table(o: Options, task: str, rows: dict[str, list[list[dict]]], ours: str) -> str:
-    """A line a row, {name: [seed][record]}; `ours` minus it in ROUGE-1, with interval and p."""
+    """A line a row, {name: [seed][record]}; last, `ours` minus it: ROUGE-1, 95 %, p."""
     best = np.mean([by_user(o, task, seed, "rouge-1") for seed in rows[ours]], 0)
     lines = []
     for name, seeds in rows.items():
@@ -341,7 +341,7 @@ def main(o: Options) -> None:
                     for seed in seeds_of(o, task, arm):
                         done = place(o, task, arm, seed) / "checkpoint" / "model.safetensors"
                         work[f"{task} {arm} {seed}"] = training(o, task, arm, seed), done
-        run_all(o, work, "warm starts" if first else "trainings")
+        run_all(o, work, "first trainings" if first else "trainings")
 
     cells = [cell for task in tasks for cells in rows_of(o, task).values() for cell in cells]
     work = {}
