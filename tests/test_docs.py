@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "toy/README.md", "tests/README.md"]
 CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
-FOREIGN = {"local-dir", "include", "create-dirs", "nproc-per-node", "help"}  # of other programs
+FOREIGN = {"local-dir", "index-url", "create-dirs", "nproc-per-node", "help"}  # of other programs
 
 
 def test_the_glossary_has_every_metric_of_a_run_and_no_other(world, tmp_path):
