@@ -15,7 +15,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "toy/README.md", "tests/README.md"]
 CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
-FOREIGN = {"local-dir", "index-url", "create-dirs", "nproc-per-node", "help"}  # of other programs
+FOREIGN = {
+    "local-dir",
+    "index-url",
+    "no-deps",
+    "create-dirs",
+    "nproc-per-node",
+    "help",
+}  # of other programs
 
 
 def test_the_glossary_has_every_metric_of_a_run_and_no_other(world, tmp_path):
@@ -37,7 +44,7 @@ def test_every_function_that_stands_beside_its_file_is_there():
 def test_every_option_is_there():
     known = {
         field.name.replace("_", "-")
-        for chapter in [*CHAPTERS, "page"]
+        for chapter in [*CHAPTERS, "page", "real"]
         for field in dataclasses.fields(importlib.import_module(chapter).Options)
     }
     used = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
