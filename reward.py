@@ -524,13 +524,18 @@ def describe(name: str, report: dict) -> str:
     return "\n".join(lines)
 
 
+def check_judge(o: RewardOptions) -> None:
+    """ValueError for a judge that cannot work with these options."""
+    if o.judge == "ratio" and o.k == 0:
+        raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
+
+
 def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory) -> Judge:
     """The judge that the options name; what it needs and its report lie in `directory`.
 
     `policy` is frozen: "bert" samples its pairs from it, "ratio" keeps it.
     """
-    if o.judge == "ratio" and o.k == 0:
-        raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
+    check_judge(o)
     held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
     if o.judge == "ratio":
         judge = ratio_judge(o, policy, tokenizer)

@@ -43,7 +43,7 @@ import prlm  # before torch, so that Ctrl-C ends its long import without a trace
 from eval import evaluate, is_placeholder, mean_scores, sample_records, table, write_predictions
 from prlm import Completion, Decoder, Progress, Stop, Tokenizer
 from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, opening, task_of
-from reward import RewardOptions, inputs_of, make_judge, rewards
+from reward import RewardOptions, check_judge, inputs_of, make_judge, rewards
 
 # isort: split
 import torch
@@ -306,13 +306,13 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
 
 
-def choose_for_step(o: Options, step: int, count: int) -> list[int]:
+def choose_for_step(o: Options, step: int, count: int, size: int | None = None) -> list[int]:
     """The examples of a step of GRPO, of all processes; it reads on where the warm start stopped.
 
     So a warm start of less than an epoch leaves RL records that the policy has not imitated.
     """
     seen = o.warm_start * o.warm_start_batch
-    return choose(count, step, size=o.prompts_per_step, seed=o.seed, start=seen)
+    return choose(count, step, size=size or o.prompts_per_step, seed=o.seed, start=seen)
 
 
 def choose_share(o: Options, step: int, count: int) -> list[int]:
@@ -570,8 +570,7 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
     A group has spread if its rewards differ, or if a judge would be shown different answers.
     Without spread all advantages are 0 and GRPO learns nothing.
     """
-    size, seen = min(8, len(examples)), o.warm_start * o.warm_start_batch
-    chosen = choose(len(examples), step=0, size=size, seed=o.seed, start=seen)
+    chosen = choose_for_step(o, step=0, count=len(examples), size=min(8, len(examples)))
     shown = [examples[n] for n in chosen]
     prompts = make_prompts(o, policy.tokenizer, shown)
     seed = seed_of(o.seed, "look")
@@ -826,8 +825,8 @@ def check(o: Options, world_size: int) -> None:
                 flag = "--" + name.replace("_", "-")
                 at_least = "above 0" if bound == 1e-9 else f"at least {bound}"
                 raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
-    if o.personalization and o.judge == "ratio" and o.k == 0:
-        raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
+    if o.personalization:
+        check_judge(o)
     if o.prompts_per_step % world_size:
         count = f"a multiple of the {world_size} processes, not {o.prompts_per_step}"
         raise ValueError(f"--prompts-per-step must be {count}")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ class Cell:
     task: str
     arm: str
     seed: int = 0
-    k: int = 3
+    k: int = PROFILES["RAG"]
 
     def folder(self, o: Options) -> Path:
         return Path(o.out) / self.task / "scores" / f"{self.arm}_seed{self.seed}_k{self.k}"
@@ -183,9 +184,15 @@ def scores_of(o: Options, cell: Cell) -> list[dict]:
     return prlm.read_lines(cell.folder(o) / "samples.jsonl")
 
 
+@cache
+def held_out(data: str, task: str, users: int) -> list[retrieve.Example]:
+    """The records that are scored, read once: a file may have many megabytes."""
+    return retrieve.load_lamp(data, task, "dev")[:users]
+
+
 def copied(o: Options, task: str) -> dict[str, list[dict]]:
     """Scores without any model: the query as the answer, and what the nearest item's answer was."""
-    held = retrieve.load_lamp(o.data, task, "dev")[: o.users]
+    held = held_out(o.data, task, o.users)
     rank = retrieve.make_ranker(retrieve.PromptOptions(data=o.data, task=task, k=1))
     field = list(retrieve.task_of(task).fields)[-1]
     nearest = [next((item[field] for item in rank(e, 1)), "") for e in held]
@@ -199,7 +206,7 @@ def copied(o: Options, task: str) -> dict[str, list[dict]]:
 
 def by_user(o: Options, task: str, rows: list[dict], metric: str) -> np.ndarray:
     """The metric's mean for each held-out user, in one order for all rows. [users]"""
-    held = retrieve.load_lamp(o.data, task, "dev")[: o.users]
+    held = held_out(o.data, task, o.users)
     users: dict[str, list[float]] = {}
     for example, row in zip(held, rows, strict=True):
         users.setdefault(example.user_id, []).append(row[metric])
@@ -249,8 +256,8 @@ def over_copying(o: Options, task: str, arm: str, seed: int) -> np.ndarray:
     """By step: the completions' mean accuracy (ROUGE-1 + -2 + -L) minus that of their queries."""
     steps: dict[int, list[float]] = {}
     for line in prlm.read_lines(place(o, task, arm, seed) / "samples.jsonl"):
-        copied = scoring.rouge(line["query"], line["target"])
-        steps.setdefault(line["step"], []).append(line["accuracy"] - sum(copied.values()))
+        of_query = scoring.rouge(line["query"], line["target"])
+        steps.setdefault(line["step"], []).append(line["accuracy"] - sum(of_query.values()))
     return np.array([np.mean(gains) for gains in steps.values()])
 
 
@@ -294,14 +301,13 @@ def robustness(o: Options) -> dict[str, list[Cell]]:
     return {name: [Cell(MAIN_TASK, arm, k=k) for k in items] for name, arm in named.items()}
 
 
+HOW = """Greedy answers. Differences and p (paired bootstrap) are over users, each the mean of its
+records and seeds: what differs between seeds is not in p.
+"""
+
+
 def report(o: Options, tasks: list[str]) -> str:
-    text = (
-        f"# {o.model} on what people wrote\n\nGreedy answers. Differences and p (paired bootstrap)"
-    )
-    text += (
-        " are over users, each the mean of its records and seeds:\nwhat differs between seeds is "
-    )
-    text += "not in p.\n"
+    text = f"# {o.model} on what people wrote\n\n{HOW}"
     for task in tasks:
         scores = {name: [records] for name, records in copied(o, task).items()}
         for name, cells in rows_of(o, task).items():
