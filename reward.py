@@ -59,6 +59,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 # ---- The three parts -----------------------------------------------------------------------------
 
+PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
+
 
 def format_reward(completion: str) -> float:
     """1 if the completion closes its reasoning on a line of its own, else 0.

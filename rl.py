@@ -43,7 +43,7 @@ import prlm  # before torch, so that Ctrl-C ends its long import without a trace
 from eval import evaluate, is_placeholder, mean_scores, sample_records, table, write_predictions
 from prlm import Completion, Decoder, Progress, Stop, Tokenizer
 from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, opening, task_of
-from reward import RewardOptions, check_judge, inputs_of, make_judge, rewards
+from reward import PARTS, RewardOptions, check_judge, inputs_of, make_judge, rewards
 
 # isort: split
 import torch
@@ -338,7 +338,7 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
     texts = [opened + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
     # 2. reward
     asked = [example for example in examples for _ in range(o.group_size)]  # [P*G]
-    weights = {name: getattr(o, name) for name in ("accuracy", "format", "personalization")}
+    weights = {name: getattr(o, name) for name in PARTS}
     parts = rewards(texts, asked, judge, **weights)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
@@ -500,16 +500,17 @@ def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, fl
     flat = rollout.completions
     count = sum(len(c.tokens) for c in flat)
     metrics = {}
-    for name in ("reward", "accuracy", "format", "personalization"):
+    for name in ("reward", *PARTS):
         grid = rollout.grid(name)
         metrics[name] = grid.mean().item()
         # Only what differs within a group can teach: a part without spread teaches nothing.
         metrics[f"spread_{name}"] = grid.std(1).mean().item()
     learning = (rollout.advantages != 0).any(1)
     alike = torch.ones_like(learning)
-    for name in ("accuracy", "format"):
+    for name in PARTS:
         grid = rollout.grid(name)
-        alike &= (grid == grid[:, :1]).all(1)  # so the judge alone orders these completions
+        if name != "personalization":
+            alike &= (grid == grid[:, :1]).all(1)  # so the judge alone orders these completions
     return metrics | {
         "zero_spread_groups": 1 - learning.float().mean().item(),
         "judge_only_groups": (learning & alike).float().mean().item(),
@@ -811,8 +812,8 @@ def saved_steps(
 def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     least = {  # smallest value: options; 1e-9 stands for "above 0"
-        0: "k beta eval_every accuracy format personalization warmup train_examples warm_start "
-        "steps lora_rank eval_temperature",
+        0: f"k beta eval_every {' '.join(PARTS)} warmup train_examples warm_start steps lora_rank "
+        "eval_temperature",
         1: "prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
         "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs "
         "warm_start_batch",
@@ -891,14 +892,14 @@ def run(o: Options, stop: Stop, judge=None) -> None:
             # run that goes on has the same one; of the sampler, which has the products' precision.
             policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
         judge = judge or obtain_judge(o, out, policy, train)
-        score(o, out, "no_profile", policy, held, k=0)
-        score(o, out, "before", policy, held, k=o.k)
+        score_held_out(o, out, "no_profile", policy, held, k=0)
+        score_held_out(o, out, "before", policy, held, k=o.k)
         prlm.on_first(partial(forget_last_score, out))
         train_policy(o, out, stop, policy, judge, train, held)
         prlm.on_first(
             partial(prlm.save_decoder, policy.decoder, policy.tokenizer, out / "checkpoint")
         )
-        score(o, out, "after", policy, held, k=o.k)  # last: it marks the run complete
+        score_held_out(o, out, "after", policy, held, k=o.k)  # last: it marks the run complete
     prlm.on_first(partial(report, o, out))
 
 
@@ -936,7 +937,9 @@ def obtain_judge(o: Options, out: Path, policy: Policy, train: list[Example]):
     return ask
 
 
-def score(o: Options, out: Path, name: str, policy: Policy, held: list[Example], k: int) -> None:
+def score_held_out(
+    o: Options, out: Path, name: str, policy: Policy, held: list[Example], k: int
+) -> None:  # fmt: skip
     """Scores held-out users into scores.json; the greedy answers go to held_out/{name}.jsonl."""
     file = out / "scores.json"
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})

@@ -417,18 +417,18 @@ class TestRun:
         how = dict(personalization=0.0, eval_temperature=0.0)
         rl.main(tiny(world, out, steps=1, **how))
         old = (out / "held_out" / "after.jsonl").stat().st_mtime_ns
-        real = rl.score
+        real = rl.score_held_out
 
         def interrupted(o, out, name, *rest, **named):
             if name == "after":
                 raise KeyboardInterrupt
             real(o, out, name, *rest, **named)
 
-        monkeypatch.setattr(rl, "score", interrupted)
+        monkeypatch.setattr(rl, "score_held_out", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rl.main(tiny(world, out, steps=2, **how))
         assert "after" not in json.loads((out / "scores.json").read_text())
-        monkeypatch.setattr(rl, "score", real)
+        monkeypatch.setattr(rl, "score_held_out", real)
         rl.main(tiny(world, out, steps=2, **how))
         assert "after" in json.loads((out / "scores.json").read_text())
         assert (out / "held_out" / "after.jsonl").stat().st_mtime_ns > old
