@@ -1433,7 +1433,7 @@ def read_number(raw: dict, where, key: str, default=None, kind: type = int, leas
 # ---- Results: a directory knows what made it ------------------------------------------------
 #
 # Every command that leaves files keeps its options beside them, with a fingerprint of the code and
-# of the inputs. Started again, it goes on with what is its own and refuses what is another's.
+# of the inputs. Started again, it resumes what is its own and refuses what is another's.
 
 
 PATHS = {"model", "data", "encoder", "reward_model"}  # compared by content, not by spelling
@@ -1493,7 +1493,7 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
 
     `inputs` names the files and directories that the result depends on. A path counts by what it
     leads to, so a result may be moved. Options in `o.free` do not change the result. Those in
-    `o.adjustable` may change when a run goes on; the record then says what was changed.
+    `o.adjustable` may change when a run is resumed; the record then says what was changed.
     """
     out, mine = Path(o.out), recipe(o, inputs)
     config = out / record
@@ -1515,7 +1515,7 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
             mine["changes"] = [*theirs.get("changes", []), adjusted]
             write_json(config, theirs | mine)
             words = ", ".join(f"{n} {old!r} -> {new!r}" for n, (old, new) in adjusted.items())
-            print(f"{out} goes on with {words}")
+            print(f"{out} is resumed with {words}")
     elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no result: choose another --out")
     if not config.is_file():
@@ -1598,7 +1598,7 @@ def processes():
         if not isinstance(error, dist.DistError) and "by peer" not in str(error):  # gloo's words
             raise
         reason = str(error).strip().split("\n")[0]
-        text = "another process of the run has ended; the same command goes on from what is saved"
+        text = "another process of the run has ended; the same command resumes from what is saved"
         raise ValueError(f"{text} ({reason})") from error
     dist.destroy_process_group()
 
@@ -1714,7 +1714,7 @@ class Stop:
         print("\nstopping after this step (again: at once)", file=sys.stderr)
 
     def leave(self, number) -> None:
-        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
+        print("\nstopped; the same command resumes from what is saved", file=sys.stderr)
         sys.exit(128 + number)
 
 

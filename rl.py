@@ -11,16 +11,16 @@ One step, for P prompts with G completions each:
                  over completions ("grpo"), or over all tokens ("dapo"), or by a constant
                  ("dr_grpo")
 
-The loss starts at 0 and stays small: with one update a rollout the ratio is exactly 1 and the
-advantages of a group sum to 0. Reward is the signal to watch.
+With "grpo", one update per rollout and no KL the loss is 0 up to rounding: the ratio is exactly 1
+and the advantages of a group sum to 0. Reward is the signal to watch.
 
 Before that, a run takes supervised steps if --warm-start asks for them, looks at a first rollout
 (can anything be learned here?), makes its judge, and scores held-out users, whom it scores again at
 the end. Each stage keeps its result in the run directory.
 
 Every random choice is a function of (seed, step), so a stopped run keeps no generator state: the
-same command, started again, goes on. The policy has no dropout, and it is trained on the very ids
-that it sampled: no text is tokenized a second time.
+same command resumes it. The policy has no dropout, and it is trained on the very ids that it
+sampled: no text is tokenized a second time.
 
     python rl.py                                        # the toy, on a CPU, in minutes
     python rl.py --model DIR --data DIR --task LaMP-5 --encoder DIR --out runs/5
@@ -138,8 +138,8 @@ def grpo_loss(
 def count_clipped(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=None) -> Tensor:
     """How many of the tokens [P, G, C] lost their gradient to the clip.
 
-    Only those that have already moved too far where their advantage pushes them: on the other side
-    the minimum takes the term that is not clipped, so a step in the wrong direction is undone.
+    Only those that have already moved too far in the direction of their advantage. In the other
+    direction the minimum takes the term that is not clipped, so that the step is undone.
     """
     ratio = (logprobs - old_logprobs).exp()
     advantage = advantages[..., None]
@@ -151,8 +151,8 @@ def count_clipped(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the share `warmup` of the steps, then a cosine to a tenth of the peak.
 
-    The warm-up has round(warmup steps) steps, but at least one: the n-th of w has n/w of the peak.
-    The step after it, if there is one, has the peak, and the last of all a tenth.
+    The warm-up has w = round(warmup steps) steps, but at least one; its n-th has n/w of the peak.
+    The step after the warm-up still has the peak, the last one has a tenth.
     """
     rising = max(1, round(warmup * steps))
     if step < rising:
@@ -166,6 +166,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 @dataclass
 class Options(RewardOptions):
+    # Without an annotation, a name is not an option: these three say things about the options.
     presets = {  # noqa: RUF012  what the authors trained with, and what small real models want
         "small": {
             "warm_start_batch": 4, "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4,
@@ -181,7 +182,7 @@ class Options(RewardOptions):
     free = RewardOptions.free | {  # these do not change the result
         "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
     }  # fmt: skip
-    adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run goes on
+    adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run is resumed
     train_examples: int = 0  # only the first training records; 0 takes all
     accuracy: float = 1.0  # weight of ROUGE against the user's own text; 0 learns without it
     format: float = 0.1  # weight of a closed reasoning block
@@ -209,10 +210,10 @@ class Options(RewardOptions):
     eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
     eval_examples: int = 200  # held-out records to score
     eval_temperature: float = 0.7  # of a second score, of sampled answers; 0 does without it
-    save_every: int = 20  # steps between states to go on from
-    out: str = "runs/toy"  # run directory; the same command goes on with a stopped run
+    save_every: int = 20  # steps between saved states
+    out: str = "runs/toy"  # run directory; the same command resumes a stopped run
     overwrite: bool = False  # start anew where the directory holds another run
-    force: bool = False  # go on though the first look saw nothing to learn, or the code was edited
+    force: bool = False  # train though the first look saw nothing to learn, or the code was edited
 
 
 @dataclass
@@ -251,13 +252,13 @@ def seed_of(*parts) -> int:
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples: steps read on through epochs, each of them shuffled anew.
+    """Indices of a step's examples: each step reads on where the last one stopped.
 
-    `start` examples were read before step 0.
+    Every epoch has a shuffle of its own; `start` examples were read before step 0.
     """
     chosen = []
     for n in range(start + step * size, start + (step + 1) * size):
-        epoch, index = divmod(n, count)
+        epoch, index = divmod(n, count)  # a step can reach into the next epoch
         order = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
         chosen.append(order[index])
     return chosen
@@ -366,7 +367,8 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
 
     pi_old is the policy of the first pass, before any update. The sampler's log-probabilities do
     not stand in for it, since they may come from a bfloat16 copy: only `gap` uses them. Each of
-    several processes has its share of the rollout; sizes and sums are those of all.
+    several processes has its share of the rollout; sizes and sums are those of all. The log is that
+    of the last pass, `gap` that of the first.
     """
     decoder, device = policy.decoder, policy.decoder.head.device
     completions = [[c.tokens for c in group] for group in rollout.groups]  # [P][G]
@@ -378,17 +380,18 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
     sampler_logprobs = sampler_logprobs.to(device).view_as(trained)  # [P, G, C]
     old_logprobs = torch.zeros_like(sampler_logprobs)  # filled in the first pass
 
-    # Every micro-batch is divided by the size of the whole step, not by its own.
+    # Every micro-batch is divided by the size of the whole step, not by its own. Processes can
+    # differ in their numbers of tokens ("dapo"), not in the other sizes.
     world_size = prlm.rank_and_world_size()[1]
     tokens = max(sum(prlm.gather(trained.sum().item())), 1)
     size = tokens
     if o.normalizer != "dapo":
         size = world_size * loss_size(trained, o.normalizer, o.max_new_tokens)
-    sizes = [len(p) + sum(map(len, g)) for p, g in zip(rollout.prompts, completions, strict=True)]
-    batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
+    lengths = [len(p) + sum(map(len, g)) for p, g in zip(rollout.prompts, completions, strict=True)]
+    batches = prlm.micro_batches(lengths, o.tokens_per_micro_batch)
     clip = {"clip": o.clip, "clip_high": o.clip_high}
     gap, gap_mean = 0.0, 0.0
-    for turn in range(o.updates_per_rollout):
+    for number in range(o.updates_per_rollout):
         log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
         for rows in batches:
             prompts = [rollout.prompts[n] for n in rows]
@@ -400,7 +403,7 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
             width = logprobs.shape[-1]  # of this micro-batch: C or less
             now = logprobs.detach()
             mask = trained[rows, :, :width]  # `real`, less what --mask-truncated leaves out
-            if turn == 0:
+            if number == 0:
                 old_logprobs[rows, :, :width] = now
                 difference = (now - sampler_logprobs[rows, :, :width]).abs()
                 gap = max(gap, difference[real].max().item())
@@ -481,14 +484,14 @@ def grpo_step(
     except FloatingPointError as error:
         chosen = choose_for_step(o, step, len(examples))
         where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
-        advice = "it was not applied; the same command with a lower --lr goes on from what is saved"
+        advice = "it was not applied; the same command with a lower --lr resumes from what is saved"
         raise ValueError(f"{where}: {error}; {advice}") from None
     seconds = {"rollout": rolled - start, "update": time.perf_counter() - rolled}
     metrics = log | rollout_metrics(rollout, seconds) | {"lr": optimizer.param_groups[0]["lr"]}
     each = prlm.gather((metrics, sample_lines(rollout, step, policy.tokenizer)))
     world_size = len(each)
     metrics = {name: sum(one[name] for one, _ in each) / world_size for name in metrics}
-    metrics["tokens_per_second"] *= world_size
+    metrics["tokens_per_second"] *= world_size  # of all processes: the sum, not the mean
     return {"step": step + 1} | metrics, [line for _, part in each for line in part]
 
 
@@ -506,11 +509,12 @@ def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, fl
         # Only what differs within a group can teach: a part without spread teaches nothing.
         metrics[f"spread_{name}"] = grid.std(1).mean().item()
     learning = (rollout.advantages != 0).any(1)
+    # Groups that are alike in every part but the judge's: if they learn, it alone orders them.
     alike = torch.ones_like(learning)
     for name in PARTS:
         grid = rollout.grid(name)
         if name != "personalization":
-            alike &= (grid == grid[:, :1]).all(1)  # so the judge alone orders these completions
+            alike &= (grid == grid[:, :1]).all(1)
     return metrics | {
         "zero_spread_groups": 1 - learning.float().mean().item(),
         "judge_only_groups": (learning & alike).float().mean().item(),
@@ -594,7 +598,7 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
 
 
 def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) -> None:
-    """Looks once, says what was seen, and stops a run that could not learn; --force goes on."""
+    """Looks once, says what was seen, and stops a run that could not learn; --force trains it."""
     file = out / "look.json"
     if o.steps == 0 or prlm.on_first(file.is_file):
         return
@@ -613,7 +617,7 @@ def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) 
             ways.append("a higher --temperature")
         raise ValueError(
             "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
-            f"Ways out, each with --overwrite: {'; '.join(ways)}. --force goes on all the same"
+            f"Ways out, each with --overwrite: {'; '.join(ways)}. --force trains all the same"
         )
     prlm.on_first(partial(prlm.write_json, file, found))
 
@@ -636,8 +640,8 @@ def warm_start_targets(
 
     Without retrieved items the sentence is left out, with --no-reasoning the whole block. What the
     prompt has opened already (`tokenizer.opening`) is not said again. Texts are stripped, and
-    `tokenizer.end_id` ends a target. `make_ranker(o)` gives rank(example, k), `EVIDENCE`
-    the sentence, `answer_block` the last three lines.
+    `tokenizer.end_id` ends a target. (`make_ranker` finds the item, `EVIDENCE` is the sentence,
+    `answer_block` the last three lines.)
     """
     rank = make_ranker(o)
     targets = []
@@ -730,7 +734,7 @@ def show_target(policy: Policy, target: list[int]) -> str:
     return "  " + policy.tokenizer.decode(target).replace("\n", "\n  ")
 
 
-# ---- States to go on from -------------------------------------------------------------------
+# ---- Saved states ---------------------------------------------------------------------------
 
 
 def trained_state(decoder: Decoder) -> dict[str, Tensor]:
@@ -776,7 +780,7 @@ def resume(folder: Path, policy: Policy, optimizer) -> tuple[int, list[dict]]:
     if prlm.on_first((folder / "trainer.pt").is_file):
         done = load_state(folder / "trainer.pt", policy.decoder, optimizer)
         refresh(policy)
-        print(f"going on after step {done}")
+        print(f"resuming after step {done}")
     lines = prlm.on_first(partial(prlm.rewind, folder / "metrics.jsonl", done))
     if len(lines) < done:
         print(f"{folder}/metrics.jsonl has {len(lines)} of the {done} steps: the others were lost")
@@ -788,8 +792,9 @@ def saved_steps(
 ):
     """Yields (step, bar) for the steps from `first` on, up to `count` in all.
 
-    After the body of each it saves the state: every --save-every steps, after the last one, and
-    when a signal has asked to stop, which then ends the command.
+    A generator: what stands after the `yield` runs when the loop's body is done with the step. It
+    saves the state every --save-every steps, after the last one, and when a signal has asked to
+    stop, which then ends the command.
     """
     bar = Progress(range(first, count), title, total=count, initial=first)
     stop.in_loop = True  # from here on a signal waits until the step is saved
@@ -888,8 +893,8 @@ def run(o: Options, stop: Stop, judge=None) -> None:
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
         take_a_look(o, out, policy, train)
         if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
-            # A copy, since the policy will move; made before a saved state is put back, so that a
-            # run that goes on has the same one; of the sampler, which has the products' precision.
+            # A copy, since the policy will move. Made before a saved state is put back, so that a
+            # resumed run has the same one. Of the sampler: it has the products' precision already.
             policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
         judge = judge or obtain_judge(o, out, policy, train)
         score_held_out(o, out, "no_profile", policy, held, k=0)
@@ -976,7 +981,7 @@ LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/afte
 def is_complete(o: Options, out: Path) -> bool:
     """Whether the last score holds: not if --steps has grown since or a file of it is gone.
 
-    Without a state to make it again from, it has to hold.
+    Without trainer.pt it could not be made again, so then it holds.
     """
     file = out / "scores.json"
     if not file.is_file() or "after" not in prlm.read_json(file):

@@ -96,14 +96,14 @@ def test_stopped_and_killed_it_ends_like_a_run_of_one_process(world, tmp_path, m
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, complaint = process.communicate(timeout=120)
-    assert process.returncode != 0 and "the same command goes on" in complaint
+    assert process.returncode != 0 and "the same command resumes" in complaint
     done = steps(out)
     assert 1 <= done < 5 and torch.load(out / "trainer.pt")["step"] == done
 
     process = torchrun(*command, DIES="1 4")  # a process is lost in the fifth step
     printed, complaint = process.communicate(timeout=120)
-    assert process.returncode != 0 and printed.count(f"going on after step {done}") == 1
-    assert "error: another process of the run has ended; the same command goes on" in complaint
+    assert process.returncode != 0 and printed.count(f"resuming after step {done}") == 1
+    assert "error: another process of the run has ended; the same command resumes" in complaint
     assert steps(out) == 4
 
     process = torchrun(*command)

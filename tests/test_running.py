@@ -498,7 +498,7 @@ class TestStopping:
 
         monkeypatch.setattr(rl, "update", breaks)
         o = quick(world, out, steps=4, save_every=1)
-        with pytest.raises(ValueError, match="the same command with a lower --lr goes on"):
+        with pytest.raises(ValueError, match="the same command with a lower --lr resumes"):
             rl.main(o)
         rl.main(dataclasses.replace(o, lr=1e-3))
         assert steps(out) == 4

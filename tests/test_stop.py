@@ -128,7 +128,7 @@ class TestStop:
         stopped = steps(out)
         assert torch.load(out / "trainer.pt", weights_only=True)["step"] == stopped
         code, printed, _ = finish(start(world, out))
-        assert code == 0 and f"going on after step {stopped}" in printed
+        assert code == 0 and f"resuming after step {stopped}" in printed
         assert state(out) == undisturbed
 
     def test_asked_to_stop_before_the_first_step(self, world, tmp_path):

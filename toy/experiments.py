@@ -7,7 +7,7 @@
      (pair accuracy, swap test, rivals, correlation with ROUGE; rewards without gold texts)
 
 Every training is a run of rl.py with the options that its row changes, so it can be stopped and
-gone on with; the supervised baseline is trained here. One process a core, each with one thread.
+resumed (the supervised baseline is its warm start). One process per core, each with one thread.
 The report states, it does not judge: what the figures mean stands in the README.
 
     python toy/experiments.py --quick        # one seed of the main table
@@ -186,7 +186,7 @@ def share_out(o: Options, work: dict, title: str) -> None:
             with tqdm(as_completed(futures), title, len(futures), disable=None) as bar:
                 for future in bar:
                     bar.set_postfix_str(future.result())
-        except BaseException:  # Ctrl-C too: what is under way will be gone on with another time
+        except BaseException:  # Ctrl-C too: what is under way will be resumed another time
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()

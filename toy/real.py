@@ -1,8 +1,8 @@
 """The method on a released model and on what people wrote: hours on two cores, no GPU.
 
 Every training is a run of rl.py and every score one of eval.py. Their commands are printed, so that
-each can be pasted, stopped, and gone on with. What is there already is not computed again, even if
-the code has changed since.
+each can be pasted, stopped and resumed. Results that are there already are kept, even if the code
+has changed since. The tables go to report.md in --out.
 
     python tests/smollm2.py models/smollm2
     python toy/commits.py REPO --out data/commits          # any git repository
@@ -33,8 +33,9 @@ from toy.experiments import bootstrap, markdown, pictures
 
 # ---- The trainings: (their name in the tables, the training they start from, options of rl.py) --
 #
-# Each is a run of its own, so GRPO reads the same training records as the warm start before it. Its
-# steps, 24 of 4 prompts x 8 completions, and its learning rate are those of --preset small.
+# Each is a run of its own, so GRPO meets records that the warm start has seen; in one run, with
+# --warm-start, it would read on after them. Its steps, 24 of 4 prompts x 8 completions, and its
+# learning rate are those of --preset small.
 
 NO_GOLD = "--accuracy 0 --personalization 1 --judge ratio --beta 0.3"
 ARMS = {
@@ -43,7 +44,7 @@ ARMS = {
     "no_reasoning": ("… without reasoning", "warm", "--no-reasoning"),
     # As many steps as fit in the time of GRPO's 24.
     "supervised": ("warm start + more of it", "warm", "--warm-start 100 --steps 0"),
-    "cold": ("GRPO without a warm start", None, "--force"),
+    "cold": ("GRPO without a warm start", None, "--force"),  # whatever the first look sees
     "ratio": ("… with the ratio judge", "warm", "--personalization 0.1 --judge ratio"),
     "bert": ("… with the paper's judge", "warm", "--personalization 0.1 --judge bert"),
     "no_gold": ("… ratio, KL, no gold texts", "warm", NO_GOLD),
@@ -121,8 +122,8 @@ def training(o: Options, task: str, arm: str, seed: int) -> str:
     """The command; its own table is of 8 users, since eval.py scores them all afterwards."""
     _, start, options = ARMS[arm]
     if task != MAIN_TASK:
-        options = options.replace("--warm-start 125", "--warm-start 75")  # to save an hour
-    if arm == "bert":
+        options = options.replace("--warm-start 125", "--warm-start 75")  # to save time
+    if arm == "bert":  # one pair per query: sampling them takes longer than all that follows
         options += f" --pairs-per-query 1 --encoder {shlex.quote(o.encoder)}"
     return (
         f"rl.py --model {shlex.quote(policy_of(o, task, start))} {common(o, task)} {options} "
@@ -133,10 +134,10 @@ def training(o: Options, task: str, arm: str, seed: int) -> str:
 
 def evaluation(o: Options, cell: Cell) -> str:
     arm = None if cell.arm == "released" else cell.arm
-    closed = " --no-reasoning" if arm and "--no-reasoning" in ARMS[arm][2] else ""
+    reasoning = " --no-reasoning" if arm and "--no-reasoning" in ARMS[arm][2] else ""
     return (
         f"eval.py --model {shlex.quote(policy_of(o, cell.task, arm, cell.seed))} "
-        f"{common(o, cell.task)} --k {cell.k}{closed} --limit {o.users} --batch-size 16 "
+        f"{common(o, cell.task)} --k {cell.k}{reasoning} --limit {o.users} --batch-size 16 "
         f"--out {shlex.quote(str(cell.folder(o)))}"
     )
 
@@ -146,35 +147,35 @@ def examination(o: Options, arm: str | None) -> tuple[str, Path]:
     folder = Path(o.out) / MAIN_TASK / f"judge_{arm or 'released'}"
     command = (
         f"reward.py --model {shlex.quote(policy_of(o, MAIN_TASK, arm))} {common(o, MAIN_TASK)} "
-        f"--judge ratio --out {shlex.quote(str(folder))}"
+        f"--judge ratio --probe-examples {o.users} --out {shlex.quote(str(folder))}"
     )
     return command, folder / "report.json"
 
 
 def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
     """Runs {name: (command, the file that shows it is done)}, --jobs at a time."""
-    stop = []
+    failures = []
 
     def run(name: str) -> None:
-        command, done = work[name]
-        if done.is_file() or stop:
+        command, result = work[name]
+        if result.is_file() or failures:
             return
         log = Path(o.out) / "log" / f"{name.replace(' ', '_')}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as file:
             threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
             words = [sys.executable, *shlex.split(command)]
-            words[1] = prlm.beside(words[1])
+            words[1] = prlm.beside(words[1])  # wherever this was started
             tqdm.write("OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 " + shlex.join(["python", *words[1:]]))
-            code = subprocess.run(words, stdout=file, stderr=file, env=os.environ | threads)
-        if code.returncode:
-            stop.append(f"{name} ended with status {code.returncode}: see {log}")
+            process = subprocess.run(words, stdout=file, stderr=file, env=os.environ | threads)
+        if process.returncode:
+            failures.append(f"{name} ended with status {process.returncode}: see {log}")
 
     with ThreadPoolExecutor(o.jobs) as pool:
         for _ in tqdm(pool.map(run, work), title, len(work), disable=None):
             pass
-    if stop:
-        raise ValueError(stop[0])
+    if failures:
+        raise ValueError(failures[0])
 
 
 # ---- What comes out of it -------------------------------------------------------------------
@@ -186,7 +187,7 @@ def scores_of(o: Options, cell: Cell) -> list[dict]:
 
 @cache
 def held_out(data: str, task: str, users: int) -> list[retrieve.Example]:
-    """The records that are scored, read once: a file may have many megabytes."""
+    """The records that are scored. Read once, since a file can be many megabytes."""
     return retrieve.load_lamp(data, task, "dev")[:users]
 
 
@@ -214,8 +215,11 @@ def by_user(o: Options, task: str, rows: list[dict], metric: str) -> np.ndarray:
 
 
 def table(o: Options, task: str, rows: dict[str, list[list[dict]]], ours: str) -> str:
-    """A line a row, {name: [seed][record]}; last, `ours` minus it: ROUGE-1, 95 %, p."""
-    best = np.mean([by_user(o, task, seed, "rouge-1") for seed in rows[ours]], 0)
+    """A line for each of the rows {name: [seed][record]}.
+
+    Its last columns: the row `ours` minus this one in ROUGE-1, the 95 % interval, and p.
+    """
+    our_scores = np.mean([by_user(o, task, seed, "rouge-1") for seed in rows[ours]], 0)
     lines = []
     for name, seeds in rows.items():
         line = [name, len(seeds)]
@@ -229,8 +233,8 @@ def table(o: Options, task: str, rows: dict[str, list[list[dict]]], ours: str) -
             line += ["", ""]
         else:
             theirs = np.mean([by_user(o, task, seed, "rouge-1") for seed in seeds], 0)
-            p, low, high = bootstrap(best, theirs)
-            line += [f"{np.mean(best - theirs):+.3f} ({low:+.3f} … {high:+.3f})", f"{p:.4f}"]
+            p, low, high = bootstrap(our_scores, theirs)
+            line += [f"{np.mean(our_scores - theirs):+.3f} ({low:+.3f} … {high:+.3f})", f"{p:.4f}"]
         lines.append(line)
     against = f"{ours} − this, ROUGE-1, 95 %"
     return markdown(["", "seeds", *scoring.METRICS, "words", against, "p"], lines)
@@ -302,7 +306,7 @@ def robustness(o: Options) -> dict[str, list[Cell]]:
 
 
 HOW = """Greedy answers. Differences and p (paired bootstrap) are over users, each the mean of its
-records and seeds: what differs between seeds is not in p.
+records and seeds: p does not cover the variation between seeds.
 """
 
 
@@ -332,7 +336,7 @@ def main(o: Options) -> None:
         raise ValueError(f"{o.data} has the files of none of the tasks {o.tasks}")
     if not {"warm", "prlm"} <= {*o.arms.split(",")} <= ARMS.keys():
         raise ValueError(f"--arms needs warm and prlm, and knows {', '.join(ARMS)}")
-    robustness(o)  # --items has to be numbers
+    robustness(o)  # so that --items which are no numbers fail now, not after hours
     settings = {name: getattr(o, name) for name in ("model", "encoder", "data", "users", "records")}
     file = Path(o.out) / "settings.json"
     if file.is_file() and prlm.read_json(file) != settings:
