@@ -97,14 +97,17 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     if flag("use_sliding_window") and kinds is None:
         windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")  # some layers do
     need(not windows, "sliding-window attention is not implemented")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(raw.get("is_causal") in (None, True), "is_causal false: not implemented")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
     need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
     rope = {"rope_theta": raw.get("rope_theta")} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
     share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     need(share == 1, "partial rotary embeddings are not implemented")
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    context = "original_max_position_embeddings"  # beside the others, or at the top
+    need(raw.get(context) in (None, rope.get(context)), f"{context} stands there twice")
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", context)
     hidden = number("hidden_size")
     heads = number("num_attention_heads")
     bias = flag("attention_bias")
@@ -615,7 +618,7 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
         ids = ids.clamp(max=logits.shape[-1] - 1)  # a guard: never past the last id
     else:
-        ids = probabilities.argmax(-1, keepdim=True)
+        ids = logits.argmax(-1, keepdim=True)  # of the logits: probabilities round to ties
     # A probability that underflows must not give -inf.
     chosen = probabilities.gather(-1, ids).clamp(min=torch.finfo(torch.float32).tiny)
     return ids[:, 0], chosen.log()[:, 0]
@@ -681,7 +684,7 @@ def generate(
             cache.open(coarse=recorded)
             hidden = run_step(ids, positions)
             positions = positions + 1
-    stop = set(eos_ids)  # a row may have gone on after its end: it is cut there
+    stop = set(eos.tolist())  # a row may have gone on after its end: it is cut there
     completions = []
     for ids, chosen in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         end = next((n for n, token in enumerate(ids, 1) if token in stop), None)
@@ -865,7 +868,7 @@ class Encoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json", pooler: bool = True):
         super().__init__()
-        assumed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+        assumed = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
         for key, wanted in {"model_type": "bert", **assumed}.items():
             if (assumed | raw).get(key) != wanted:
                 raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
@@ -966,32 +969,34 @@ def render_chat(messages: list[dict], known) -> str | None:
     the special tokens that only its family has.
     """
     turns = [(m["role"], m["content"]) for m in messages]
-    system = "".join(content for role, content in turns if role == "system")
-    others = [turn for turn in turns if turn[0] != "system"]
     if {*R1} <= known.keys():
         bos, eos, user, assistant = (MARK + name for name in R1)
-        text = bos + system
-        for role, content in others:
-            answer = assistant + content.split("</think>")[-1] + eos
-            text += user + content if role == "user" else answer
+        text = bos + next((content for role, content in reversed(turns) if role == "system"), "")
+        for role, content in turns:
+            if role == "user":
+                text += user + content
+            elif role == "assistant":
+                text += assistant + content.split("</think>")[-1] + eos
         return text + assistant + "<think>\n"
+    opened = turns[:1] if turns and turns[0][0] == "system" else []  # by a system message, or not
     if {*CHATML} <= known.keys():
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
         # Qwen2.5's and SmolLM's templates add a system message; these tokens tell them apart.
         default = SMOLLM_SYSTEM if "<gh_stars>" in known else ""
         default = QWEN_SYSTEM if "<tool_call>" in known else default
         if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
-            ends = [content.split("</think>")[-1].lstrip("\n") for _, content in turns]
-            turns = [(r, e if r == "assistant" else c) for (r, c), e in zip(turns, ends)]
-        elif default and turns == others:  # no system message is given
+            for n, (role, content) in enumerate(turns):
+                if role == "assistant" and "</think>" in content:
+                    turns[n] = role, content.split("</think>")[-1].lstrip("\n")
+        elif default and not opened:
             turns = [("system", default), *turns]
     elif {*LLAMA3} <= known.keys():
         head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
         begin, end = f"{MARK}<|begin_of_text|>", f"{MARK}<|eot_id|>"
         turns = [(role, content.strip()) for role, content in turns]
         if "<|eom_id|>" in known:  # Llama 3.1 and later always open with two dates
-            rest = [turn for turn in turns if turn[0] != "system"]
-            turns = [("system", LLAMA_DATES + system.strip()), *rest]
+            system = turns.pop(0)[1] if opened else ""
+            turns = [("system", LLAMA_DATES + system), *turns]
     else:
         return None
     text = "".join(head.format(role) + content + end for role, content in turns)
@@ -1016,10 +1021,10 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder().items()
         think = ("<think>", "</think>")  # the policy has to write them; we read them
         self.skipped = {i for i, token in added if token.special and token.content not in think}
+        self.skipped |= self.eos_ids  # tokenizer.json need not call them special
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
-        control_ids = self.skipped | self.eos_ids
         markers = {*R1, *CHATML, *LLAMA3}
-        self.control = {t.content for i, t in added if i in control_ids or t.content in markers}
+        self.control = {t.content for i, t in added if i in self.skipped or t.content in markers}
         self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # ends the prompt
 
     @property
@@ -1044,6 +1049,9 @@ class Tokenizer:
             model["vocab"] = {rename(name): i for name, i in model["vocab"].items()}
         else:  # Unigram's pieces with their scores
             model["vocab"] = [[rename(name), score] for name, score in model["vocab"]]
+        if "merges" in model:  # BPE's pairs: none may make a token that is no longer there
+            pairs = model["merges"]
+            model["merges"] = [pair for pair in pairs if "".join(pair) not in self.control]
         if model.get("unk_token"):
             model["unk_token"] = rename(model["unk_token"])
         tokenizer["added_tokens"] = [t | {"content": rename(t["content"])} for t in added]
@@ -1259,7 +1267,8 @@ DTYPES = {
     "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
     "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
     "U64": torch.uint64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
 
@@ -1279,13 +1288,17 @@ def read_safetensors(path) -> dict[str, Tensor]:
             raise ValueError("a key stands twice in the header")
         return dict(pairs)
 
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
             if size < 8 or start > min(size, 8 + 100_000_000):  # the format's own limit
                 raise ValueError("the file ends before its header; is the download complete?")
-            header = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=unique)
+            text = file.read(start - 8).decode("utf-8")
+            header = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
             if not isinstance(header, dict):
                 raise ValueError("the header is not a JSON object")
             ranges = _ranges(header, size - start)
@@ -1303,11 +1316,12 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
 def _ranges(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), all checked against each other and the buffer's size."""
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
     ranges = {}
     for name, entry in header.items():
+        name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
         entry = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -1342,7 +1356,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         x, begin = tensors[name], offset
-        if name in header or x.dtype not in codes:
+        if name in header or x.dtype not in codes or name != as_text(name):
             raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
         offset += x.numel() * x.element_size()
         header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}

@@ -211,7 +211,8 @@ class BM25:
         and norm [N], k1 (1 - b + b |d|/mean) of each document.
 
         The mean idf is over all words, negative ones included. An empty corpus, or one of empty
-        texts, gives no error and no warning: an average length of 0 counts as 1.
+        texts, gives no error and no warning: an average length of 0 counts as 1. Sums and products
+        are taken in rank_bm25's order, so that what ties there ties here.
         """
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
@@ -223,7 +224,7 @@ class BM25:
         held = np.array([len(found) for found in self.counts.values()])  # n(w)
         if idf == "okapi":
             weights = np.log(len(corpus) - held + 0.5) - np.log(held + 0.5)
-            weights[weights < 0] = 0.25 * weights.mean() if len(held) else 0.0
+            weights[weights < 0] = 0.25 * (sum(weights.tolist()) / max(len(held), 1))
         else:
             weights = np.log1p((len(corpus) - held + 0.5) / (held + 0.5))
         self.idf = dict(zip(self.counts, weights, strict=True))
@@ -240,7 +241,8 @@ class BM25:
             if word in self.counts:
                 found = self.counts[word]
                 where, count = np.array([*found]), np.array([*found.values()])
-                scores[where] += self.idf[word] * count * (self.k1 + 1) / (count + self.norm[where])
+                weight = count * (self.k1 + 1) / (count + self.norm[where])
+                scores[where] += self.idf[word] * weight
         return scores
 
 

@@ -164,7 +164,8 @@ class RewardModel(nn.Module):
     def score_all(self, queries: Sequence[str], answers: Sequence[str], batch_size=128) -> Tensor:
         """Raw scores of any number of pairs [N], without gradient, a batch at a time."""
         parts = [slice(n, n + batch_size) for n in range(0, len(queries), batch_size)]
-        return torch.cat([self.score(queries[part], answers[part]).cpu() for part in parts])
+        scores = [self.score(queries[part], answers[part]).cpu() for part in parts]
+        return torch.cat(scores or [torch.empty(0)])
 
 
 def bert_judge(model: RewardModel) -> Judge:

@@ -62,10 +62,11 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     The standard deviation has Bessel's correction. A group whose rewards are equal up to rounding
     (8 eps of the largest), or a group of one, gets exact zeros under either scale: it does not say
-    which completion was better. ValueError for another scale.
+    which completion was better. In float32 or better. ValueError for another scale.
     """
     if scale not in get_args(Scale):
         raise ValueError(f"scale {scale!r} is neither std nor none")
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = rewards - rewards.mean(1, keepdim=True)
     rounding = 8 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(1, keepdim=True)
     centred = centred.masked_fill(centred.abs().amax(1, keepdim=True) <= rounding, 0.0)

@@ -93,11 +93,11 @@ EXERCISES = [
                    "np.log(len(corpus) / held)"),
             Mutant("a negative idf is kept",
                    "Of two equal items, the one that also holds a frequent query word ranks lower.",
-                   "weights[weights < 0] = 0.25 * weights.mean() if len(held) else 0.0",
+                   "weights[weights < 0] = 0.25 * (sum(weights.tolist()) / max(len(held), 1))",
                    "weights[np.isnan(weights)] = 0.0"),
             Mutant("a negative idf becomes 0",
                    "On small profiles, many queries score every item exactly 0.",
-                   "0.25 * weights.mean() if len(held) else 0.0", "0.0"),
+                   "0.25 * (sum(weights.tolist()) / max(len(held), 1))", "0.0"),
             Mutant("n(w) counts occurrences, not documents",
                    "A word that a single item repeats ten times hardly counts for that item.",
                    "len(found) for found", "sum(found.values()) for found"),
@@ -154,7 +154,7 @@ EXERCISES = [
             count = self.counts[word].get(number, 0) if word in self.counts else 0
             if not count:
                 return 0.0
-            return self.idf[word] * count * (self.k1 + 1) / (count + self.norm[number])
+            return self.idf[word] * (count * (self.k1 + 1) / (count + self.norm[number]))
 
         documents = range(len(self.norm))
         return np.array([sum(score(n, word) for word in query) for n in documents], dtype=float)
@@ -769,7 +769,7 @@ EXERCISES = [
                    "laid.starts + (laid.lengths - 2).clamp(min=0)"),
             Mutant("only one of the end-of-sequence ids stops",
                    "Some completions run past their end and make up the user's next turn.",
-                   "stop = set(eos_ids)", "stop = set(sorted(eos_ids)[:1])"),
+                   "stop = set(eos.tolist())", "stop = set(sorted(eos_ids)[:1])"),
             Mutant("ids that the tokenizer does not have are sampled",
                    "Now and then a completion holds a token that decodes to nothing.",
                    "head[: decoder.vocab_limit]", "head"),
@@ -1055,6 +1055,7 @@ EXERCISES = [
         """
         if scale not in ("std", "none"):
             raise ValueError(f"scale {scale!r} is neither std nor none")
+        rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
         rows, eps = [], torch.finfo(rewards.dtype).eps
         for row in rewards.tolist():
             mean = math.fsum(row) / len(row)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,8 @@ REFUSED = {
     "negative dimension": shaped([-2]),
     "two negative dimensions": shaped([-1, -2]),
     "fractional dimension": shaped([2.0]),
+    "not a number": raw_file(b'{"a": %s}' % json.dumps(entry() | {"more": math.nan}).encode()),
+    "half a surrogate pair": raw_file({"\ud800": entry()}),
     "overflow": shaped([2**62, 8]),
     "zero-size overflow": shaped([0, 2**63], 0, 0, 0),
     "overflow before the zero": shaped([2**40, 2**40, 0], 0, 0, 0),
@@ -108,6 +111,8 @@ ACCEPTED = {
     "any header order": raw_file({"b": entry(8, 16), "a": entry()}, bytes(range(16))),
     "unaligned": raw_file({"a": entry(0, 3, [3], "U8"), "b": entry(3, 11)}, bytes(range(11))),
     "extra fields": raw_file({"a": entry() | {"more": [1, {}]}}),
+    "no metadata": raw_file({"__metadata__": None, "a": entry()}),
+    "scales of eight bits": raw_file({"a": entry(0, 2, dtype="F8_E8M0")}, b"\x7f\x80"),
     "spaces around": raw_file(b"  " + json.dumps({"a": entry()}).encode() + b"   "),
 }
 KEPT = ("bool", "float32", "bfloat16", "int64", "empty", "scalar")
@@ -216,7 +221,12 @@ class TestSafetensors:
 
     @pytest.mark.parametrize(
         "name, dtype, metadata",
-        [("__metadata__", "float32", {}), ("a", "complex128", {}), ("a", "float32", {"step": 1})],
+        [
+            ("__metadata__", "float32", {}),
+            ("\ud800", "float32", {}),
+            ("a", "complex128", {}),
+            ("a", "float32", {"step": 1}),
+        ],
     )
     def test_refuses_to_write(self, tmp_path, name, dtype, metadata):
         tensors = {name: torch.ones(1, dtype=getattr(torch, dtype))}
@@ -422,6 +432,8 @@ BAD_CONFIGS = [
     {"hidden_size": None}, {"hidden_size": "16"}, {"hidden_size": 16.5}, {"vocab_size": -300},
     {"num_hidden_layers": True}, {"num_attention_heads": 0}, {"num_key_value_heads": 3},
     {"head_dim": 5}, {"rms_norm_eps": "small"}, {"tie_word_embeddings": "false"},
+    {"is_causal": False}, {"original_max_position_embeddings": 64},
+    {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}},
 ]
 HARMLESS = [
     {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
@@ -546,6 +558,20 @@ class TestTokenizer:
         assert len(ids) == 4 + len("\nhm\n\nyes")
         assert tokenizer.decode([*ids, 256]) == "<think>\nhm\n</think>\nyes"
 
+    def test_decode_hides_an_eos_that_only_the_settings_call_special(self, tmp_path):
+        backend = byte_tokenizer(["<|endoftext|>"])
+        backend.add_tokens(["<|im_end|>"])
+        tokenizer = load_with(tmp_path, backend, tokenizer_config={"eos_token": "<|im_end|>"})
+        (end,) = tokenizer.eos_ids
+        assert tokenizer.decode([*tokenizer.encode("Golf"), end]) == "Golf"
+
+    @pytest.mark.parametrize("text", ["cafe\u0301 \u1112\u1161\u11ab", "on golf, no joke"])
+    def test_the_toy_splits_texts_as_transformers_does(self, text):
+        toy = prlm.beside("toy/policy")
+        theirs = transformers.AutoTokenizer.from_pretrained(toy)
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert prlm.load_tokenizer(toy).encode(text) == ids
+
     def test_cut_is_the_longest_beginning_that_fits(self, toy_tokenizer):
         text = "aé😀 日本b"  # up to four tokens a character
         for tokens in range(20):
@@ -592,6 +618,7 @@ BOTH = [{"role": "system", "content": "SYS"}, *USER]
 PADDED = [{"role": m["role"], "content": f"  {m['content']} \n"} for m in BOTH]
 TURNS = [*USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nANS"}]
 TURNS += [{"role": "user", "content": "U2"}]
+LATE = [*USER, {"role": "system", "content": "S2"}]  # a system message that is not the first
 
 
 def chatml(*turns):
@@ -617,6 +644,10 @@ CHATS = [
     ("Qwen3", BOTH, chatml(S, U)),
     ("Qwen3", PADDED, chatml(*WIDE)),
     ("Qwen3", TURNS, chatml(U, ("assistant", "ANS"), ("user", "U2"))),
+    ("Qwen2.5", LATE, chatml(("system", QWEN), U, ("system", "S2"))),
+    ("Qwen3", [*USER, {"role": "assistant", "content": "\n\nA"}, *USER],
+     chatml(U, ("assistant", "\n\nA"), U)),
+    ("SmolLM2", LATE, chatml(("system", SMOL), U, ("system", "S2"))),
     ("SmolLM2", USER, chatml(("system", SMOL), U)),
     ("SmolLM2", BOTH, chatml(S, U)),
     ("SmolLM2", PADDED, chatml(*WIDE)),
@@ -626,6 +657,8 @@ CHATS = [
     ("Llama-3.1", USER, llama(("system", DATES), U)),
     ("Llama-3.1", BOTH, llama(("system", DATES + "SYS"), U)),
     ("Llama-3.1", PADDED, llama(("system", DATES + "SYS"), U)),
+    ("Llama-3.1", BOTH + LATE[1:], llama(("system", DATES + "SYS"), U, ("system", "S2"))),
+    ("R1-Distill", BOTH + LATE[1:], f"{BEGIN}S2{ASK}USR{REPLY}<think>\n"),  # the last one counts
     ("R1-Distill", USER, f"{BEGIN}{ASK}USR{REPLY}<think>\n"),
     ("R1-Distill", BOTH, f"{BEGIN}SYS{ASK}USR{REPLY}<think>\n"),
     ("R1-Distill", PADDED, f"{BEGIN}  SYS \n{ASK}  USR \n{REPLY}<think>\n"),
@@ -785,6 +818,17 @@ class TestControlTokens:
         wanted = theirs("the cat [SEP] sat", "[CLS] on [PAD]", **how)
         assert ids == wanted.input_ids and segments == wanted.token_type_ids
 
+    def test_of_merges_that_could_make_them(self):
+        pieces = ["<", "/", "s", ">", "</", "s>", "</s>", "a"]
+        backend = Backend(
+            models.BPE(
+                vocab={piece: n for n, piece in enumerate(pieces)},
+                merges=[("<", "/"), ("s", ">"), ("</", "s>")],
+            )
+        )
+        backend.add_special_tokens(["</s>"])
+        assert prlm.Tokenizer(backend, {6}).encode("a</s>") == [7, 4, 5]
+
     def test_of_a_vocabulary_that_could_spell_them(self):
         """XLM-R's pieces, which some BERTs have, hold "</s>" itself."""
         pieces = [
@@ -817,6 +861,7 @@ BAD_BERTS = [
     {"model_type": "roberta"}, {"hidden_act": "relu"}, {"num_attention_heads": 5},
     {"hidden_size": None}, {"vocab_size": "12"}, {"position_embedding_type": "relative_key"},
     {"layer_norm_eps": "small"}, {"type_vocab_size": "2"}, {"hidden_dropout_prob": "0.1"},
+    {"is_decoder": True},
 ]
 MINILM = {
     "The cat sat on the mat.": (

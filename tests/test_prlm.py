@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -512,6 +514,7 @@ class TestSample:
         ids, logprobs = prlm.sample(logits, 0)
         assert torch.equal(ids, logits.argmax(-1))
         close(logprobs, logits.log_softmax(-1).amax(-1), 1e-5)
+        assert prlm.sample(torch.tensor([[0.1, 0.10000001]]), 0)[0] == 1  # the probabilities tie
 
     @pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
     def test_never_an_impossible_id(self, number, monkeypatch):
@@ -656,6 +659,13 @@ class TestTwins:
         (a,), (b,), (c,) = (prlm.generate(decoder, [[1]], 16, 1, 3.0, seed=s) for s in (0, 0, 1))
         assert [x.tokens for x in a] == [x.tokens for x in b] != [x.tokens for x in c]
         assert len({x.tokens[0] for x in a}) > 3
+
+    @pytest.mark.parametrize("kind", [torch.tensor, np.array, iter, set])
+    def test_eos_ids_of_any_kind(self, kind):
+        decoder = small()
+        ask = partial(prlm.generate, decoder, [[1, 2, 3]], 4, 30, 1.0, seed=0)
+        found, expected = ask(eos_ids=kind([5, 6, 7, 8])), ask(eos_ids=[5, 6, 7, 8])
+        assert found == expected and any(c.finished for c in found[0])
 
     def test_bad_calls_are_refused(self):
         decoder = small()

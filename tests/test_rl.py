@@ -75,6 +75,14 @@ class TestAdvantages:
     def test_a_small_real_difference_is_not_rounded_away(self):
         assert (rl.group_advantages(torch.tensor([[1.0, 1.001]])) != 0).all()
 
+    @pytest.mark.parametrize("kind", ["int64", "bool", "bfloat16", "float16"])
+    def test_rewards_of_few_bits(self, kind):
+        rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.95]])
+        rewards = rewards.to(getattr(torch, kind))
+        expected = rl.group_advantages(rewards.float())
+        same(rl.group_advantages(rewards), expected, f"rewards in {kind}", relative=1e-6)
+        assert (expected[0] != 0).all()
+
     def test_a_tiny_spread_is_damped(self):
         gain = 5e-5 / (1e-4 / math.sqrt(2) + 1e-4)
         found = rl.group_advantages(torch.tensor([[0.0, 1e-4]]))

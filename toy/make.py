@@ -227,6 +227,7 @@ def world_text() -> list[str]:
 def make_tokenizer(size=1000) -> Tokenizer:
     """Byte-level BPE as Qwen's. <think> and </think> are ordinary tokens there, and so here."""
     backend = Backend(models.BPE())
+    backend.normalizer = normalizers.NFC()  # as Qwen2's, which transformers gives to any qwen2
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
