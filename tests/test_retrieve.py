@@ -332,7 +332,7 @@ class TestRetrieve:
             scores = naive_bm25(rows, query, idf=idf)
             found = places(retrieve(e, 7, idf=idf, lowercase=True), e)
             # Different words can add up to scores that differ in the last bit alone.
-            same(scores[found], np.sort(scores)[::-1], f"{query} in {rows}", absolute=1e-9)
+            same(scores[found], -np.sort(-scores), f"{query} in {rows}", absolute=1e-9)
             assert sorted(found) == [*range(7)]
             differ += places(retrieve(e, 7, idf=idf), e) != found
         assert differ > 30
