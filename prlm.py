@@ -1020,8 +1020,9 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids)
         added = backend.get_added_tokens_decoder().items()
         think = ("<think>", "</think>")  # the policy has to write them; we read them
-        self.skipped = {i for i, token in added if token.special and token.content not in think}
-        self.skipped |= self.eos_ids  # tokenizer.json need not call them special
+        # An added token that ends a text is special, even if tokenizer.json does not say so.
+        special = {i: t.content for i, t in added if t.special or i in self.eos_ids}
+        self.skipped = {i for i, content in special.items() if content not in think}
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
         markers = {*R1, *CHATML, *LLAMA3}
         self.control = {t.content for i, t in added if i in self.skipped or t.content in markers}
