@@ -105,8 +105,12 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
     share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
     need(share == 1, "partial rotary embeddings are not implemented")
-    context = "original_max_position_embeddings"  # beside the others, or at the top
-    need(raw.get(context) in (None, rope.get(context)), f"{context} stands there twice")
+    context = "original_max_position_embeddings"
+    outside = raw.get(context)  # which of the two counts depends on the version of transformers
+    need(
+        kind != "llama3" or outside in (None, rope.get(context)),
+        f"{context} is {outside!r} outside of the rotary settings, not what it is inside",
+    )
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", context)
     hidden = number("hidden_size")
     heads = number("num_attention_heads")
@@ -606,8 +610,9 @@ class Recorded:
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """One id a row of softmax(logits / temperature) [rows, V], and its log-probability.
 
-    Temperature 0 takes the likeliest id and reports its log-probability at temperature 1. Rows
-    are independent, the same generator draws the same, an id of probability 0 is never drawn.
+    Temperature 0 takes the id of the largest logit and reports its log-probability at temperature
+    1. Rows are independent, the same generator draws the same, an id of probability 0 is never
+    drawn.
     """
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
@@ -978,7 +983,7 @@ def render_chat(messages: list[dict], known) -> str | None:
             elif role == "assistant":
                 text += assistant + content.split("</think>")[-1] + eos
         return text + assistant + "<think>\n"
-    opened = turns[:1] if turns and turns[0][0] == "system" else []  # by a system message, or not
+    opened = bool(turns) and turns[0][0] == "system"  # the chat begins with a system message
     if {*CHATML} <= known.keys():
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
         # Qwen2.5's and SmolLM's templates add a system message; these tokens tell them apart.
@@ -1050,9 +1055,10 @@ class Tokenizer:
             model["vocab"] = {rename(name): i for name, i in model["vocab"].items()}
         else:  # Unigram's pieces with their scores
             model["vocab"] = [[rename(name), score] for name, score in model["vocab"]]
-        if "merges" in model:  # BPE's pairs: none may make a token that is no longer there
-            pairs = model["merges"]
-            model["merges"] = [pair for pair in pairs if "".join(pair) not in self.control]
+        if "merges" in model:  # BPE's: a pair may neither make nor use what has another name now
+            model["merges"] = [
+                pair for pair in model["merges"] if not self.control & {*pair, "".join(pair)}
+            ]
         if model.get("unk_token"):
             model["unk_token"] = rename(model["unk_token"])
         tokenizer["added_tokens"] = [t | {"content": rename(t["content"])} for t in added]
@@ -1317,7 +1323,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
 def _ranges(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), all checked against each other and the buffer's size."""
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
     ranges = {}

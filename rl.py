@@ -11,8 +11,8 @@ One step, for P prompts with G completions each:
                  over completions ("grpo"), or over all tokens ("dapo"), or by a constant
                  ("dr_grpo")
 
-With "grpo", one update per rollout and no KL the loss is 0 up to rounding: the ratio is exactly 1
-and the advantages of a group sum to 0. Reward is the signal to watch.
+With "grpo", one update per rollout, no KL and nothing masked, the loss is 0 up to rounding: the
+ratio is exactly 1 and the advantages of a group sum to 0. Reward is the signal to watch.
 
 Before that, a run takes supervised steps if --warm-start asks for them, looks at a first rollout
 (can anything be learned here?), makes its judge, and scores held-out users, whom it scores again at
@@ -62,7 +62,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     The standard deviation has Bessel's correction. A group whose rewards are equal up to rounding
     (8 eps of the largest), or a group of one, gets exact zeros under either scale: it does not say
-    which completion was better. In float32 or better. ValueError for another scale.
+    which completion was better. The result is float32, or the rewards' dtype if that is wider.
+    ValueError for another scale.
     """
     if scale not in get_args(Scale):
         raise ValueError(f"scale {scale!r} is neither std nor none")
@@ -153,7 +154,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the share `warmup` of the steps, then a cosine to a tenth of the peak.
 
     The warm-up has w = round(warmup steps) steps, but at least one; its n-th has n/w of the peak.
-    The step after the warm-up still has the peak, the last one has a tenth.
+    The step after the warm-up, if there is one, has the peak; the last one, if later, a tenth.
     """
     rising = max(1, round(warmup * steps))
     if step < rising:

@@ -735,7 +735,7 @@ EXERCISES = [
         if temperature:
             ids = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
         else:
-            ids = logprobs.max(-1).indices
+            ids = logits.max(-1).indices
         return ids, logprobs[torch.arange(len(ids), device=ids.device), ids]
         """,
     ),

@@ -52,7 +52,8 @@ def write_all(directory, tensors=None, backend=None, **files):
 
 # fmt: off
 DTYPES = ["bool", "uint8", "int8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32",
-          "float32", "float64", "int64", "uint64", "complex64", "float8_e4m3fn", "float8_e5m2"]
+          "float32", "float64", "int64", "uint64", "complex64", "float8_e4m3fn", "float8_e5m2",
+          "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 SAMPLES = {name: torch.arange(6).view(2, 3).to(getattr(torch, name)) for name in DTYPES}
 SAMPLES |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "é\n": torch.ones(1)}
 
@@ -81,6 +82,7 @@ REFUSED = {
     "nested without end": raw_file(b'{"a":' + b"[" * 200_000, b""),
     "no object": raw_file([], b""),
     "entry is no object": raw_file({"a": 1}, b""),
+    "metadata is no object": raw_file({"__metadata__": []}, b""),
     "metadata is no string": raw_file({"__metadata__": {"a": 1}}, b""),
     "unknown dtype": raw_file({"a": entry(dtype="F33")}),
     "no shape": raw_file({"a": {"dtype": "F32", "data_offsets": [0, 8]}}),
@@ -89,7 +91,6 @@ REFUSED = {
     "negative dimension": shaped([-2]),
     "two negative dimensions": shaped([-1, -2]),
     "fractional dimension": shaped([2.0]),
-    "not a number": raw_file(b'{"a": %s}' % json.dumps(entry() | {"more": math.nan}).encode()),
     "half a surrogate pair": raw_file({"\ud800": entry()}),
     "overflow": shaped([2**62, 8]),
     "zero-size overflow": shaped([0, 2**63], 0, 0, 0),
@@ -233,6 +234,14 @@ class TestSafetensors:
         with pytest.raises(ValueError, match="the file"):
             prlm.write_safetensors(tmp_path / "the file", tensors, metadata)
         assert not list(tmp_path.iterdir())
+
+    def test_a_header_with_a_number_that_is_none(self, tmp_path):
+        path = tmp_path / "a"
+        path.write_bytes(raw_file({"a": entry() | {"more": math.nan}}))
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.torch.load_file(path)
+        with pytest.raises(ValueError, match="NaN"):
+            prlm.read_safetensors(path)
 
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
@@ -432,13 +441,14 @@ BAD_CONFIGS = [
     {"hidden_size": None}, {"hidden_size": "16"}, {"hidden_size": 16.5}, {"vocab_size": -300},
     {"num_hidden_layers": True}, {"num_attention_heads": 0}, {"num_key_value_heads": 3},
     {"head_dim": 5}, {"rms_norm_eps": "small"}, {"tie_word_embeddings": "false"},
-    {"is_causal": False}, {"original_max_position_embeddings": 64},
+    {"is_causal": False}, {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
     {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}},
 ]
 HARMLESS = [
     {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
     {"layer_types": ["full_attention"] * 2, "rope_scaling": None, "use_mrope": False},
-    {"head_dim": 4}, {"head_dim": None}, {"rope_theta": 1e4},
+    {"head_dim": 4}, {"head_dim": None}, {"rope_theta": 1e4}, {"is_causal": True},
+    {"original_max_position_embeddings": 64},
 ]
 # fmt: on
 

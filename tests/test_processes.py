@@ -1,4 +1,4 @@
-"""Two processes under torchrun make the update of one, lose a peer in one line, and go on."""
+"""Two processes under torchrun make the update of one, lose a peer in one line, and resume."""
 
 import inspect
 import os

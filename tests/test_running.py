@@ -1,4 +1,4 @@
-"""A result knows what made it; a run can be followed, stopped and gone on with as it says."""
+"""A result knows what made it; a run can be followed, stopped and resumed as it says."""
 
 import dataclasses
 import errno

@@ -7,7 +7,7 @@
      (pair accuracy, swap test, rivals, correlation with ROUGE; rewards without gold texts)
 
 Every training is a run of rl.py with the options that its row changes, so it can be stopped and
-resumed (the supervised baseline is its warm start). One process per core, each with one thread.
+resumed (the supervised baseline is rl.py's warm start alone). One process and thread per core.
 The report states, it does not judge: what the figures mean stands in the README.
 
     python toy/experiments.py --quick        # one seed of the main table

@@ -29,7 +29,7 @@ from retrieve import WITH_PROFILE, task_of
 
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 STAGES = {"no_profile": "no profile", "before": "before RL", "after": "after RL"}
-PARTS = {  # of the reward: the weight where config.json names none, and what it is
+MEANING = {  # of the reward: the weight where config.json names none, and what it is
     "accuracy": (1.0, "ROUGE-1 + ROUGE-2 + ROUGE-L of its answer"),
     "format": (0.1, "1 where it closes its reasoning on a line of its own, else 0"),
     "personalization": (0.1, "how personal the judge finds its answer"),
@@ -442,10 +442,10 @@ def followed(samples: list[dict], count: int) -> dict[str, dict[int, list[dict]]
 
 def training(samples: list[dict], o: Options, options: dict, show: Show) -> str:
     """The section of training groups, and what its numbers mean."""
-    weights = {name: options.get(name, default) for name, (default, _) in PARTS.items()}
+    weights = {name: options.get(name, default) for name, (default, _) in MEANING.items()}
     weights = {name: weight for name, weight in weights.items() if weight}
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
-    meaning = "; ".join(f"<i>{name}</i> is {PARTS[name][1]}" for name in weights)
+    meaning = "; ".join(f"<i>{name}</i> is {MEANING[name][1]}" for name in weights)
     divided = "" if options.get("scale") == "none" else ", divided by the standard deviation"
     html = f"""<h2>How it was trained</h2>
 <p>Each completion gets a reward of {total}: {meaning}.</p>

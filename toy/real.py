@@ -336,7 +336,7 @@ def main(o: Options) -> None:
         raise ValueError(f"{o.data} has the files of none of the tasks {o.tasks}")
     if not {"warm", "prlm"} <= {*o.arms.split(",")} <= ARMS.keys():
         raise ValueError(f"--arms needs warm and prlm, and knows {', '.join(ARMS)}")
-    robustness(o)  # so that --items which are no numbers fail now, not after hours
+    robustness(o)  # so that a faulty --items fails now, not after hours
     settings = {name: getattr(o, name) for name in ("model", "encoder", "data", "users", "records")}
     file = Path(o.out) / "settings.json"
     if file.is_file() and prlm.read_json(file) != settings:
