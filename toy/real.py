@@ -123,7 +123,7 @@ def training(o: Options, task: str, arm: str, seed: int) -> str:
     _, start, options = ARMS[arm]
     if task != MAIN_TASK:
         options = options.replace("--warm-start 125", "--warm-start 75")  # to save time
-    if arm == "bert":  # one pair per query: sampling them takes longer than all that follows
+    if arm == "bert":  # one pair per query: even so, sampling them takes as long as GRPO
         options += f" --pairs-per-query 1 --encoder {shlex.quote(o.encoder)}"
     return (
         f"rl.py --model {shlex.quote(policy_of(o, task, start))} {common(o, task)} {options} "
