@@ -1527,10 +1527,16 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
         if getattr(o, "force", False):  # then the record says that the code is a mixture
             adjusted |= {name: changed.pop(name) for name in CHAPTERS if name in changed}
         if changed and o.overwrite:
-            old = out.with_name(f".{out.name}.old")
+            whole = out.resolve()  # what is replaced is the directory, not a link to it
+            for path in (path for paths in inputs.values() for path in paths):
+                if Path(path).resolve().is_relative_to(whole):
+                    text = f"{path} lies in {out}, which --overwrite would delete"
+                    raise ValueError(f"{text}: choose another --out")
+            old = whole.with_name(f".{whole.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)  # so that a crash leaves no half-deleted result
+            whole.rename(old)  # so that a crash leaves no half-deleted result
             shutil.rmtree(old)
+            whole.mkdir()
         elif changed:
             raise ValueError(f"{out} holds another result: {explain(changed)}")
         elif adjusted:
@@ -1569,12 +1575,12 @@ def alone(out):
     except ImportError:  # Windows
         yield
         return
-    out = Path(out).absolute()
+    out = Path(out).resolve()  # a link to a directory leads to the same lock
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.parent / f".{out.name}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"another process is working in {out}") from None
         yield
 
@@ -1809,12 +1815,12 @@ def advice_on_memory(options: type) -> str:
 
 def command(main, options: type, description: str) -> None:
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
-    chosen, debug = parse_options(options, description)
     for name in ("stdout", "stderr"):  # a scheduler may have started it without them
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Data may hold what a terminal cannot show; and a log is read while it grows.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    chosen, debug = parse_options(options, description)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         main(chosen)

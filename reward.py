@@ -348,6 +348,9 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
                 loss = info_nce_backward(o, model, batch)
                 optimizer.step()
                 schedule.step()
+                if not math.isfinite(loss):
+                    advice = "a lower --reward-lr, in another --out, may do"
+                    raise ValueError(f"the reward model's loss is {loss}: {advice}")
                 mean += loss * len(batch) / len(kept)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()

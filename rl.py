@@ -833,6 +833,8 @@ def check(o: Options, world_size: int) -> None:
                 flag = "--" + name.replace("_", "-")
                 at_least = "above 0" if bound == 1e-9 else f"at least {bound}"
                 raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
+    if o.clip_high is not None and not 0 < o.clip_high < math.inf:
+        raise ValueError(f"--clip-high must be above 0, not {o.clip_high}")
     if o.personalization:
         check_judge(o)
     if o.prompts_per_step % world_size:

@@ -107,6 +107,23 @@ class TestResult:
             scoring.main(evaluation(world, tmp_path / "model", overwrite=True))
         assert sorted((tmp_path / "model").iterdir()) == before
 
+    def test_overwrite_deletes_nothing_that_it_needs(self, world, tmp_path):
+        rl.main(quick(world, tmp_path / "run", steps=1))
+        before = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        o = quick(world, tmp_path / "run", model=str(tmp_path / "run/checkpoint"), overwrite=True)
+        with pytest.raises(ValueError, match="--overwrite would delete: choose another --out"):
+            rl.main(o)
+        assert {path for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+    def test_a_link_leads_to_the_same_directory(self, world, tmp_path):
+        rl.main(quick(world, tmp_path / "run", steps=1))
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        with prlm.alone(tmp_path / "run"), pytest.raises(ValueError, match="another process"):
+            rl.main(quick(world, tmp_path / "link", steps=1))
+        rl.main(quick(world, tmp_path / "link", steps=1, temperature=0.9, overwrite=True))
+        assert (tmp_path / "link").is_symlink()
+        assert prlm.read_json(tmp_path / "run/config.json")["temperature"] == 0.9
+
     def test_rl_goes_on_after_a_warm_start_alone(self, world, tmp_path, capsys):
         out = tmp_path / "run"
         rl.main(quick(world, out, steps=0, warm_start=1))

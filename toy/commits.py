@@ -25,6 +25,7 @@ import prlm
 import retrieve
 
 TASK = "commits"
+LOG = ("-z", "--encoding=UTF-8", "--no-show-signature")  # whatever the user has configured
 FIELDS = ("%H", "%aE", "%at", "%as", "%s", "%b", "%(trailers)")
 
 
@@ -62,7 +63,7 @@ def read_commits(repository: Path, least_words: int) -> list[Commit]:
             f"{repository} is a shallow clone, most of its commits are missing: {advice}"
         )
     layout = "%x00".join(FIELDS)
-    text = run_git(repository, "log", "--no-merges", "-z", f"--format={layout}", "--encoding=UTF-8")
+    text = run_git(repository, "log", "--no-merges", *LOG, f"--format={layout}")
     values = text.split("\0")
     commits = {}
     for start in range(0, len(values) - len(FIELDS) + 1, len(FIELDS)):
@@ -70,7 +71,7 @@ def read_commits(repository: Path, least_words: int) -> list[Commit]:
         body = body.strip().removesuffix(trailers.strip())
         body = re.sub(r"(?im)^[a-z-]+-by:.*$", "", body)  # those that git takes for text
         body, subject = (" ".join(part.split()) for part in (body, subject))  # each one line
-        if subject and len(body.split()) >= least_words:
+        if subject and len(body.split()) >= least_words and time.isdigit():  # a date can be broken
             author = hashlib.sha256(address.lower().encode()).hexdigest()[:12]
             item = {"id": id[:12], "body": body, "subject": subject, "date": date}
             commits[author, body, subject] = Commit(author, int(time), item)  # the oldest stays
