@@ -1694,6 +1694,10 @@ class Progress(tqdm):
     def set_postfix(self, **shown):
         super().set_postfix(refresh=not self.in_lines, **shown)
 
+    def close(self):
+        if hasattr(self, "start_t"):  # set last: Ctrl-C may come while tqdm builds the bar
+            super().close()
+
     @classmethod
     def write(cls, s, file=None, end="\n", nolock=False):
         super().write(s, file, end, nolock)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import re
@@ -309,6 +310,19 @@ class TestProgress:
     def test_a_short_loop_says_nothing(self, capsys):
         list(prlm.Progress(range(3), "quick"))
         assert capsys.readouterr() == ("", "")
+
+    def test_ctrl_c_while_it_is_built(self, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        ignored = []  # exceptions of __del__
+        monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+        with monkeypatch.context() as patch:
+            patch.setattr(prlm.Progress, "_get_free_pos", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prlm.Progress(range(5), "GRPO")
+        gc.collect()
+        assert not ignored
 
 
 class TestPresets:
