@@ -213,6 +213,7 @@ def is_placeholder(answer: str, task: str) -> bool:
 class EvalOptions(PromptOptions):
     presets = {"paper": {"max_new_tokens": 768}}  # noqa: RUF012
     free = PromptOptions.free | {"batch_size"}
+    bounds = {1: "max_new_tokens batch_size"}  # noqa: RUF012
     max_new_tokens: int = 128  # longest completion
     batch_size: int = 64  # completions that are generated together
 
@@ -367,6 +368,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 @dataclass
 class Options(EvalOptions):
+    bounds = {0: "temperature limit"}  # noqa: RUF012
     split: Split = "dev"  # which of LaMP's files
     temperature: float = 0.0  # 0 is greedy
     limit: int = 0  # only the first records; 0 takes all
@@ -375,6 +377,7 @@ class Options(EvalOptions):
 
 
 def main(o: Options) -> None:
+    prlm.check_bounds(o)
     examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
     inputs = {"model": [o.model], "data": lamp_files(o.data, o.task, o.split)}

@@ -1216,20 +1216,20 @@ def read_json(path, kind: type = dict):
     return value
 
 
-def parse_lines(path, lines: list[str]) -> list[dict]:
-    """The records that the lines of a JSON Lines file hold; ValueError names file and line."""
+def read_lines(path) -> list[dict]:
+    """The records of a JSON Lines file; ValueError names file and line.
+
+    What follows the last line break is left out: a killed process wrote no more of that line.
+    """
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"{path}: line {number} is not a JSON object")
     return records
-
-
-def read_lines(path) -> list[dict]:
-    """The records of a JSON Lines file."""
-    return parse_lines(path, Path(path).read_text(encoding="utf-8").splitlines())
 
 
 def write_lines(path, records: list[dict]) -> None:
@@ -1253,8 +1253,7 @@ def append(path, records: list[dict]) -> None:
 
 def rewind(path, steps: int) -> list[dict]:
     """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = parse_lines(path, text.split("\n")[:-1])
+    lines = read_lines(path) if path.is_file() else []
     kept = [line for line in lines if line["step"] <= steps]
     write_lines(path, kept)
     return kept
@@ -1440,6 +1439,8 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
             kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
             raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
         view.copy_(found)
+        if not view.isfinite().all():  # else every score would be 0, without a word
+            raise ValueError(f"{directory}: {name} holds NaN or infinity; is the file damaged?")
     return module
 
 
@@ -1515,17 +1516,16 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
 
     `inputs` names the files and directories that the result depends on. A path counts by what it
     leads to, so a result may be moved. Options in `o.free` do not change the result. Those in
-    `o.adjustable` may change when a run is resumed; the record then says what was changed.
+    `o.adjustable`, and with --force the code, may change: `adopt` records that.
     """
     out, mine = Path(o.out), recipe(o, inputs)
     config = out / record
-    free, adjustable = getattr(o, "free", set()), getattr(o, "adjustable", set())
     theirs = read_json(config) if config.is_file() else {}
     if "out" in theirs:  # a model's config.json, for one, is not ours, and not ours to delete
-        changed = differences(theirs, mine, free)
-        adjusted = {name: changed.pop(name) for name in sorted(adjustable & changed.keys())}
-        if getattr(o, "force", False):  # then the record says that the code is a mixture
-            adjusted |= {name: changed.pop(name) for name in CHAPTERS if name in changed}
+        accepted = {*getattr(o, "free", ()), *getattr(o, "adjustable", ())}
+        changed = differences(theirs, mine, accepted)
+        if getattr(o, "force", False):
+            changed = {name: both for name, both in changed.items() if name not in CHAPTERS}
         if changed and o.overwrite:
             whole = out.resolve()  # what is replaced is the directory, not a link to it
             for path in (path for paths in inputs.values() for path in paths):
@@ -1539,11 +1539,6 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
             whole.mkdir()
         elif changed:
             raise ValueError(f"{out} holds another result: {explain(changed)}")
-        elif adjusted:
-            mine["changes"] = [*theirs.get("changes", []), adjusted]
-            write_json(config, theirs | mine)
-            words = ", ".join(f"{n} {old!r} -> {new!r}" for n, (old, new) in adjusted.items())
-            print(f"{out} is resumed with {words}")
     elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no result: choose another --out")
     if not config.is_file():
@@ -1552,6 +1547,22 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
         left.unlink()
     return out
+
+
+def adopt(o) -> None:
+    """Puts a resumed run's new options into its config.json, and what they were before.
+
+    The run calls it when it goes to work: a command that is refused or has nothing to do leaves the
+    record as it was. `open_result` has refused all changes but those that may be.
+    """
+    config = Path(o.out) / "config.json"
+    theirs, mine = read_json(config), recipe(o, inputs={})
+    changed = differences(theirs, mine, {"inputs", *o.free})
+    if changed:
+        mine |= {"inputs": theirs["inputs"], "changes": [*theirs.get("changes", []), changed]}
+        write_json(config, theirs | mine)
+        words = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+        print(f"{o.out} is resumed with {words}")
 
 
 def explain(changed: dict[str, tuple]) -> str:
@@ -1645,7 +1656,9 @@ def pick_device(name: str) -> str:
         mps = torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return str(torch.empty(0, device=name).device)
+        found = torch.empty(0, device=name)
+        found.tolist()  # "meta" is a device without numbers
+        return str(found.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
 
@@ -1806,6 +1819,28 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     return options(**parsed), debug
 
 
+ABOVE_0 = 1e-9  # in `bounds`: any number above 0
+
+
+def check_bounds(o) -> None:
+    """ValueError for an option below what its class says in `bounds`, {least value: names}."""
+    for kind in type(o).__mro__:
+        for least, names in vars(kind).get("bounds", {}).items():
+            for name in names.split():
+                value = getattr(o, name)
+                if value is None or least <= value < 2**62:  # torch takes no larger seed
+                    continue
+                wanted = "above 0" if least == ABOVE_0 else f"at least {least}"
+                wanted = "below 2^62" if value >= 2**62 else wanted
+                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory, or the machine's, was too small."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)  # a RuntimeError, of torch's CPU tensors
+
+
 def advice_on_memory(options: type) -> str:
     """Which of a command's flags make it need less memory, without changing what it computes."""
     flags = {
@@ -1814,7 +1849,7 @@ def advice_on_memory(options: type) -> str:
         "batch_size": "lower --batch-size",
     }
     known = [text for name, text in flags.items() if hasattr(options, name)]
-    return "the GPU's memory is full: " + (" or ".join(known) or "take a smaller model")
+    return "the memory is full: " + (" or ".join(known) or "take a smaller model")
 
 
 def command(main, options: type, description: str) -> None:
@@ -1830,11 +1865,12 @@ def command(main, options: type, description: str) -> None:
         main(chosen)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        full = is_out_of_memory(error)
+        if debug or not (full or isinstance(error, ValueError | OSError)):
             raise
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if full:
             text = advice_on_memory(options)
         elif isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"  # without the number in front
@@ -1850,6 +1886,7 @@ def command(main, options: type, description: str) -> None:
 
 @dataclass
 class Options:
+    bounds = {0: "temperature seed", 1: "group_size max_new_tokens"}  # noqa: RUF012
     model: str = beside("toy/policy")  # checkpoint directory of the language model
     prompt: str = "Hello."  # what the user says
     group_size: int = 1  # completions to sample
@@ -1861,6 +1898,7 @@ class Options:
 
 
 def main(o: Options) -> None:
+    check_bounds(o)
     decoder, tokenizer = load_policy(o)
     groups = generate(
         decoder,

@@ -460,6 +460,7 @@ class PromptOptions:
         "paper": {"k": 5, "encoder": None},
     }
     free = {"device"}  # noqa: RUF012  these may change: greedy results stay, up to rounding
+    bounds = {0: "k seed", 1: "max_prompt_tokens"}  # noqa: RUF012  {least value: names}
     model: str = beside("toy/policy")  # checkpoint directory of the policy
     data: str = beside("toy/lamp")  # directory with LaMP's files
     task: TaskName = "LaMP-4"  # an entry of TASKS in retrieve.py
@@ -532,12 +533,14 @@ def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples, rank=None) ->
 
 @dataclass
 class Options(PromptOptions):
+    bounds = {0: "show"}  # noqa: RUF012
     split: Split = "dev"  # which of LaMP's files
     show: int = 1  # prompts to print
     out: str | None = None  # write every record's whole ranking to this file, {id: [item ids]}
 
 
 def main(o: Options) -> None:
+    prlm.check_bounds(o)
     examples, rank = load_lamp(o.data, o.task, o.split), make_ranker(o)
     tokenizer = prlm.load_tokenizer(o.model) if o.show else None
     for example in examples[: o.show]:

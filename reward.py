@@ -215,6 +215,11 @@ class RewardOptions(EvalOptions):
             "reward_lr": 5e-5,
         },  # 10 x 500 are the authors' 5,000 pairs
     }
+    bounds = {  # noqa: RUF012
+        0: "probe_examples",
+        1: "pairs_per_query negatives reward_epochs tokens_per_micro_batch",
+        prlm.ABOVE_0: "reward_lr",
+    }
     judge: Literal["bert", "ratio"] = "bert"  # of personalization: a trained model or the policy
     pairs_per_query: int = 3  # reward model: positives sampled for each query
     negatives: int = 1  # reward model: negatives for each positive
@@ -370,9 +375,15 @@ def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory
     pairs_file = directory / "pairs.json"
     report_file = directory / "report.json"
 
+    def make() -> RewardModel:
+        torch.manual_seed(o.seed)  # of the classifier's weights
+        return RewardModel(prlm.load_encoder(encoder_of(o), device))
+
+    def check() -> None:
+        make()
+
     def train() -> None:
-        torch.manual_seed(o.seed)
-        model = RewardModel(prlm.load_encoder(encoder_of(o), device))
+        model = make()
         found = train_reward_model(o, model, prlm.read_json(pairs_file, list))
         save_reward_model(model, directory)
         prlm.write_json(report_file, found)  # last: it says that all is there
@@ -380,6 +391,7 @@ def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory
     if prlm.on_first(lambda: not report_file.is_file()):
         directory.mkdir(parents=True, exist_ok=True)
         if prlm.on_first(lambda: not pairs_file.is_file()):
+            prlm.on_first(check)  # a faulty encoder is refused now, not after the slow part
             pairs = build_pairs(o, policy, tokenizer, examples)
             split_pairs(pairs, o.seed)  # raises ValueError for too few, before they are kept
             prlm.on_first(lambda: prlm.write_json(pairs_file, pairs))  # the slow part is kept
@@ -506,6 +518,19 @@ def probe(judge: Judge, examples: Sequence[Example], rivals: Sequence[dict] = ()
     return report
 
 
+def read_rivals(o: RewardOptions) -> list[dict]:
+    """The task's probe.json, if the data has one; ValueError where a record lacks a text."""
+    file = Path(o.data) / o.task.replace("-", "_") / "probe.json"
+    rivals = prlm.read_json(file, list) if file.is_file() else []
+    for n, row in enumerate(rivals):
+        texts = row.values() if isinstance(row, dict) else [None]
+        if not {"query", "own"} <= {*row} or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{file}: record {n} is no object of texts with 'query' and 'own'")
+        if row.keys() != rivals[0].keys():
+            raise ValueError(f"{file}: record {n} has other keys than the first")
+    return rivals
+
+
 FEW = 30  # held-out queries: with fewer, an accuracy of .65 cannot be told from chance
 
 
@@ -555,8 +580,7 @@ def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory
         report = prlm.read_json(file) if file.is_file() else {}
         if held and "swap_test" not in report:
             file.parent.mkdir(parents=True, exist_ok=True)
-            rivals = Path(o.data) / o.task.replace("-", "_") / "probe.json"
-            report |= probe(judge, held, prlm.read_json(rivals, list) if rivals.is_file() else ())
+            report |= probe(judge, held, read_rivals(o))
             prlm.write_json(file, report)
         return report
 
@@ -578,14 +602,14 @@ def inputs_of(o: RewardOptions, *splits: str) -> dict[str, list]:
 
 @dataclass
 class Options(RewardOptions):
+    bounds = {0: "limit"}  # noqa: RUF012
     limit: int = 0  # only the first training records; 0 takes all
     out: str = "runs/reward"  # directory of the trained model
     overwrite: bool = False  # start anew where the directory holds another model
 
 
 def main(o: Options) -> None:
-    if min(o.pairs_per_query, o.negatives, o.reward_epochs) < 1:
-        raise ValueError("--pairs-per-query, --negatives and --reward-epochs must be at least 1")
+    prlm.check_bounds(o)
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
     inputs = inputs_of(o, *(["train", "dev"] if o.probe_examples else ["train"]))

@@ -168,7 +168,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 @dataclass
 class Options(RewardOptions):
-    # Without an annotation, a name is not an option: these three say things about the options.
+    # Without an annotation, a name is not an option: these four say things about the options.
     presets = {  # noqa: RUF012  what the authors trained with, and what small real models want
         "small": {
             "warm_start_batch": 4, "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4,
@@ -185,6 +185,13 @@ class Options(RewardOptions):
         "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
     }  # fmt: skip
     adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run is resumed
+    bounds = {  # noqa: RUF012
+        0: f"{' '.join(PARTS)} beta eval_every warmup train_examples warm_start steps lora_rank "
+        "eval_temperature",
+        1: "prompts_per_step updates_per_rollout eval_examples save_every warm_start_batch",
+        2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
+        prlm.ABOVE_0: "temperature lr warm_start_lr grad_clip clip clip_high",
+    }
     train_examples: int = 0  # only the first training records; 0 takes all
     accuracy: float = 1.0  # weight of ROUGE against the user's own text; 0 learns without it
     format: float = 0.1  # weight of a closed reasoning block
@@ -345,7 +352,9 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
     parts = rewards(texts, asked, judge, **weights)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
-        raise FloatingPointError(f"a reward is not finite: {reward.tolist()}")
+        records = ", ".join(example.id for example in examples)
+        values = [part["personalization"] for part in parts]
+        raise ValueError(f"records {records}: the judge's values are not all finite: {values}")
     # 3. advantage
     advantages = group_advantages(reward, o.scale)
     return Rollout(examples, prompts, groups, texts, parts, advantages)
@@ -512,11 +521,8 @@ def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, fl
         metrics[f"spread_{name}"] = grid.std(1).mean().item()
     learning = (rollout.advantages != 0).any(1)
     # Groups that are alike in every part but the judge's: if they learn, it alone orders them.
-    alike = torch.ones_like(learning)
-    for name in PARTS:
-        grid = rollout.grid(name)
-        if name != "personalization":
-            alike &= (grid == grid[:, :1]).all(1)
+    others = torch.stack([rollout.grid(name) for name in PARTS if name != "personalization"])
+    alike = (others == others[..., :1]).all(-1).all(0)  # [P]
     return metrics | {
         "zero_spread_groups": 1 - learning.float().mean().item(),
         "judge_only_groups": (learning & alike).float().mean().item(),
@@ -686,7 +692,9 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     answers, and the KL is measured from it.
     """
     folder = out / "warm_start"
+    state = folder / "trainer.pt"
     if prlm.on_first((folder / "report.json").is_file):
+        prlm.on_first(partial(state.unlink, missing_ok=True))  # a process killed below left it
         return folder
     prlm.on_first(partial(folder.mkdir, exist_ok=True))
     policy = make_policy(o, o.model, prlm.pick_device(o.device))
@@ -726,7 +734,7 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     def keep() -> None:
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.write_json(folder / "report.json", {"steps": o.warm_start, "loss": losses[-1:]})
-        (folder / "trainer.pt").unlink()  # not needed once the report says that all is there
+        state.unlink()  # not needed once the report says that all is there
 
     prlm.on_first(keep)
     return folder
@@ -768,7 +776,10 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
         return state["step"]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, EOFError, LookupError, OSError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError, AttributeError,
+        pickle.UnpicklingError,
+    ) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a broken file
             raise
         reason = str(error).split("\n")[0]
@@ -818,23 +829,7 @@ def saved_steps(
 
 def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
-    least = {  # smallest value: options; 1e-9 stands for "above 0"
-        0: f"k beta eval_every {' '.join(PARTS)} warmup train_examples warm_start steps lora_rank "
-        "eval_temperature",
-        1: "prompts_per_step max_new_tokens max_prompt_tokens updates_per_rollout batch_size "
-        "tokens_per_micro_batch eval_examples save_every pairs_per_query negatives reward_epochs "
-        "warm_start_batch",
-        2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
-        1e-9: "temperature lr warm_start_lr reward_lr grad_clip clip",
-    }
-    for bound, names in least.items():
-        for name in names.split():
-            if not bound <= getattr(o, name) < math.inf:
-                flag = "--" + name.replace("_", "-")
-                at_least = "above 0" if bound == 1e-9 else f"at least {bound}"
-                raise ValueError(f"{flag} must be {at_least}, not {getattr(o, name)}")
-    if o.clip_high is not None and not 0 < o.clip_high < math.inf:
-        raise ValueError(f"--clip-high must be above 0, not {o.clip_high}")
+    prlm.check_bounds(o)
     if o.personalization:
         check_judge(o)
     if o.prompts_per_step % world_size:
@@ -851,6 +846,7 @@ def train_policy(
     prlm.on_first(partial(prlm.rewind, out / "samples.jsonl", done))
     if done > o.steps:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
+    prlm.on_first(partial(prlm.adopt, o))
     prompts = make_prompts(o, policy.tokenizer, train)
     for step, bar in saved_steps(
         o, "GRPO", out, stop, first=done, count=o.steps, policy=policy, optimizer=optimizer

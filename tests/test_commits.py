@@ -167,6 +167,36 @@ class TestCommand:
                 shown = retrieve.build_messages(e, [newest])[1]["content"]
                 assert f"'subject': '{newest['subject']}'\nBased on" in shown
 
+    def test_signatures_and_broken_dates(self, repository):
+        """What `git log` says of a signature is no part of a message; a date may be no number."""
+        commit(repository, "whole")
+        git(repository, "config", "log.showSignature", "true")
+        gpg = repository / "gpg"
+        gpg.write_text("#!/bin/sh\necho gpg: a good one >&2\necho '[GNUPG:] GOODSIG A'\n")
+        gpg.chmod(0o755)
+        git(repository, "config", "gpg.program", str(gpg))
+        run = ["git", "-C", str(repository)]
+
+        def write(*lines):
+            text = "\n".join([*lines, "", "odd", "", BODY]).encode()
+            how = ["hash-object", "-t", "commit", "-w", "--stdin", "--literally"]
+            made = subprocess.run([*run, *how], input=text, capture_output=True, check=True)
+            git(repository, "reset", "-q", "--soft", made.stdout.decode().strip())
+
+        def parents():
+            asked = subprocess.run([*run, "rev-parse", "HEAD^{tree}", "HEAD"], capture_output=True)
+            tree, parent = asked.stdout.decode().split()
+            return f"tree {tree}", f"parent {parent}"
+
+        people = [f"{role} A <a@x> 1700000000 +0000" for role in ("author", "committer")]
+        signature = ["gpgsig -----BEGIN PGP SIGNATURE-----", " ", " -----END PGP SIGNATURE-----"]
+        write(*parents(), *people, *signature)
+        assert read(repository) == {"whole": BODY, "odd": BODY}
+        assert all(int(c.item["id"], 16) for c in module.read_commits(repository, 15))
+        write(*parents(), *(line.replace("1700000000", "soon") for line in people))
+        commit(repository, "after it")
+        assert read(repository).keys() == {"whole", "odd", "after it"}
+
     @pytest.mark.parametrize(("flags", "said"), [
         (["--least", "50"], "no author has 50 commits.*lower --least"),
         (["--words", "500"], "500 words; 0 is most"),

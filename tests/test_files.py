@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -454,6 +455,15 @@ HARMLESS = [
 
 
 class TestConfig:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_weights_that_are_no_numbers_are_refused(self, world, tmp_path, value):
+        shutil.copytree(world / "policy", tmp_path / "policy")
+        weights = prlm.read_safetensors(tmp_path / "policy" / "model.safetensors")
+        weights["model.norm.weight"][3] = value
+        prlm.write_safetensors(tmp_path / "policy" / "model.safetensors", weights)
+        with pytest.raises(ValueError, match=r"policy: model\.norm\.weight holds NaN or infinity"):
+            prlm.load_decoder(tmp_path / "policy")
+
     @pytest.mark.parametrize("changes", BAD_CONFIGS, ids=str)
     def test_refuses(self, changes):
         with pytest.raises(ValueError, match="the config"):

@@ -554,6 +554,12 @@ class TestPairs:
         assert torch.equal(get().score_all(queries, answers), expected)  # the same model comes out
         assert calls[2:] == ["train_reward_model"]
 
+    def test_an_encoder_that_is_none_is_found_before_the_pairs(self, world, tmp_path, monkeypatch):
+        monkeypatch.setattr(reward, "build_pairs", lambda *_: pytest.fail("the slow part"))
+        options = reward.RewardOptions(encoder=str(world / "policy"))
+        with pytest.raises(ValueError, match="policy"):
+            reward.obtain_reward_model(options, None, None, [], tmp_path)
+
     def test_a_better_policy_after_too_few_pairs(self, world, tmp_path, monkeypatch):
         """What the first one gave is not kept: the same directory serves the next."""
         options = reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1)
@@ -564,6 +570,18 @@ class TestPairs:
         monkeypatch.setattr(reward, "build_pairs", lambda *_: contrast(40))
         reward.obtain_reward_model(options, None, None, [], tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["pairs"] == 40
+
+
+@pytest.mark.parametrize("rows, text", [
+    ([3], "record 0 is no object"), ([{"query": "q"}], "record 0 is no object of texts"),
+    ([{"query": "q", "own": 3}], "record 0 is no object of texts"),
+    ([{"query": "q", "own": "a", "other": "b"}, {"query": "q", "own": "a"}], "record 1 has other"),
+])  # fmt: skip
+def test_a_broken_probe_is_named(tmp_path, rows, text):
+    (tmp_path / "LaMP_4").mkdir()
+    prlm.write_json(tmp_path / "LaMP_4" / "probe.json", rows)
+    with pytest.raises(ValueError, match=rf"probe\.json: {text}"):
+        reward.read_rivals(reward.RewardOptions(data=str(tmp_path)))
 
 
 def users(count=4):

@@ -23,6 +23,7 @@ import prlm
 import retrieve
 import reward
 import rl
+from toy import experiments, make, page, real
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +62,8 @@ class TestResult:
         assert [line["step"] for line in lines(out / "metrics.jsonl")] == [1, 2, 3]
         with pytest.raises(ValueError, match="3 steps already"):
             rl.main(quick(world, out, steps=1, lr=5e-3))
+        rl.main(quick(world, out, steps=3, lr=1.0))  # has nothing to do
+        assert json.loads((out / "config.json").read_text()) == config
 
     def test_other_options_code_and_inputs_are_named(self, world, tmp_path):
         out = tmp_path / "run"
@@ -75,10 +78,12 @@ class TestResult:
         (out / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"reward\.py has been edited .* another --out"):
             rl.main(quick(world, out))
-        rl.main(quick(world, out, force=True))  # once: then the record knows of the mixture
-        rl.main(quick(world, out))
+        rl.main(quick(world, out, force=True))  # has nothing to do, so it mixes nothing
+        assert json.loads((out / "config.json").read_text()) == config
+        rl.main(quick(world, out, steps=3, force=True))
+        rl.main(quick(world, out, steps=3))  # by now the record knows of the mixture
         changes = json.loads((out / "config.json").read_text())["changes"]
-        assert [*changes[0]] == ["reward.py"] and changes[0]["reward.py"][0] == "0" * 12
+        assert [*changes[0]] == ["reward.py", "steps"] and changes[0]["reward.py"][0] == "0" * 12
 
     def test_a_path_is_a_place_not_a_spelling(self, world, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -151,8 +156,37 @@ class TestResult:
 
     @pytest.mark.parametrize("name", ["pairs_per_query", "negatives", "reward_epochs"])
     def test_a_reward_model_of_nothing_is_refused(self, name):
-        with pytest.raises(ValueError, match=r"--negatives .* must be at least 1"):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"{flag} must be at least 1, not 0"):
             reward.main(reward.Options(**{name: 0}))
+
+    @pytest.mark.parametrize("main, options, text", [
+        (scoring.main, scoring.Options(limit=-1), "--limit must be at least 0, not -1"),
+        (scoring.main, scoring.Options(max_new_tokens=0), "--max-new-tokens must be at least 1"),
+        (scoring.main, scoring.Options(seed=2**64), "--seed must be below 2^62"),
+        (scoring.main, scoring.Options(temperature=float("nan")), "--temperature must be at least"),
+        (retrieve.main, retrieve.Options(show=-1), "--show must be at least 0"),
+        (retrieve.main, retrieve.Options(k=-1), "--k must be at least 0"),
+        (reward.main, reward.Options(probe_examples=-1), "--probe-examples must be at least 0"),
+        (prlm.main, prlm.Options(group_size=0), "--group-size must be at least 1"),
+        (page.main, page.Options(steps=0), "--steps must be at least 1"),
+        (real.main, real.Options(seeds=0), "--seeds must be at least 1"),
+        (make.main, make.Options(threads=0), "--threads must be at least 1"),
+        (experiments.main, experiments.Options(jobs=0), "--jobs must be at least 1"),
+        (rl.main, rl.Options(clip_high=-5.0), "--clip-high must be above 0, not -5"),
+    ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+    def test_a_number_out_of_bounds_is_refused(self, main, options, text):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            main(options)
+
+    def test_every_number_has_a_bound(self):
+        """A new option is in `bounds`, or may be any number."""
+        for options in (chapter.Options for chapter in (prlm, retrieve, scoring, reward, rl)):
+            bounds = [b for kind in options.__mro__ for b in vars(kind).get("bounds", {}).values()]
+            bound = " ".join(bounds).split()
+            for field in dataclasses.fields(options):
+                if field.type in (int, float, float | None):
+                    assert field.name in bound, (options, field.name)
 
     def test_evaluations_do_not_mix(self, world, tmp_path):
         scoring.main(evaluation(world, tmp_path / "a"))
@@ -263,6 +297,20 @@ class TestFiles:
         monkeypatch.undo()
         assert path.read_bytes() == whole
 
+    @pytest.mark.parametrize("line, text", [
+        ("[1]", "line 2 is not a JSON object"), ("3", "line 2 is not a JSON object"),
+        (b"\xff", "line 2 is not valid JSON"),
+    ])  # fmt: skip
+    def test_a_line_that_is_no_record_is_named(self, tmp_path, line, text):
+        line = line if isinstance(line, bytes) else line.encode()
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+        with pytest.raises(ValueError, match=rf"metrics\.jsonl: {text}"):
+            prlm.read_lines(tmp_path / "metrics.jsonl")
+
+    def test_half_a_last_line_is_left_out(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"')
+        assert prlm.read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
     def test_a_line_that_is_no_json_is_named(self, tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhalf\n{"step": 3}\n')
         for read in (prlm.read_lines, lambda path: prlm.rewind(path, 3)):
@@ -294,6 +342,23 @@ class TestFiles:
                     rl.load_state(path, decoder, optimizer)
             assert "delete" not in str(found.value)
         assert rl.load_state(path, decoder, optimizer) == 1
+
+    @pytest.mark.parametrize("broken", ["a list", "no optimizer", "another size"])
+    def test_a_state_of_another_kind_is_named(self, tmp_path, broken):
+        decoder = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(decoder.parameters())
+        path = tmp_path / "trainer.pt"
+        rl.save_state(path, 1, decoder, optimizer)
+        state = torch.load(path, weights_only=True)
+        if broken == "a list":
+            state = [state]
+        elif broken == "no optimizer":
+            state["optimizer"] = []
+        else:
+            state["optimizer"]["param_groups"][0]["params"].append(2)
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=r"trainer\.pt: not a state of this run .* delete it"):
+            rl.load_state(path, decoder, optimizer)
 
 
 class TestProgress:
@@ -445,6 +510,7 @@ class TestWarmStart:
         status, _, complaint = finish(start(world, out, **how))
         assert status == 0, complaint
         assert state(out) == state(tmp_path / "whole")
+        assert not (out / "warm_start/trainer.pt").exists()
         one, two = (p / "warm_start/model.safetensors" for p in (out, tmp_path / "whole"))
         assert one.read_bytes() == two.read_bytes()
 
@@ -539,6 +605,34 @@ class TestStopping:
         for flag in re.findall(r"--[\w-]+", prlm.advice_on_memory(options)):
             name = flag[2:].replace("-", "_")
             assert hasattr(options, name) and name in options.free
+
+    @pytest.mark.parametrize("error", [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    ])  # fmt: skip
+    def test_any_full_memory_gets_that_advice(self, error, monkeypatch, capsys):
+        def full(_):
+            raise error
+
+        monkeypatch.setattr(sys, "argv", ["eval.py"])
+        monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+        with pytest.raises(SystemExit) as ended:
+            prlm.command(full, scoring.Options, "")
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == "error: the memory is full: lower --batch-size\n"
+
+    def test_a_device_without_numbers_is_refused(self):
+        for name in ("meta", "cuda:77", "tpu"):
+            with pytest.raises(ValueError, match=f"--device {name}: this machine"):
+                prlm.pick_device(name)
+
+    def test_a_judge_that_gives_no_number_is_to_blame(self, world, tmp_path):
+        def judge(examples, answers):
+            return [float("nan")] * len(answers)
+
+        with pytest.raises(ValueError, match=r"records 30\d, 30\d: the judge's values") as found:
+            rl.main(quick(world, tmp_path / "run", personalization=0.1), judge=judge)
+        assert "--lr" not in str(found.value)
 
     def test_ten_steps_without_spread_are_worth_a_warning(self):
         said = []

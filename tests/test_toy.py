@@ -389,6 +389,10 @@ class TestPage:
         with pytest.raises(ValueError, match="nothing to show yet"):
             self.page(run)
 
+    def test_a_directory_of_another_kind_is_named(self, run):
+        with pytest.raises(ValueError, match=r"is no directory of rl\.py or eval\.py"):
+            self.page(run / "checkpoint")
+
     def test_an_older_run_knows_neither_weights_nor_queries(self, run):
         options = prlm.read_json(run / "config.json")
         options.pop("accuracy")

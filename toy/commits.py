@@ -173,12 +173,14 @@ def main(o: argparse.Namespace) -> None:
             raise ValueError(f"{o.repository}: {found}: take --split time, or change --share")
     for split, chosen in parts.items():
         write_split(Path(o.out), split, chosen)
+    for split, chosen in parts.items():
         authors = len({record["user_id"] for record in chosen})
         print(f"{Path(o.out) / split}: {len(chosen)} records of {authors} authors")
     print(f"look at one: python retrieve.py --data {o.out} --task {TASK}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have any name
     options = parse_arguments()
     try:
         main(options)

@@ -66,6 +66,7 @@ TASK = "LaMP-4"  # of everything but the main table
 
 @dataclass
 class Options:
+    bounds = {1: "seeds steps jobs"}  # noqa: RUF012
     quick: bool = False  # one seed of the main table, and nothing else
     seeds: int = 3  # trainings of every arm
     steps: int = 60  # of every training
@@ -448,8 +449,7 @@ def report(o: Options, results: dict, seeds: range) -> str:
 
 
 def main(o: Options) -> None:
-    if min(o.seeds, o.steps, o.jobs) < 1:
-        raise ValueError("--seeds, --steps and --jobs must be at least 1")
+    prlm.check_bounds(o)
     seeds = range(1 if o.quick else o.seeds)
     work = {}
     for seed in seeds:  # a whole seed first: an early look at all rows

@@ -616,6 +616,10 @@ def save_encoder(encoder: Encoder, directory: Path) -> None:
 
 @dataclass
 class Options:
+    bounds = {  # noqa: RUF012
+        0: "seed",
+        1: "train_users dev_users pretrain_steps encoder_steps threads",
+    }
     out: str = "toy"  # directory that gets lamp/, policy/ and encoder/
     train_users: int = 400  # records of LaMP-4 to learn from; half as many of the other two
     dev_users: int = 200  # records of other users, held out; half as many of the other two
@@ -626,9 +630,7 @@ class Options:
 
 
 def main(o: Options) -> None:
-    for name in ("train_users", "dev_users", "pretrain_steps", "encoder_steps", "threads"):
-        if getattr(o, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    prlm.check_bounds(o)
     torch.set_num_threads(o.threads)
     out, everyone = Path(o.out), {}
     for task in TASKS:

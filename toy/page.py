@@ -46,6 +46,7 @@ are in the user's own text, too.</p>"""
 
 @dataclass
 class Options:
+    bounds = {1: "records prompts steps tokens"}  # noqa: RUF012
     run: str = "runs/toy"  # directory of rl.py or eval.py; the page is written into it
     records: int = 3  # held-out records to show: so many gains, and so many losses
     prompts: int = 3  # training records to follow
@@ -522,6 +523,8 @@ def sections(run: Path, o: Options, options: dict) -> list[str]:
 def render(run: Path, o: Options) -> str:
     """The page; ValueError if there is nothing to show yet."""
     options = prlm.read_json(run / "config.json")
+    if not {"task", "model", "k"} <= options.keys():
+        raise ValueError(f"{run} is no directory of rl.py or eval.py: its config.json has no task")
     subject = "What RL changed" if "steps" in options else "An evaluation"
     title = clean(f"{subject}: {options['task']}, {run}")
     settings = ", ".join(f"{name} {value}" for name, value in options.items())
@@ -535,8 +538,7 @@ def render(run: Path, o: Options) -> str:
 
 def main(o: Options) -> None:
     run = Path(o.run)
-    if min(o.records, o.prompts, o.steps, o.tokens) < 1:
-        raise ValueError("--records, --prompts, --steps and --tokens must be at least 1")
+    prlm.check_bounds(o)
     html = render(run, o)
     size = len(html.encode()) / 1e6
     if size > 5:

@@ -57,6 +57,7 @@ MAIN_TASK = "LaMP-7"  # the only task of all other arms
 
 @dataclass
 class Options:
+    bounds = {1: "users records seeds jobs"}  # noqa: RUF012
     model: str = "models/smollm2"  # checkpoint directory of the released model
     encoder: str = ""  # BERT checkpoint of the paper's judge; without one that arm is left out
     data: str = "data"  # directory with LaMP's files
@@ -331,6 +332,7 @@ def report(o: Options, tasks: list[str]) -> str:
 
 
 def main(o: Options) -> None:
+    prlm.check_bounds(o)
     tasks = tasks_of(o)
     if not tasks:
         raise ValueError(f"{o.data} has the files of none of the tasks {o.tasks}")
