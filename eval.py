@@ -377,7 +377,6 @@ class Options(EvalOptions):
 
 
 def main(o: Options) -> None:
-    prlm.check_bounds(o)
     examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
     inputs = {"model": [o.model], "data": lamp_files(o.data, o.task, o.split)}

@@ -43,7 +43,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -1219,13 +1219,16 @@ def read_json(path, kind: type = dict):
 def read_lines(path) -> list[dict]:
     """The records of a JSON Lines file; ValueError names file and line.
 
-    What follows the last line break is left out: a killed process wrote no more of that line.
+    A killed process may have left half a line at the end, which is left out.
     """
     records = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+    *lines, last = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last], 1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if number > len(lines):
+                break
             raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
         if not isinstance(records[-1], dict):
             raise ValueError(f"{path}: line {number} is not a JSON object")
@@ -1254,6 +1257,8 @@ def append(path, records: list[dict]) -> None:
 def rewind(path, steps: int) -> list[dict]:
     """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
     lines = read_lines(path) if path.is_file() else []
+    if not all(isinstance(line.get("step"), int) for line in lines):
+        raise ValueError(f"{path}: a line does not say its step")
     kept = [line for line in lines if line["step"] <= steps]
     write_lines(path, kept)
     return kept
@@ -1439,7 +1444,7 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
             kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
             raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
         view.copy_(found)
-        if not view.isfinite().all():  # else every score would be 0, without a word
+        if not torch.stack(view.aminmax()).isfinite().all():  # else all scores would silently be 0
             raise ValueError(f"{directory}: {name} holds NaN or infinity; is the file damaged?")
     return module
 
@@ -1490,10 +1495,16 @@ def fingerprint(*paths) -> str:
 def recipe(o, inputs: dict[str, list]) -> dict:
     """What makes a result: the command's options, its code, and its inputs by their contents."""
     chapter = Path(inspect.getsourcefile(type(o)))
-    chapters = CHAPTERS[: CHAPTERS.index(chapter.name) + 1]
-    code = {name: fingerprint(chapter.with_name(name)) for name in chapters}
     found = {name: fingerprint(*paths) for name, paths in inputs.items()}
+    code = code_of(chapter)
     return dataclasses.asdict(o) | {"command": chapter.name, "code": code, "inputs": found}
+
+
+@cache  # what runs is what was loaded, though the file may be edited since
+def code_of(chapter: Path) -> dict[str, str]:
+    """The fingerprints of a chapter and those that it builds on."""
+    chapters = CHAPTERS[: CHAPTERS.index(chapter.name) + 1]
+    return {name: fingerprint(chapter.with_name(name)) for name in chapters}
 
 
 def differences(theirs: dict, mine: dict, ignored=()) -> dict[str, tuple]:
@@ -1516,7 +1527,7 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
 
     `inputs` names the files and directories that the result depends on. A path counts by what it
     leads to, so a result may be moved. Options in `o.free` do not change the result. Those in
-    `o.adjustable`, and with --force the code, may change: `adopt` records that.
+    `o.adjustable`, and with --force the code, may change too: `adopt` records that.
     """
     out, mine = Path(o.out), recipe(o, inputs)
     config = out / record
@@ -1549,18 +1560,21 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     return out
 
 
-def adopt(o) -> None:
-    """Puts a resumed run's new options into its config.json, and what they were before.
+def adopt(o, names) -> None:
+    """Puts what has changed of `names`, options or chapters, into a resumed run's config.json.
 
-    The run calls it when it goes to work: a command that is refused or has nothing to do leaves the
-    record as it was. `open_result` has refused all changes but those that may be.
+    The run calls it when it goes to work with them: a command that is refused, or that has nothing
+    to do, leaves the record as it was.
     """
     config = Path(o.out) / "config.json"
-    theirs, mine = read_json(config), recipe(o, inputs={})
-    changed = differences(theirs, mine, {"inputs", *o.free})
+    theirs = read_json(config)
+    changed = differences(theirs, recipe(o, inputs={}), {"inputs"})
+    changed = {name: both for name, both in changed.items() if name in names}
     if changed:
-        mine |= {"inputs": theirs["inputs"], "changes": [*theirs.get("changes", []), changed]}
-        write_json(config, theirs | mine)
+        new = {name: now for name, (_, now) in changed.items()}
+        code = theirs["code"] | {name: new.pop(name) for name in CHAPTERS if name in new}
+        changes = [*theirs.get("changes", []), changed]
+        write_json(config, theirs | new | {"code": code, "changes": changes})
         words = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
         print(f"{o.out} is resumed with {words}")
 
@@ -1657,9 +1671,11 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         found = torch.empty(0, device=name)
-        found.tolist()  # "meta" is a device without numbers
+        found.tolist()  # "meta" is a device that holds no data
         return str(found.device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
 
 
@@ -1819,26 +1835,31 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     return options(**parsed), debug
 
 
-ABOVE_0 = 1e-9  # in `bounds`: any number above 0
+ABOVE_0 = math.ulp(0.0)  # in `bounds`: any number above 0
 
 
 def check_bounds(o) -> None:
-    """ValueError for an option below what its class says in `bounds`, {least value: names}."""
+    """ValueError for an option below what its class says in `bounds`, {least value: names}.
+
+    None of them may reach 2^62: torch takes seeds below 2^64, and steps are added to them.
+    """
     for kind in type(o).__mro__:
         for least, names in vars(kind).get("bounds", {}).items():
             for name in names.split():
                 value = getattr(o, name)
-                if value is None or least <= value < 2**62:  # torch takes no larger seed
+                if value is None or least <= value < 2**62:
                     continue
                 wanted = "above 0" if least == ABOVE_0 else f"at least {least}"
-                wanted = "below 2^62" if value >= 2**62 else wanted
+                if value >= 2**62:
+                    wanted = "below 2^62"
                 raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory, or the machine's, was too small."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)  # a RuntimeError, of torch's CPU tensors
+    known = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # MPS, CPU, cuBLAS
+    said = isinstance(error, RuntimeError) and any(text in str(error) for text in known)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def advice_on_memory(options: type) -> str:
@@ -1849,7 +1870,7 @@ def advice_on_memory(options: type) -> str:
         "batch_size": "lower --batch-size",
     }
     known = [text for name, text in flags.items() if hasattr(options, name)]
-    return "the memory is full: " + (" or ".join(known) or "take a smaller model")
+    return "out of memory: " + (" or ".join(known) or "take a smaller model")
 
 
 def command(main, options: type, description: str) -> None:
@@ -1862,6 +1883,7 @@ def command(main, options: type, description: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
+        check_bounds(chosen)
         main(chosen)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1898,7 +1920,6 @@ class Options:
 
 
 def main(o: Options) -> None:
-    check_bounds(o)
     decoder, tokenizer = load_policy(o)
     groups = generate(
         decoder,

@@ -540,7 +540,6 @@ class Options(PromptOptions):
 
 
 def main(o: Options) -> None:
-    prlm.check_bounds(o)
     examples, rank = load_lamp(o.data, o.task, o.split), make_ranker(o)
     tokenizer = prlm.load_tokenizer(o.model) if o.show else None
     for example in examples[: o.show]:

@@ -199,6 +199,8 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
         stored = tensors[f"classifier.{name}"]
         if stored.shape != parameter.shape:
             raise ValueError(f"{directory}: the classifier has {len(stored)} labels, not one")
+        if not stored.isfinite().all():
+            raise ValueError(f"{directory}: classifier.{name} holds NaN or infinity")
         parameter.data.copy_(stored)
     return model
 
@@ -368,6 +370,15 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     return report | {"pair_accuracy_low": low, "pair_accuracy_high": high}
 
 
+def load_bert(o: RewardOptions) -> RewardModel:
+    """The trained reward model that the options name, or their encoder before its training."""
+    device = prlm.pick_device(o.device)
+    if o.reward_model:
+        return load_reward_model(o.reward_model, device)
+    torch.manual_seed(o.seed)  # for the classifier's initial weights
+    return RewardModel(prlm.load_encoder(encoder_of(o), device))
+
+
 def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
     directory = Path(directory)
@@ -375,15 +386,8 @@ def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory
     pairs_file = directory / "pairs.json"
     report_file = directory / "report.json"
 
-    def make() -> RewardModel:
-        torch.manual_seed(o.seed)  # of the classifier's weights
-        return RewardModel(prlm.load_encoder(encoder_of(o), device))
-
-    def check() -> None:
-        make()
-
     def train() -> None:
-        model = make()
+        model = load_bert(o)
         found = train_reward_model(o, model, prlm.read_json(pairs_file, list))
         save_reward_model(model, directory)
         prlm.write_json(report_file, found)  # last: it says that all is there
@@ -391,7 +395,6 @@ def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory
     if prlm.on_first(lambda: not report_file.is_file()):
         directory.mkdir(parents=True, exist_ok=True)
         if prlm.on_first(lambda: not pairs_file.is_file()):
-            prlm.on_first(check)  # a faulty encoder is refused now, not after the slow part
             pairs = build_pairs(o, policy, tokenizer, examples)
             split_pairs(pairs, o.seed)  # raises ValueError for too few, before they are kept
             prlm.on_first(lambda: prlm.write_json(pairs_file, pairs))  # the slow part is kept
@@ -523,11 +526,11 @@ def read_rivals(o: RewardOptions) -> list[dict]:
     file = Path(o.data) / o.task.replace("-", "_") / "probe.json"
     rivals = prlm.read_json(file, list) if file.is_file() else []
     for n, row in enumerate(rivals):
-        texts = row.values() if isinstance(row, dict) else [None]
-        if not {"query", "own"} <= {*row} or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{file}: record {n} is no object of texts with 'query' and 'own'")
+        good = isinstance(row, dict) and {"query", "own"} <= row.keys()
+        if not good or not all(isinstance(text, str) for text in row.values()):
+            raise ValueError(f"{file}: record {n} is not an object of strings with query and own")
         if row.keys() != rivals[0].keys():
-            raise ValueError(f"{file}: record {n} has other keys than the first")
+            raise ValueError(f"{file}: record {n} does not have the keys of record 0")
     return rivals
 
 
@@ -556,9 +559,12 @@ def describe(name: str, report: dict) -> str:
 
 
 def check_judge(o: RewardOptions) -> None:
-    """ValueError for a judge that cannot work with these options."""
+    """ValueError for a judge that cannot work with these options, or whose files are faulty."""
     if o.judge == "ratio" and o.k == 0:
         raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
+    if o.judge == "bert":
+        load_bert(o)  # to learn of a faulty file now, not after the slow part
+    read_rivals(o)
 
 
 def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory) -> Judge:
@@ -571,7 +577,7 @@ def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory
     if o.judge == "ratio":
         judge = ratio_judge(o, policy, tokenizer)
     elif o.reward_model:
-        judge = bert_judge(load_reward_model(o.reward_model, prlm.pick_device(o.device)))
+        judge = bert_judge(load_bert(o))
     else:
         judge = bert_judge(obtain_reward_model(o, policy, tokenizer, examples, directory))
 
@@ -609,7 +615,6 @@ class Options(RewardOptions):
 
 
 def main(o: Options) -> None:
-    prlm.check_bounds(o)
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
     inputs = inputs_of(o, *(["train", "dev"] if o.probe_examples else ["train"]))

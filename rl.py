@@ -30,7 +30,6 @@ sampled: no text is tokenized a second time.
 import copy
 import errno
 import math
-import pickle
 import random
 import time
 from contextlib import contextmanager, nullcontext
@@ -352,9 +351,9 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
     parts = rewards(texts, asked, judge, **weights)
     reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
-        records = ", ".join(example.id for example in examples)
-        values = [part["personalization"] for part in parts]
-        raise ValueError(f"records {records}: the judge's values are not all finite: {values}")
+        values = ((e.id, part["personalization"]) for e, part in zip(asked, parts, strict=True))
+        broken = {id: value for id, value in values if not math.isfinite(value)}
+        raise ValueError(f"the judge's values of some records are not finite numbers: {broken}")
     # 3. advantage
     advantages = group_advantages(reward, o.scale)
     return Rollout(examples, prompts, groups, texts, parts, advantages)
@@ -694,7 +693,7 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     folder = out / "warm_start"
     state = folder / "trainer.pt"
     if prlm.on_first((folder / "report.json").is_file):
-        prlm.on_first(partial(state.unlink, missing_ok=True))  # a process killed below left it
+        prlm.on_first(partial(state.unlink, missing_ok=True))  # if `keep` was killed before it did
         return folder
     prlm.on_first(partial(folder.mkdir, exist_ok=True))
     policy = make_policy(o, o.model, prlm.pick_device(o.device))
@@ -774,13 +773,9 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
         decoder.load_state_dict(state["model"], strict=False)  # with LoRA the base is not in it
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError, AttributeError,
-        pickle.UnpicklingError,
-    ) as error:  # fmt: skip
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a broken file
+    except Exception as error:  # whatever torch makes of another file
+        broken = not isinstance(error, OSError) or error.errno == errno.EINVAL
+        if prlm.is_out_of_memory(error) or not broken:
             raise
         reason = str(error).split("\n")[0]
         text = f"{path}: not a state of this run ({reason}); delete it to train from the start"
@@ -830,8 +825,6 @@ def saved_steps(
 def check(o: Options, world_size: int) -> None:
     """Refuses options that cannot work, before anything is loaded."""
     prlm.check_bounds(o)
-    if o.personalization:
-        check_judge(o)
     if o.prompts_per_step % world_size:
         count = f"a multiple of the {world_size} processes, not {o.prompts_per_step}"
         raise ValueError(f"--prompts-per-step must be {count}")
@@ -846,7 +839,7 @@ def train_policy(
     prlm.on_first(partial(prlm.rewind, out / "samples.jsonl", done))
     if done > o.steps:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
-    prlm.on_first(partial(prlm.adopt, o))
+    prlm.on_first(partial(prlm.adopt, o, o.adjustable if done < o.steps else {"steps"}))
     prompts = make_prompts(o, policy.tokenizer, train)
     for step, bar in saved_steps(
         o, "GRPO", out, stop, first=done, count=o.steps, policy=policy, optimizer=optimizer
@@ -869,6 +862,8 @@ def main(o: Options, judge=None) -> None:
     with prlm.processes():
         rank, world_size = prlm.rank_and_world_size()
         check(o, world_size)
+        if o.personalization and judge is None:
+            check_judge(o)
         with prlm.alone(o.out) if rank == 0 else nullcontext():
             run(o, Stop(), judge)
 
@@ -884,10 +879,12 @@ def run(o: Options, stop: Stop, judge=None) -> None:
     policy = make_policy(o, o.model, device)
     if not policy.tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
-    out = prlm.on_first(partial(prlm.open_result, o, inputs_of(o, "train", "dev")))
+    judged = o if judge is None else replace(o, personalization=0.0)  # by none of our judges
+    out = prlm.on_first(partial(prlm.open_result, o, inputs_of(judged, "train", "dev")))
     say_what_runs(o, policy, len(train), len(held))
 
     if not prlm.on_first(partial(is_complete, o, out)):
+        prlm.on_first(partial(prlm.adopt, o, prlm.CHAPTERS))
         if o.warm_start:
             policy = None  # its memory goes before the warm start takes its own
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)

@@ -554,11 +554,10 @@ class TestPairs:
         assert torch.equal(get().score_all(queries, answers), expected)  # the same model comes out
         assert calls[2:] == ["train_reward_model"]
 
-    def test_an_encoder_that_is_none_is_found_before_the_pairs(self, world, tmp_path, monkeypatch):
-        monkeypatch.setattr(reward, "build_pairs", lambda *_: pytest.fail("the slow part"))
-        options = reward.RewardOptions(encoder=str(world / "policy"))
-        with pytest.raises(ValueError, match="policy"):
-            reward.obtain_reward_model(options, None, None, [], tmp_path)
+    def test_a_faulty_encoder_or_reward_model_is_found_before_the_slow_part(self, world, tmp_path):
+        for files in ({"encoder": str(world / "policy")}, {"reward_model": str(world / "encoder")}):
+            with pytest.raises(ValueError, match=next(iter(files.values()))):
+                reward.check_judge(reward.RewardOptions(**files))
 
     def test_a_better_policy_after_too_few_pairs(self, world, tmp_path, monkeypatch):
         """What the first one gave is not kept: the same directory serves the next."""
@@ -573,9 +572,9 @@ class TestPairs:
 
 
 @pytest.mark.parametrize("rows, text", [
-    ([3], "record 0 is no object"), ([{"query": "q"}], "record 0 is no object of texts"),
-    ([{"query": "q", "own": 3}], "record 0 is no object of texts"),
-    ([{"query": "q", "own": "a", "other": "b"}, {"query": "q", "own": "a"}], "record 1 has other"),
+    ([3], "record 0 is not an object"), ([{"query": "q"}], "record 0 is not an object of strings"),
+    ([{"query": "q", "own": 3}], "record 0 is not an object of strings"),
+    ([{"query": "q", "own": "a", "other": "b"}, {"query": "q", "own": "a"}], "record 1 does not"),
 ])  # fmt: skip
 def test_a_broken_probe_is_named(tmp_path, rows, text):
     (tmp_path / "LaMP_4").mkdir()

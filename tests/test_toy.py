@@ -390,7 +390,7 @@ class TestPage:
             self.page(run)
 
     def test_a_directory_of_another_kind_is_named(self, run):
-        with pytest.raises(ValueError, match=r"is no directory of rl\.py or eval\.py"):
+        with pytest.raises(ValueError, match=r"was not written by rl\.py or eval\.py"):
             self.page(run / "checkpoint")
 
     def test_an_older_run_knows_neither_weights_nor_queries(self, run):

@@ -630,7 +630,6 @@ class Options:
 
 
 def main(o: Options) -> None:
-    prlm.check_bounds(o)
     torch.set_num_threads(o.threads)
     out, everyone = Path(o.out), {}
     for task in TASKS:
