@@ -389,9 +389,9 @@ class TestPage:
         with pytest.raises(ValueError, match="nothing to show yet"):
             self.page(run)
 
-    def test_a_directory_of_another_kind_is_named(self, run):
+    def test_a_directory_of_another_kind_is_named(self, world):
         with pytest.raises(ValueError, match=r"was not written by rl\.py or eval\.py"):
-            self.page(run / "checkpoint")
+            self.page(world / "policy")
 
     def test_an_older_run_knows_neither_weights_nor_queries(self, run):
         options = prlm.read_json(run / "config.json")
