@@ -1222,12 +1222,12 @@ def read_lines(path) -> list[dict]:
     A killed process may have left half a line at the end, which is left out.
     """
     records = []
-    *lines, last = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate([*lines, last], 1):
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            if number > len(lines):
+            if number == len(lines):
                 break
             raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
         if not isinstance(records[-1], dict):
@@ -1841,7 +1841,7 @@ ABOVE_0 = math.ulp(0.0)  # in `bounds`: any number above 0
 def check_bounds(o) -> None:
     """ValueError for an option below what its class says in `bounds`, {least value: names}.
 
-    None of them may reach 2^62: torch takes seeds below 2^64, and steps are added to them.
+    None may reach 2^62: torch takes seeds below 2^64, and small numbers are added to them.
     """
     for kind in type(o).__mro__:
         for least, names in vars(kind).get("bounds", {}).items():
