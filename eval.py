@@ -55,16 +55,16 @@ def common(a: list, b: list, n: int) -> int:
 
 
 def longest_common_subsequence(a: list, b: list) -> int:
-    """The length of the longest, L(len(a), len(b)) in the table with L(i, 0) = L(0, j) = 0 and
+    """The length of the longest common subsequence: L(len(a), len(b)), where L(i, 0) = L(0, j) = 0,
 
     L(i, j) = L(i-1, j-1) + 1 where the i-th of `a` equals the j-th of `b`,
               else max(L(i-1, j), L(i, j-1))
 
-    From one column to the next, a row of the table grows by 1 or not at all. So one bit a column
+    From one column to the next, a row of the table grows by 1 or not at all. So one bit per column
     says it all, and a row is computed at once, by arithmetic on one integer (Hyyrö 2004): the
     reward scores every completion, and a loop over the columns takes 7 times as long.
     """
-    columns: dict = {}  # token -> the columns with this token, a bit each
+    columns: dict = {}  # token -> the columns with this token, one bit each
     for j, token in enumerate(b):
         columns[token] = columns.get(token, 0) | 1 << j
     all_columns = (1 << len(b)) - 1
@@ -122,7 +122,7 @@ ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\['"\\]""")
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """The value of 'title', 'tweet' or what else the task asks for; "" where there is none.
+    """The value of 'title', 'tweet' or whatever the task asks for; "" where there is none.
     ValueError if there is no such task.
 
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it:
@@ -215,7 +215,7 @@ class EvalOptions(PromptOptions):
     free = PromptOptions.free | {"batch_size"}
     bounds = {1: "max_new_tokens batch_size"}  # noqa: RUF012
     max_new_tokens: int = 128  # longest completion
-    batch_size: int = 64  # completions that are generated together
+    batch_size: int = 64  # completions generated together, but for a rollout: that is one batch
 
 
 def sample_groups(
@@ -254,8 +254,8 @@ def complete(
 ) -> list[list[str]]:  # fmt: skip
     """`sample_groups` as texts [P][G], with what the prompt has already said for the assistant."""
     groups = sample_groups(o, decoder, tokenizer, prompts, group_size, temperature, description)
-    start = opening(o, tokenizer)
-    return [[start + tokenizer.decode(c.tokens) for c in group] for group in groups]
+    opened = opening(o, tokenizer)
+    return [[opened + tokenizer.decode(c.tokens) for c in group] for group in groups]
 
 
 def score(answer: str, target: str) -> dict[str, float]:
@@ -267,7 +267,7 @@ def sample_records(
     decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
     options: EvalOptions | None = None, temperature: float = 0.0, description: str = "evaluate",
 ) -> list[dict]:  # fmt: skip
-    """What the policy is asked and says, a JSON-ready dictionary for each example.
+    """What the policy was asked and what it answered: a JSON-ready dictionary for each example.
 
     Keys: id, query, target, prompt and completion (text), answer, finished, tokens (the
     completion's ids), logprobs (of these tokens), and every metric if there is a target.
@@ -298,7 +298,7 @@ def sample_records(
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
-    """The mean of each metric over sample records; {} if one has no target, or there is none.
+    """The mean of each metric over sample records; {} if one has no target, or without records.
 
     LaMP withholds the targets of its test split.
     """
@@ -342,11 +342,11 @@ def summary(records: list[dict], task: str) -> str:
     reasons = Counter(filter(None, why))
     count = reasons.total()
     details = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-    said = f"{count} of {len(records)} answers {'is' if count == 1 else 'are'} empty"
-    said = f"{said} or the placeholder: {details}" if count else said
+    what = f" or the placeholder: {details}" if count else ""
     others = [record for record, reason in zip(records, why, strict=True) if not reason]
     cut_off = sum(not record["finished"] for record in others)
-    return f"{said}; {cut_off} cut off at --max-new-tokens" if cut_off else said
+    cut = f"; {cut_off} cut off at --max-new-tokens" if cut_off else ""
+    return f"{count} of {len(records)} answers {'is' if count == 1 else 'are'} empty{what}{cut}"
 
 
 def write_predictions(path, task: str, answers: dict[str, str]) -> None:

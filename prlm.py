@@ -8,17 +8,18 @@
   files, results, processes, device, command line: what all five chapters share
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
-attend to the prompt's keys and values. A retrieval prompt is long and GRPO asks it G times: the
-speed comes from here. A plain pass, a prompt, a sampling step and a training step differ only in
-which token may look at which, so `Decoder.run` is one loop over the layers and each of the four
-brings its own `attend`.
+attend to the prompt's keys and values. A retrieval prompt is long and GRPO samples from it G
+times: this is where the speed comes from. A plain pass, a prompt, a sampling step and a training
+step differ only in which token may look at which, so `Decoder.run` is one loop over the layers and
+each of the four brings its own `attend`.
 
-Left out: sliding windows, rope types other than llama3, quantised weights, top-k and top-p (GRPO
-needs the probability of what was sampled; a cut distribution is not the one that is trained).
+Left out: sliding windows, rope types other than default and llama3, quantised weights, top-k and
+top-p (GRPO needs the probability of what was sampled; a cut distribution is not the one that is
+trained).
 
     python prlm.py --model DIR --prompt "What is BM25?"     # the toy answers its own tasks only
 
-Shapes: P prompts, G completions a prompt, B batch, T tokens, C completion tokens, N tokens laid
+Shapes: P prompts, G completions per prompt, B batch, T tokens, C completion tokens, N tokens laid
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each.
 """
 
@@ -63,7 +64,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# cuDNN's attention plans for seconds at each new shape, and here nearly every batch has one.
+# cuDNN's attention makes a plan for each new shape, which is slow, and here nearly every batch has
+# a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ---- The decoder ----------------------------------------------------------------------------
@@ -76,7 +78,8 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     """What the forward pass needs of Hugging Face's config.json; ValueError for what it lacks.
 
     Knows the old layout of the rotary settings (rope_theta, rope_scaling) and that of
-    transformers 5 (rope_parameters). Nothing that changes the numbers has a silent default.
+    transformers 5 (rope_parameters). Defaults are transformers' own; rope_theta has none, since
+    its default differs from version to version.
     """
 
     def need(condition, message: str) -> None:
@@ -95,7 +98,8 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(isinstance(kinds, list | None), "layer_types must be a list")
     windows = any(kind != "full_attention" for kind in kinds or [])
     if flag("use_sliding_window") and kinds is None:
-        windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")  # some layers do
+        # From layer max_window_layers on they slide; if it is the number of layers, none does.
+        windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")
     need(not windows, "sliding-window attention is not implemented")
     need(raw.get("is_causal") in (None, True), "is_causal false: not implemented")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
@@ -125,7 +129,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
         eps=number("rms_norm_eps", 1e-6, float),
         tied=flag("tie_word_embeddings"),  # the output head is the embedding
-        qkv_bias=bias or family == "qwen2",  # Qwen2 always has them, unsaid
+        qkv_bias=bias or family == "qwen2",  # Qwen2 has them though its config.json does not say so
         o_bias=bias and family != "qwen2",
         mlp_bias=flag("mlp_bias") and family == "llama",
         qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
@@ -138,12 +142,12 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 
 
 def rope_frequencies(config: SimpleNamespace) -> Tensor:
-    """Radians a position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
+    """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
     Without scaling `config.scaling` is empty; llama3's is [factor, low, high, original context].
-    Pairs that turn (2 pi radians) fewer than `low` times within the original context are divided
-    by `factor`, those that turn more than `high` times kept, those between blended, linearly in
-    the turns. float32.
+    The frequency of a pair that turns (2 pi radians) fewer than `low` times within the original
+    context is divided by `factor`; that of a pair with more than `high` turns is kept; in between
+    the two are blended, linearly in the turns. float32.
     """
     # On the CPU even where `filled` builds all else on meta, without values.
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
@@ -160,7 +164,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
 
     `cos` and `sin` [.., D] hold each angle twice, for channel i and for channel i + D/2.
-    `sin` brings the minus sign for the first half. Hugging Face builds (-x2, x1) for each query and
+    `sin` carries the minus sign of the first half. Hugging Face builds (-x2, x1) for each query and
     key instead; here rolling by half gives (x2, x1), and the sign was set once for all layers.
     """
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
@@ -184,8 +188,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 class Linear(nn.Linear):
     """W x + b, and with `add_lora` also (alpha / r) B A x, for each block of W's rows on its own.
 
-    `rows` are the sizes of the blocks: q, k and v stand in one matrix and so do gate and up, since
-    fewer, larger products are faster. A [blocks * r, inputs], B [outputs, r] (Hu et al. 2021).
+    `rows` are the sizes of the blocks: q, k and v are stored in one matrix and so are gate and up,
+    since fewer, larger products are faster. A is [blocks * r, inputs] and B [outputs, r] (Hu et al.
+    2021).
     """
 
     def __init__(self, inputs: int, rows: list[int], bias: bool):
@@ -274,7 +279,7 @@ class Decoder(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
         self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
-        self.checkpointing = False  # True: keep no layer's insides, run it again in backward
+        self.checkpointing = False  # True: each layer's activations are recomputed in backward
 
     @property
     def head(self) -> Tensor:
@@ -335,7 +340,10 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     for name, tensor in read_checkpoint(directory).items():
         if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
             full = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
-            tensors[name if full else "model." + name] = tensor
+            name = name if full else "model." + name
+            if name in tensors:
+                raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
+            tensors[name] = tensor
     head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
     make = partial(Decoder, raw, directory / "config.json")
     decoder = filled(make, tensors, directory, device, dtype)
@@ -475,8 +483,9 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
 class Cache:
     """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
 
-    Rows lie [P, K, G]: the G·R queries of a group that share a key-value head meet the prompt's
-    keys in one matrix product. A cache that repeats the prompt would read it G times.
+    The layout is [P, K, G], so that the G·R queries of a group that share a key-value head are
+    multiplied with the prompt's keys in one product. A cache that repeats the prompt would read it
+    G times.
 
     A completion has a slot for each token. A step reads the first `window` of them and hides those
     not yet written. On a CPU the window is what is written, the least work; a CUDA graph needs
@@ -487,18 +496,18 @@ class Cache:
         c, P = decoder.config, prompts.shape[0]
         self.prompts = prompts
         self.scale = c.head_dim**-0.5
-        self.shared = []  # a layer: the prompts' keys and values, [P, K, T, D] each
+        self.shared = []  # per layer: the prompts' keys and values, [P, K, T, D] each
         shape = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
         self.own = decoder.head.new_zeros(shape)
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
-        # Of the new token; a tensor, as a CUDA graph would freeze a Python number.
+        # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=decoder.head.device)
         seen = F.pad(prompts.mask, (0, max_new_tokens))  # [P, T+C]
         # Added to the scores: -inf hides padding and slots not yet written.
         self.hide = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The first pass: causal attention within each prompt, [N, heads, D]; the keys stay."""
+        """The first pass: causal attention within each prompt, [N, heads, D]; fills `shared`."""
         q, k, v = (self.prompts.grid(x) for x in (q, k, v))  # [P, T, heads, D]
         self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
         return self.prompts.flat(attention(q, k, v))
@@ -512,7 +521,7 @@ class Cache:
         self.window = min(window, self.own.shape[5])  # max_new_tokens
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token a row, [P*G, heads, D]: it sees its prompt and its completion so far.
+        """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
 
         The new key and value go to `slot` of `own` [layer, key or value, P, K, G, C, D]. Then, in
         one softmax, a row sees the prompt's keys, `shared[layer]`, and the first `window` slots of
@@ -549,7 +558,7 @@ class Cache:
 
 
 class Recorded:
-    """The decode step as a CUDA graph: one launch; dozens a layer would take longer than the work.
+    """The decode step as a CUDA graph: one launch in place of dozens per layer.
 
     A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
     number of rows (each Cache.shrink lowers it) or the cache's window changes. If that fails, the
@@ -558,7 +567,7 @@ class Recorded:
 
     devices = ("cuda",)  # the kinds of device that have graphs
     newest = None  # the last graph, kept because the next one takes over its memory pool
-    side = None  # the stream to record on; one for all, since cuBLAS keeps 32 MB for each
+    side = None  # the stream to record on; one for all, since cuBLAS keeps a workspace for each
 
     def __init__(self, step, cache: Cache):
         self.step = step  # hidden = step(ids, positions)
@@ -582,7 +591,7 @@ class Recorded:
 
     def record(self, ids: Tensor, positions: Tensor) -> None:
         """Records the step. `torch.cuda.graph` would first wait for the device and give all cached
-        memory back to it: a rollout records half a dozen times and would pay for it each time.
+        memory back to it, at each of a rollout's recordings.
         """
         self.ids = ids.clone()
         self.positions = positions.clone()
@@ -608,7 +617,7 @@ class Recorded:
 
 
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
-    """One id a row of softmax(logits / temperature) [rows, V], and its log-probability.
+    """One id per row of softmax(logits / temperature) [rows, V], and its log-probability.
 
     Temperature 0 takes the id of the largest logit and reports its log-probability at temperature
     1. Rows are independent, the same generator draws the same, an id of probability 0 is never
@@ -621,7 +630,7 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
         sums = probabilities.cumsum(-1)
         uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
-        ids = ids.clamp(max=logits.shape[-1] - 1)  # a guard: never past the last id
+        ids = ids.clamp(max=logits.shape[-1] - 1)  # `uniform` can round up to the whole sum
     else:
         ids = logits.argmax(-1, keepdim=True)  # of the logits: probabilities round to ties
     # A probability that underflows must not give -inf.
@@ -645,6 +654,8 @@ def generate(
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
+    if 0 < temperature < 1e-6:
+        raise ValueError(f"temperature {temperature} divides logits beyond float32: 0 is greedy")
     check_ids(decoder, prompts)
     if not prompts:
         return []
@@ -664,8 +675,8 @@ def generate(
     recorded = device.type in Recorded.devices
     run_step = partial(decoder.run, attend=cache.read_next)
     run_step = Recorded(run_step, cache) if recorded else run_step
-    # Leaving the batch copies the cache of those that stay, and calls for a new recording. With
-    # these limits all copies together cost a few steps, and recordings are few.
+    # Leaving the batch copies the cache of those that stay, and calls for a new recording. These
+    # limits keep both rare.
     small_enough = 0.5 if recorded else 0.75
     for step in range(max_new_tokens):
         ids, chosen = sample(F.linear(hidden, head[: decoder.vocab_limit]), temperature, generator)
@@ -737,9 +748,9 @@ class HeadLogprobs(torch.autograd.Function):
         x, weight, targets, lse = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # not in LoRA
-        matrix = weight.to(x.dtype)  # once, not once a chunk: a head can have 500 MB
+        matrix = weight.to(x.dtype)  # once, not once per chunk: a head can have 500 MB
         for rows, logits in HeadLogprobs.chunks(x, matrix, ctx.temperature):
-            slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]  # d logprob / d logit
+            slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]  # grad (onehot - softmax)
             slope.scatter_add_(1, targets[rows, None], grad[rows, None])
             slope = (slope / ctx.temperature).to(x.dtype)  # [chunk, V]
             grad_x[rows] = slope @ matrix
@@ -758,14 +769,15 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     Each prompt runs once, with gradient, beside its G completions. All tokens lie end to end; only
     attention sees grids, where a completion's queries meet [prompt keys, its own keys].
 
-    The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. After a
-    completion's end, which may be its beginning, all three are 0. ValueError for a temperature that
-    is not above 0, groups of unequal size, other groups than prompts, and what `check_ids` refuses.
+    The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. Past a
+    completion's end all three are 0, so for an empty completion everywhere. ValueError for a
+    temperature that is not above 0, groups of unequal size, more or fewer groups than prompts, and
+    what `check_ids` refuses.
     """
     if not 0 < temperature < math.inf:
-        raise ValueError("token_logprobs needs temperature > 0: a greedy choice has no probability")
+        raise ValueError("log-probabilities need temperature > 0: a greedy choice has none")
     if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
-        raise ValueError("token_logprobs needs a group of completions a prompt, all of one size")
+        raise ValueError("each prompt needs one group of completions, and all groups one size")
     check_ids(decoder, prompts, completions)
     device = decoder.head.device
     G = len(completions[0]) if completions else 0
@@ -825,7 +837,8 @@ def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> li
     """
     batches, room, cost = [], 0, 0
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        cost = cost if padded else sizes[n]  # padded: as long as its batch's longest
+        if not padded:
+            cost = sizes[n]  # padded: the cost stays that of the batch's first and largest
         if not batches or cost > room:
             batches.append([])
             room, cost = budget, sizes[n]
@@ -932,13 +945,16 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
         name = name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight")
         name = name.replace("Norm.beta", "Norm.bias")
         if name in tensors:
-            raise ValueError(f"{directory}: {name} stands in the checkpoint under two names")
+            raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
         tensors[name] = tensor
     pooler = "pooler.dense.weight" in tensors
     make = partial(Encoder, raw, directory / "config.json", pooler)
     encoder = filled(make, tensors, directory, device, dtype)
     if (directory / "tokenizer.json").is_file():
         encoder.tokenizer = load_tokenizer(directory)
+        limit = encoder.words.num_embeddings
+        if encoder.tokenizer.size > limit:
+            raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {limit}")
     return encoder
 
 
@@ -947,9 +963,9 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 # Texts and conversations become token ids, and back. The `tokenizers` library does the splitting;
 # here are the chat formats, the EOS ids, and the border between text and control tokens.
 
-# Not a character, by Unicode's definition: reserved for a program's own use. It stands before the
-# name of a control token where a chat format means the token, and nowhere else: `as_text` takes it
-# out of all that comes from data or from the policy, so that no text can open a turn or end one.
+# Not a character, by Unicode's definition: reserved for a program's own use. It precedes the name
+# of a control token where a chat format means the token, and nowhere else: `as_text` removes it
+# from all that comes from data or from the policy, so that no text can open a turn or end one.
 MARK = "\ufdd0"
 
 # The bars of R1's tokens are wide ones, U+FF5C.
@@ -958,6 +974,10 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# A system turn that a ChatML template spells out, between quotes and without a variable in it.
+SYSTEM_TURN = re.compile(
+    r"""<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\{[{%])[^'"\\])+?)<\|im_end\|>"""
+)
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
@@ -967,11 +987,26 @@ def as_text(text: str) -> str:
     return text.replace(MARK, "\ufffd")
 
 
-def render_chat(messages: list[dict], known) -> str | None:
+def default_system(known, template: str) -> str:
+    """The system message that a ChatML model expects where a chat has none; "" for no such turn.
+
+    The one that its template spells out; without a template, that of the family that the tokens
+    show.
+    """
+    if template:
+        found = SYSTEM_TURN.search(template)
+        text = found[1] if found else ""
+        return re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), text)
+    if "<tool_call>" in known:
+        return QWEN_SYSTEM  # Qwen2.5's
+    return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
+
+
+def render_chat(messages: list[dict], known, template: str = "") -> str | None:
     """The chat as text, ready for the assistant's turn; None if the `known` tokens show no format.
 
     A checkpoint's chat template is a program, and it is not run: the format is recognised by
-    the special tokens that only its family has.
+    the special tokens that only its family has. The template is searched for a system message.
     """
     turns = [(m["role"], m["content"]) for m in messages]
     if {*R1} <= known.keys():
@@ -986,9 +1021,7 @@ def render_chat(messages: list[dict], known) -> str | None:
     opened = bool(turns) and turns[0][0] == "system"  # the chat begins with a system message
     if {*CHATML} <= known.keys():
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
-        # Qwen2.5's and SmolLM's templates add a system message; these tokens tell them apart.
-        default = SMOLLM_SYSTEM if "<gh_stars>" in known else ""
-        default = QWEN_SYSTEM if "<tool_call>" in known else default
+        default = as_text(default_system(known, template))
         if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
             for n, (role, content) in enumerate(turns):
                 if role == "assistant" and "</think>" in content:
@@ -1036,8 +1069,21 @@ class Tokenizer:
     @property
     def end_id(self) -> int:
         """The EOS id that ends an assistant's turn in the chat format, else the lowest one."""
+        if not self.eos_ids:
+            raise ValueError("the tokenizer knows no EOS token")
         ends = (self.vocabulary.get(name) for name in (CHATML[1], LLAMA3[3], R1[1]))
         return min([i for i in ends if i in self.eos_ids] or self.eos_ids)
+
+    @cached_property
+    def template(self) -> str:
+        """The checkpoint's chat template, a program in Jinja's language; "" if it has none."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode("utf-8", "replace")
+        found = json.loads(self.files.get("tokenizer_config.json", "{}")).get("chat_template")
+        if isinstance(found, list):  # several: [{"name", "template"}]
+            named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+            found = named[0].get("template") if named else ""
+        return found if isinstance(found, str) else ""
 
     @cached_property
     def reader(self) -> Backend:
@@ -1085,7 +1131,7 @@ class Tokenizer:
             if fields.get("role") not in roles or not isinstance(fields.get("content"), str):
                 raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
         messages = [m | {"content": as_text(m["content"])} for m in messages]
-        text = render_chat(messages, self.vocabulary)
+        text = render_chat(messages, self.vocabulary, self.template)
         if text is not None:
             return self.reader.encode(text, add_special_tokens=False).ids
         names = "R1-Distill, ChatML (Qwen, SmolLM) and Llama 3"
@@ -1098,7 +1144,9 @@ class Tokenizer:
         return self.reader.encode(plain, add_special_tokens=True).ids
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
-        """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit."""
+        """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
+        without a second text those of [CLS] first [SEP].
+        """
         self.reader.enable_truncation(max_length)
         second = None if second is None else as_text(second)
         encoding = self.reader.encode(as_text(first), second)
@@ -1108,7 +1156,8 @@ class Tokenizer:
     def cut(self, text: str, tokens: int) -> str:
         """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
         text = as_text(text)
-        tokens = max(tokens, 0)
+        if tokens <= 0:
+            return ""  # the loop would keep a text that has no tokens at all
         while True:  # what is left may split into other, more tokens
             offsets = self.reader.encode(text, add_special_tokens=False).offsets
             if len(offsets) <= tokens:
@@ -1153,6 +1202,8 @@ def load_tokenizer(directory) -> Tokenizer:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
+    if not backend.get_vocab_size():
+        raise ValueError(f"{path}: its vocabulary is empty")
     eos_ids = []
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = directory / f"{kind}.json"
@@ -1190,6 +1241,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # a full disk's error names no file
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1219,7 +1272,7 @@ def read_json(path, kind: type = dict):
 def read_lines(path) -> list[dict]:
     """The records of a JSON Lines file; ValueError names file and line.
 
-    A killed process may have left half a line at the end, which is left out.
+    What follows the last line break, nothing or the half line of a killed process, is left out.
     """
     records = []
     lines = Path(path).read_bytes().split(b"\n")
@@ -1227,7 +1280,7 @@ def read_lines(path) -> list[dict]:
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
+            if number == len(lines):  # b"", or half a line
                 break
             raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
         if not isinstance(records[-1], dict):
@@ -1235,14 +1288,18 @@ def read_lines(path) -> list[dict]:
     return records
 
 
+def to_lines(records: list[dict]) -> str:
+    """The records as JSON Lines, which `read_lines` reads."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def write_lines(path, records: list[dict]) -> None:
-    """The records as JSON Lines, what `read_lines` reads."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(path, to_lines(records))
 
 
 def append(path, records: list[dict]) -> None:
     """Adds whole lines to a JSON Lines file: all of them, or on a full disk none."""
-    text = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
+    text = memoryview(to_lines(records).encode())
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
         try:
@@ -1296,7 +1353,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice in the header")
+            raise ValueError("a key appears twice in the header")
         return dict(pairs)
 
     def refuse(constant):
@@ -1306,8 +1363,10 @@ def read_safetensors(path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > min(size, 8 + 100_000_000):  # the format's own limit
+            if size < 8 or start > size:
                 raise ValueError("the file ends before its header; is the download complete?")
+            if start > 8 + 100_000_000:  # the format's own limit
+                raise ValueError("its header is longer than 100 MB")
             text = file.read(start - 8).decode("utf-8")
             header = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
             if not isinstance(header, dict):
@@ -1441,10 +1500,13 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
     for name, view in views.items():
         found = tensors[name]
         if found.shape != view.shape or not found.is_floating_point():
-            kind, wanted = f"{found.dtype} {list(found.shape)}", list(view.shape)
+            kind, wanted = (
+                f"{found.dtype} {list(found.shape)}",
+                f"floating point {list(view.shape)}",
+            )
             raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
         view.copy_(found)
-        if not torch.stack(view.aminmax()).isfinite().all():  # else all scores would silently be 0
+        if not torch.stack(view.aminmax()).isfinite().all():  # else it would sample garbage
             raise ValueError(f"{directory}: {name} holds NaN or infinity; is the file damaged?")
     return module
 
@@ -1454,7 +1516,9 @@ def read_number(raw: dict, where, key: str, default=None, kind: type = int, leas
     value = default if raw.get(key) is None else raw[key]
     good = isinstance(value, int | kind) and not isinstance(value, bool)
     if not good or not least <= value < 1e18:
-        raise ValueError(f"{where}: {key!r} must be a number above 0, not {value!r}")
+        wanted = "an integer" if kind is int else "a number"
+        bound = "above 0" if least > 0 else "of at least 0"
+        raise ValueError(f"{where}: {key!r} must be {wanted} {bound}, not {value!r}")
     return kind(value)
 
 
@@ -1473,9 +1537,10 @@ def beside(path: str) -> str:
 
 
 def fingerprint(*paths) -> str:
-    """Twelve hex digits of the contents of files; a directory stands for its .json, .safetensors.
+    """Twelve hex digits of the contents of files; of a directory, its .json and .safetensors files.
 
     A Python file counts by its syntax tree: comments and layout may change, docstrings may not.
+    Versions of Python that write a tree differently give other digits.
     """
     digest = hashlib.sha256()
     for path in map(Path, paths):
@@ -1561,7 +1626,7 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
 
 
 def adopt(o, names) -> None:
-    """Puts what has changed of `names`, options or chapters, into a resumed run's config.json.
+    """Records what has changed of `names`, options or chapters, in a resumed run's config.json.
 
     The run calls it when it goes to work with them: a command that is refused, or that has nothing
     to do, leaves the record as it was.
@@ -1584,7 +1649,7 @@ def explain(changed: dict[str, tuple]) -> str:
     words = []
     for name, (old, new) in changed.items():
         if name in CHAPTERS:
-            words.append(f"{name} has been edited since")
+            words.append(f"{name} has been edited since, or runs under another version of Python")
         elif name in PATHS:
             words.append(f"--{name.replace('_', '-')} leads to other files")
         else:
@@ -1679,10 +1744,16 @@ def pick_device(name: str) -> str:
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
 
 
-def product_dtype(precision: str, device: str) -> torch.dtype:
+def product_dtype(precision: str, device) -> torch.dtype:
     """The precision of matrix products; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    half = precision == "bfloat16" or (precision == "auto" and str(device).startswith("cuda"))
-    return torch.bfloat16 if half else torch.float32
+    low = precision == "bfloat16" or (precision == "auto" and str(device).startswith("cuda"))
+    return torch.bfloat16 if low else torch.float32
+
+
+def products(precision: str, device) -> torch.autocast:
+    """A context in which matrix products are computed in that precision."""
+    low = product_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low)
 
 
 def load_policy(o) -> tuple[Decoder, Tokenizer]:
@@ -1752,7 +1823,7 @@ class Lasting:
     def _try(self, act, *what) -> None:
         try:
             act(*what)
-        except OSError:  # nobody reads any more: what is written from here on goes nowhere
+        except OSError:  # nobody reads, or its disk is full: what the run saves matters more
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
@@ -1794,16 +1865,15 @@ def parse_options(options: type, description: str, arguments: list[str] | None =
     Where there are `presets`, the values of the one that is asked for, or of the one that
     `choose_preset` finds for the model, take the place of the defaults.
     """
-    source = "".join(
-        inspect.getsource(c) for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)
-    )
+    classes = [c for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)]
+    source = "".join(map(inspect.getsource, classes))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         None, "%(prog)s [options]", description, formatter_class=layout
     )
     groups = {}  # one for each chapter that brings options
-    for kind in (c for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)):
+    for kind in classes:
         title = f"options of {Path(inspect.getsourcefile(kind)).name}"
         groups |= {name: title for name in kind.__annotations__ if name not in groups}
     shown = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
@@ -1841,7 +1911,7 @@ ABOVE_0 = math.ulp(0.0)  # in `bounds`: any number above 0
 def check_bounds(o) -> None:
     """ValueError for an option below what its class says in `bounds`, {least value: names}.
 
-    None may reach 2^62: torch takes seeds below 2^64, and small numbers are added to them.
+    No value may reach 2^62: torch takes seeds below 2^64, and small numbers are added to them.
     """
     for kind in type(o).__mro__:
         for least, names in vars(kind).get("bounds", {}).items():

@@ -7,7 +7,8 @@ JSON to the token ids of the prompt:
 
   load_lamp        {split}_questions.json and {split}_outputs.json  ->  Example
   retrieve         none | random | recency | bm25 | dense           ->  the best k profile items
-  build_messages   instruction + items + query, within a token budget
+  build_messages   items + instruction + query in a token budget    ->  chat messages
+  make_prompts     all of this for many examples                    ->  token ids
 
 BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace tokens, case kept,
 
@@ -106,17 +107,17 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     """The records of a split ("train" | "dev" | "test"), in file order.
 
     `directory` is the task's folder or its parent (LaMP_4, or LaMP_4_time as the authors name
-    it); the files lie in it or in a folder named after the split. Outputs are joined by id; only
+    it); the files are in it or in a folder named after the split. Outputs are joined by id; only
     the test split may lack them. ValueError names the file and the record.
     """
-    task_of(task)
+    task_of(task)  # ValueError for an unknown one
     path = _find(Path(directory), task, split)
     targets = _load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
     examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
     ids = Counter(e.id for e in examples)
     for id, count in ids.most_common(1):  # none, where there are no records
         if count > 1:
-            raise ValueError(f"{path}: record id {id!r} is there {count} times")
+            raise ValueError(f"{path}: record id {id!r} occurs {count} times")
     if targets is None:
         return examples
     odd = sorted(ids.keys() ^ targets.keys())
@@ -135,7 +136,8 @@ def _find(directory: Path, task: str, split: str) -> Path:
     for path in (p / sub / name for p in parents for sub in (split, "")):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{directory}: no {name} in it, in {split}/ or in {folder}/")
+    where = f"in it, in {folder}/, in {folder}_time/, or in {split}/ in any of them"
+    raise FileNotFoundError(f"{directory}: no {name} {where}")
 
 
 def lamp_files(directory, task: str, *splits: str) -> list[Path]:
@@ -247,7 +249,7 @@ class BM25:
 
 
 class Dense:
-    """Ranks by the cosine of BERT embeddings; each profile is embedded only once.
+    """Ranks by the cosine of BERT embeddings; the last profiles asked for are kept embedded.
 
     `pooling` "mean" averages the hidden states of the real tokens (the authors' choice), "cls"
     takes the first one (as bge models were trained). `query_prefix` is the instruction that some
@@ -263,7 +265,7 @@ class Dense:
         self.pooling = pooling
         self.query_prefix = query_prefix
         self.batch_size = batch_size
-        self.profiles = {}  # the texts of a profile -> their vectors
+        self.profiles = {}  # the texts of a profile -> their vectors, the oldest first
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
@@ -277,7 +279,7 @@ class Dense:
             batch = order[start : start + self.batch_size]
             ids = Ragged([rows[n] for n in batch], device)
             hidden = self.encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
-            mean = (hidden * ids.mask[..., None]).sum(1) / ids.lengths[:, None]
+            mean = (hidden * ids.mask[..., None]).sum(1) / ids.lengths.clamp(min=1)[:, None]
             pooled = mean if self.pooling == "mean" else hidden[:, 0]
             vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return vectors
@@ -286,6 +288,8 @@ class Dense:
         """Cosine similarity of the query to each text [N]."""
         key = tuple(texts)  # by text: LaMP's item ids are not unique across records
         if key not in self.profiles:
+            if len(self.profiles) >= 1000:  # 300 items of 768 numbers are almost a megabyte
+                del self.profiles[next(iter(self.profiles))]
             self.profiles[key] = self.embed(texts)
         return self.profiles[key] @ self.embed([self.query_prefix + query])[0]
 
@@ -306,7 +310,7 @@ def parse_date(item: dict, example: Example) -> tuple[int, ...]:
     found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(date))
     if not found:
         where = f"record {example.id!r}, profile item {item.get('id')!r}: the date is {date!r}"
-        raise ValueError(f"{where}; recency needs ones like 2016-03-14, as LaMP's time split has")
+        raise ValueError(f"{where}; recency needs dates like 2016-03-14, as LaMP's time split has")
     return tuple(map(int, found[0].split("-")))
 
 
@@ -317,12 +321,12 @@ def retrieve(
     """The best k items of the user's own profile, best first; fewer if the profile is shorter.
 
     Items that tie, at 0 too, keep the profile's order. Recency puts the newest first; random is
-    the same draw for the same seed and record. BM25 splits texts at blanks and keeps their case;
+    the same draw for the same seed and record. BM25 splits texts at whitespace, case kept;
     `lowercase` takes ROUGE's words instead, the runs of [a-z0-9] in the lowercased text.
 
-    Returned are the profile's own dictionaries. Ranked are the texts of `show` or the dates of
-    `parse_date`; a random choice is also in random order; `dense.scores` is asked once, with the
-    stripped query. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
+    Returns the profile's own dictionaries. BM25 and dense rank the texts of `show`, recency the
+    dates of `parse_date`; a random choice is also in random order. `dense.scores` is asked once,
+    with the stripped query. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -372,7 +376,8 @@ def instruction(task: str, personal: bool) -> str:
 
 
 def answer_block(task: str, answer: str) -> str:
-    """An answer in the form that the prompt asks for."""
+    """An answer in the form that the prompt asks for, on one line, as `extract_answer` reads it."""
+    answer = re.sub(r"\s*\n\s*", " ", answer)
     return f"<answer>\n{{'{task_of(task).answer}': '{answer}'}}\n</answer>"
 
 
@@ -388,18 +393,18 @@ def build_messages(
 ) -> list[dict]:  # fmt: skip
     """Chat messages: the system message, then one user message of items, instruction and query.
 
-    The user message has an item a line, as `show` gives it, then `instruction`, then `question`.
+    The user message has one item per line, as `show` gives it, then `instruction`, then `question`.
     With a tokenizer and a budget, `tokenizer.chat` of the messages has at most `max_prompt_tokens`
-    ids; a prompt that fits is left as it is. Otherwise the query comes first: it is cut only if it
+    ids; a prompt that fits is left as it is. Otherwise the query has priority: it is cut only if it
     is too long without any item. The items share the rest evenly, and what a short one leaves goes
     to those after it. `_cut_item` shortens a long one; one that loses all of itself is left out.
     Without items the prompt does not speak of profiles. ValueError names the budget and what the
     bare instruction takes, if that is more.
 
     To share evenly, each item in turn may take what is left, line break included, divided by the
-    number of items left, itself included. Nothing is cut more than it must be: only a few tokens
-    of the budget stay free, since where two pieces meet, tokens can merge or split. A text may
-    have 100,000 words: the first cut takes off all that is too much, later ones a few tokens.
+    number of items left, itself included. No text is cut more than its share asks for, but for a
+    few tokens, since where two pieces meet, tokens can merge or split. A text may have 100,000
+    words, so a cut takes off all that is too much at once, not token by token.
     """
 
     def messages(shown: list[str], query: str) -> list[dict]:
@@ -459,7 +464,7 @@ class PromptOptions:
         "small": {"k": 3, "max_prompt_tokens": 288, "encoder": None},
         "paper": {"k": 5, "encoder": None},
     }
-    free = {"device"}  # noqa: RUF012  these may change: greedy results stay, up to rounding
+    free = {"device"}  # noqa: RUF012  may change: greedy results stay the same up to rounding
     bounds = {0: "k seed", 1: "max_prompt_tokens"}  # noqa: RUF012  {least value: names}
     model: str = beside("toy/policy")  # checkpoint directory of the policy
     data: str = beside("toy/lamp")  # directory with LaMP's files
@@ -467,16 +472,18 @@ class PromptOptions:
     preset: Literal["auto", "toy", "small", "paper"] = "auto"  # other defaults, by the model
     retriever: Retriever = "bm25"  # how profile items are ranked
     k: int = 4  # profile items in the prompt
-    lowercase: bool = False  # BM25 on lowercased [a-z0-9]+ words, not on blank-separated ones
+    lowercase: bool = False  # BM25 on lowercased [a-z0-9]+ words, not on whitespace-separated ones
     idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
-    encoder: str | None = beside("toy/encoder")  # BERT checkpoint, of dense retrieval and the judge
+    encoder: str | None = beside(
+        "toy/encoder"
+    )  # BERT checkpoint, for dense retrieval and the judge
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
     query_prefix: str = ""  # what the dense retriever puts before a query (bge models expect it)
     max_prompt_tokens: int = 512  # longest prompt; where it would be longer, items are cut
     reasoning: bool = True  # without it the prompt closes the reasoning: answer at once
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cuda, mps or cpu
-    precision: Precision = "auto"  # of matrix products; auto: bfloat16 on CUDA
+    precision: Precision = "auto"  # of the policy's matrix products; auto: bfloat16 on CUDA
 
     @staticmethod
     def choose_preset(model: str) -> str:
@@ -509,7 +516,7 @@ def make_ranker(o: PromptOptions):
     dense = None
     if o.retriever == "dense":
         encoder = prlm.load_encoder(encoder_of(o), prlm.pick_device(o.device))
-        dense = Dense(encoder, o.pooling, o.query_prefix)
+        dense = Dense(encoder, pooling=o.pooling, query_prefix=o.query_prefix)
     how = dict(seed=o.seed, dense=dense, idf=o.idf, lowercase=o.lowercase)
     return lambda example, k: retrieve(example, k, o.retriever, **how)
 

@@ -14,14 +14,14 @@ aN-). The loss is InfoNCE, which for N = 1 and temperature 1 is -log sigmoid(s+ 
   L = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 It sees the query and the answer, never the profile: it can learn what personal answers have in
-common, not whose style one is.
+common, not whose style an answer has.
 
 --judge ratio is this project's own: the s that minimises InfoNCE has a closed form, and the base
 policy pi, from which both kinds of answers come, can compute it. Nothing is trained:
 
   s(q, d, a) = log pi(a | q, d) - log pi(a | q)
 
-It pays for what the profile explains, not for what the query explains. Beside gold texts that is
+It pays for what the profile explains, not for what the query explains. Next to accuracy that is
 welcome; alone (--accuracy 0) it lets the policy forget the topic, unless --beta keeps it near pi.
 
 `probe` measures what either judge knows about the user; read its figures with the pair accuracy.
@@ -106,7 +106,7 @@ def rewards(
     if judge and judged:
         judged_rows, shown, answers = zip(*judged, strict=True)
         for row, value in zip(judged_rows, judge(shown, answers), strict=True):
-            row["personalization"] = value
+            row["personalization"] = float(value)  # a judge may return a tensor or an array
     for row in rows:
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
         row["reward"] += personalization * row["personalization"]
@@ -146,9 +146,9 @@ class RewardModel(nn.Module):
     def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch.
 
-        `encode_pair` gives the ids and segments of the stripped texts, of as many tokens as the
-        encoder takes, 512 at most. The classifier reads tanh(pooler(hidden state of [CLS])); while
-        training, and only then, through the encoder's first dropout.
+        `encode_pair` gives the ids and segments of the stripped texts, cut to the encoder's length,
+        512 at most. The classifier reads tanh(pooler(hidden state of [CLS])). In training mode a
+        dropout of rate `encoder.dropout[0]` comes between the two.
         """
         limit = min(512, self.encoder.max_length)
         pairs = zip(queries, answers, strict=True)
@@ -180,9 +180,10 @@ def bert_judge(model: RewardModel) -> Judge:
 def save_reward_model(model: RewardModel, directory) -> None:
     """Writes it as transformers' BertForSequenceClassification with one label."""
     model.tokenizer.save(directory)
-    head = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "personal"}}
-    head["label2id"] = {"personal": 0}
-    prlm.write_json(Path(directory) / "config.json", model.encoder.raw | head)
+    labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
+    written = {"architectures": ["BertForSequenceClassification"], "torch_dtype": "float32"}
+    config = {key: value for key, value in model.encoder.raw.items() if key != "dtype"}
+    prlm.write_json(Path(directory) / "config.json", config | written | labels)
     weights = {f"bert.{name}": view for name, view in model.encoder.views().items()}
     weights |= {f"classifier.{name}": p for name, p in model.classifier.named_parameters()}
     prlm.write_safetensors(Path(directory) / "model.safetensors", weights)
@@ -212,10 +213,8 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 class RewardOptions(EvalOptions):
     presets = {  # noqa: RUF012
         "small": {"reward_lr": 5e-5},
-        "paper": {
-            "pairs_per_query": 10,
-            "reward_lr": 5e-5,
-        },  # 10 x 500 are the authors' 5,000 pairs
+        # 10 pairs of each of 500 records are the authors' 5,000.
+        "paper": {"pairs_per_query": 10, "reward_lr": 5e-5},
     }
     bounds = {  # noqa: RUF012
         0: "probe_examples",
@@ -229,7 +228,7 @@ class RewardOptions(EvalOptions):
     reward_lr: float = 1e-3  # reward model: peak learning rate; the authors' BERT-base has 5e-5
     reward_model: str | None = None  # a trained one; without it one is trained
     probe_examples: int = 200  # held-out records on which the judge is examined; 0 is none
-    tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
+    tokens_per_micro_batch: int = 8192  # memory against speed; the result is the same
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
@@ -303,16 +302,16 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
     then the noise differs. Matrix products are in o.precision.
     """
     limit = min(512, model.encoder.max_length)
-    device = model.classifier.weight.device.type
-    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
+    device = model.classifier.weight.device
     sizes = []  # tokens of each pair
     for pair in pairs:
         texts = [pair["positive"], *pair["negatives"]]
         ids = [model.tokenizer.encode_pair(pair["query"], text, limit)[0] for text in texts]
+        # Not len(texts): `padded` needs one factor for all, and negatives can be missing.
         sizes.append((1 + o.negatives) * max(map(len, ids)))
     total = 0.0
     for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch, padded=True):
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+        with prlm.products(o.precision, device):
             positive, negatives = score_pairs(model, [pairs[n] for n in rows])
         loss = info_nce(positive, negatives) * len(rows) / len(pairs)  # its share of the mean
         loss.backward()
@@ -336,8 +335,9 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
     """InfoNCE, AdamW, linear decay, batches of 64, on nine tenths of the queries; returns a report.
 
-    The other tenth, whose queries were never seen, measures the pair accuracy. Its interval counts
-    a query as one trial, since the pairs of a query are alike. `loss` is the last epoch's mean.
+    The pair accuracy is measured on the other tenth, whose queries were never seen. Its interval
+    counts a query as one trial, since the pairs of a query are alike. `loss` is the last epoch's
+    mean.
     """
     kept, held = split_pairs(pairs, o.seed)
     steps = o.reward_epochs * math.ceil(len(kept) / 64)
@@ -353,11 +353,12 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
                 batch = kept[start : start + 64]
                 optimizer.zero_grad()
                 loss = info_nce_backward(o, model, batch)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+                if not math.isfinite(loss + norm):
+                    what = f"the reward model's loss is {loss}, its gradient's norm {norm}"
+                    raise ValueError(f"{what}: a lower --reward-lr, in another --out, may do")
                 optimizer.step()
                 schedule.step()
-                if not math.isfinite(loss):
-                    advice = "a lower --reward-lr, in another --out, may do"
-                    raise ValueError(f"the reward model's loss is {loss}: {advice}")
                 mean += loss * len(batch) / len(kept)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
@@ -371,7 +372,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
 
 
 def load_bert(o: RewardOptions) -> RewardModel:
-    """The trained reward model that the options name, or their encoder before its training."""
+    """The reward model at --reward-model; without one a new, untrained one on the encoder."""
     device = prlm.pick_device(o.device)
     if o.reward_model:
         return load_reward_model(o.reward_model, device)
@@ -379,7 +380,7 @@ def load_bert(o: RewardOptions) -> RewardModel:
     return RewardModel(prlm.load_encoder(encoder_of(o), device))
 
 
-def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory) -> RewardModel:
+def obtain_reward_model(o: RewardOptions, decoder, tokenizer, examples, directory) -> RewardModel:
     """The reward model of `directory`; what is not there yet, pairs or model, is made first."""
     directory = Path(directory)
     device = prlm.pick_device(o.device)
@@ -395,7 +396,7 @@ def obtain_reward_model(o: RewardOptions, policy, tokenizer, examples, directory
     if prlm.on_first(lambda: not report_file.is_file()):
         directory.mkdir(parents=True, exist_ok=True)
         if prlm.on_first(lambda: not pairs_file.is_file()):
-            pairs = build_pairs(o, policy, tokenizer, examples)
+            pairs = build_pairs(o, decoder, tokenizer, examples)
             split_pairs(pairs, o.seed)  # raises ValueError for too few, before they are kept
             prlm.on_first(lambda: prlm.write_json(pairs_file, pairs))  # the slow part is kept
         prlm.on_first(train)
@@ -412,16 +413,17 @@ def likelihood_ratio(
 ) -> Tensor:  # fmt: skip
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
 
-    with_profile and without [P] are prompts for the same query; the answers [P][G] go on from
-    either. Each prompt runs once for its group (`prlm.token_logprobs`), no gradient is kept, and
-    groups run together as long as they have at most `tokens_per_batch` tokens, prompt and answers.
-    An empty answer has 0; without prompts the result is [0, 0]. Why this is the judge to have:
+    Both lists [P] are prompts for the same queries; the answers [P][G] continue either. Each prompt
+    runs once for its group (`prlm.token_logprobs`), no gradient is kept, and groups run together as
+    long as they have at most `tokens_per_batch` tokens, prompt and answers. An empty answer has 0;
+    without prompts the result has shape [0, 0]. Why this is the judge to have:
 
       InfoNCE asks a critic s(q, d, a) to find a+ ~ p(a | q, d) among a1- .. aN- ~ p(a | q).
       Shown all of them, the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
       w_n = p(a_n | q, d) / p(a_n | q). The loss is the cross-entropy of softmax(s) against that,
-      so its minimum is s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
-      (van den Oord et al. 2018; Poole et al. 2019). Here p is pi: it has written both kinds.
+      so its minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
+      (van den Oord et al. 2018; Poole et al. 2019). Here pi, with its reasoning closed and at
+      temperature 1, takes the place of p: it has written both kinds of answers.
     """
     group_size = len(answers[0]) if answers else 0
 
@@ -438,15 +440,15 @@ def likelihood_ratio(
     return score(with_profile) - score(without)
 
 
-def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judge:
+def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
     """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy.
 
-    That is the probability that a was written with the profile, if one was as likely as the other
+    That is the probability that a was written with the profile, if both were equally likely
     beforehand; it lies in (0, 1), as the paper's does. The reasoning is closed in both prompts, so
     that the answers alone are compared, in the form that the prompt asks for.
 
     What the query explains cancels out: an answer on another topic is worth as much. So where no
-    gold text is rewarded beside it, keep the policy near the base with --beta. The best policy is
+    accuracy is rewarded beside it, keep the policy near the base with --beta. The best policy is
     then pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a constant, if the ratio itself is
     the reward: more of what the profile adds, on the topic that pi would choose.
     """
@@ -454,17 +456,24 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
     how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        groups: dict[tuple, list[int]] = {}  # the answers of an example share its two prompts
+        # The answers of an example share its two prompts. Records may have equal ids and queries,
+        # but other profiles (the swap test's do), so an example is known by its identity.
+        groups: dict[int, list[int]] = {}
         for n, example in enumerate(examples):
-            groups.setdefault((example.id, example.query), []).append(n)
+            groups.setdefault(id(example), []).append(n)
         asked = [examples[members[0]] for members in groups.values()]
         with_profile = make_prompts(how, tokenizer, asked, rank)
-        without = make_prompts(replace(how, k=0), tokenizer, asked, rank)
+        without_profile = make_prompts(replace(how, k=0), tokenizer, asked, rank)
         ids = [tokenizer.encode(answer_block(o.task, answer)) for answer in answers]
-        width = max(map(len, groups.values()))
+        width = max(map(len, groups.values()), default=0)
         padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
-        budget = o.tokens_per_micro_batch
-        ratios = likelihood_ratio(policy, with_profile, without, padded, budget)  # [P, G]
+        ratios = likelihood_ratio(
+            decoder,
+            with_profile=with_profile,
+            without=without_profile,
+            answers=padded,
+            tokens_per_batch=o.tokens_per_micro_batch,
+        )  # [P, G]
         shares = ratios.double().sigmoid()  # float32 would round those above 17 nats to 1
         values = [0.0] * len(answers)
         for members, row in zip(groups.values(), shares.tolist(), strict=True):
@@ -478,7 +487,7 @@ def ratio_judge(o: RewardOptions, policy: Decoder, tokenizer: Tokenizer) -> Judg
 # ---- What a judge knows ------------------------------------------------------------------------
 
 
-def prefers(judge: Judge, own: tuple, other: tuple) -> float:
+def prefers(judge: Judge, *, own: tuple, other: tuple) -> float:
     """How often the judge gives more to own (examples, answers) than to other; ties are a half."""
     pairs = zip(judge(*own), judge(*other), strict=True)
     won = [0.5 if a == b else float(a > b) for a, b in pairs]
@@ -502,14 +511,15 @@ def probe(judge: Judge, examples: Sequence[Example], rivals: Sequence[dict] = ()
     beside another user's. A judge that does not see the profile gives both the same: exactly .5.
     Its 95 % interval counts a user as one trial.
 
-    `rivals` are records {"query", "own", and any others} of these examples, in the toy: "other" is
+    `rivals` are records {"query", "own", and any others} of these examples. In the toy "other" is
     the real answer in another user's style, "plain" the same with a plain word for the user's.
     """
     users = len({e.user_id for e in examples})
     report = {}
     if users > 1:
         answers = [example.target for example in examples]
-        share = prefers(judge, (examples, answers), (swap_profiles(examples), answers))
+        swapped = swap_profiles(examples)
+        share = prefers(judge, own=(examples, answers), other=(swapped, answers))
         low, high = wilson(share, users)
         report = {"swap_test": share, "swap_test_low": low, "swap_test_high": high, "users": users}
     by_query = {example.query.strip(): example for example in examples}
@@ -517,7 +527,7 @@ def probe(judge: Judge, examples: Sequence[Example], rivals: Sequence[dict] = ()
     asked = [by_query[row["query"].strip()] for row in rows]
     for rival in [key for key in (rows[0] if rows else ()) if key not in ("query", "own")]:
         own, theirs = ([row[key] for row in rows] for key in ("own", rival))
-        report[f"own_over_{rival}"] = prefers(judge, (asked, own), (asked, theirs))
+        report[f"own_over_{rival}"] = prefers(judge, own=(asked, own), other=(asked, theirs))
     return report
 
 
@@ -534,7 +544,7 @@ def read_rivals(o: RewardOptions) -> list[dict]:
     return rivals
 
 
-FEW = 30  # held-out queries: with fewer, an accuracy of .65 cannot be told from chance
+FEW = 30  # held-out queries: with fewer, not even an accuracy of .67 can be told from chance
 
 
 def describe(name: str, report: dict) -> str:
@@ -551,7 +561,7 @@ def describe(name: str, report: dict) -> str:
         lines.append(f"  {report['pairs']} pairs, loss {report['loss']:.3f} in the last epoch")
         lines.append(f"  pair accuracy {share('pair_accuracy')}, from {stands_on}")
     if "swap_test" in report:
-        blind = "; exactly .5: it does not see the profile" if report["swap_test"] == 0.5 else ""
+        blind = "; exactly .5: it does not see the profile" if name == "bert" else ""
         lines.append(f"  swap test {share('swap_test')}, from {report['users']} users{blind}")
     rivals = [key for key in report if key.startswith("own_over_")]
     lines += [f"  {key.replace('_', ' ')} {report[key]:.3f}" for key in rivals]
@@ -560,26 +570,29 @@ def describe(name: str, report: dict) -> str:
 
 def check_judge(o: RewardOptions) -> None:
     """ValueError for a judge that cannot work with these options, or whose files are faulty."""
-    if o.judge == "ratio" and o.k == 0:
-        raise ValueError("--judge ratio compares with and without a profile: --k 0 leaves none")
+    if o.judge == "ratio" and (o.k == 0 or o.retriever == "none"):
+        none = "--k 0" if o.k == 0 else "--retriever none"
+        advice = "take --personalization 0"
+        raise ValueError(
+            f"--judge ratio compares with and without a profile: {none} leaves none; {advice}"
+        )
     if o.judge == "bert":
         load_bert(o)  # to learn of a faulty file now, not after the slow part
     read_rivals(o)
 
 
-def make_judge(o: RewardOptions, policy: Decoder, tokenizer, examples, directory) -> Judge:
-    """The judge that the options name; what it needs and its report lie in `directory`.
+def make_judge(o: RewardOptions, decoder: Decoder, tokenizer, examples, directory) -> Judge:
+    """The judge that the options name; its files and its report are in `directory`.
 
-    `policy` is frozen: "bert" samples its pairs from it, "ratio" keeps it.
+    The decoder is frozen: "bert" samples its pairs from it, "ratio" keeps it.
     """
-    check_judge(o)
     held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
     if o.judge == "ratio":
-        judge = ratio_judge(o, policy, tokenizer)
+        judge = ratio_judge(o, decoder, tokenizer)
     elif o.reward_model:
         judge = bert_judge(load_bert(o))
     else:
-        judge = bert_judge(obtain_reward_model(o, policy, tokenizer, examples, directory))
+        judge = bert_judge(obtain_reward_model(o, decoder, tokenizer, examples, directory))
 
     def examine() -> dict:
         file = Path(directory) / "report.json"
@@ -615,6 +628,7 @@ class Options(RewardOptions):
 
 
 def main(o: Options) -> None:
+    check_judge(o)
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
     decoder, tokenizer = prlm.load_policy(o)
     inputs = inputs_of(o, *(["train", "dev"] if o.probe_examples else ["train"]))

@@ -7,16 +7,16 @@ One step, for P prompts with G completions each:
   3. advantage   A_i = (r_i - mean r) / (std r + 1e-4) within the group: no value network
   4. update      ratio_t = exp(log pi(o_t) - log pi_old(o_t)); the loss of a token is
                  -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta (exp(d) - d - 1)
-                 with d = log ref(o_t) - log pi(o_t); averaged over a completion's tokens, then
-                 over completions ("grpo"), or over all tokens ("dapo"), or by a constant
-                 ("dr_grpo")
+                 with d = log ref(o_t) - log pi(o_t). The mean over a completion's tokens, then
+                 over completions ("grpo"), or the sum of all tokens divided by their number
+                 ("dapo") or by a constant ("dr_grpo")
 
 With "grpo", one update per rollout, no KL and nothing masked, the loss is 0 up to rounding: the
 ratio is exactly 1 and the advantages of a group sum to 0. Reward is the signal to watch.
 
-Before that, a run takes supervised steps if --warm-start asks for them, looks at a first rollout
-(can anything be learned here?), makes its judge, and scores held-out users, whom it scores again at
-the end. Each stage keeps its result in the run directory.
+Before the first step, a run takes supervised steps if --warm-start asks for them, looks at a first
+rollout (can anything be learned here?), makes its judge, and scores held-out users, as it does
+again at the end. Each stage keeps its result in the run directory.
 
 Every random choice is a function of (seed, step), so a stopped run keeps no generator state: the
 same command resumes it. The policy has no dropout, and it is trained on the very ids that it
@@ -79,8 +79,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """An estimate of each token's KL(policy | reference): exp(d) - d - 1, d = ref - policy.
 
-    Of the estimators in John Schulman's note "Approximating KL Divergence" (2020) the third:
-    unbiased on tokens that the policy sampled, and never negative.
+    The third estimator in John Schulman's note "Approximating KL Divergence" (2020): unbiased on
+    tokens that the policy sampled, and never negative.
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
@@ -140,7 +140,7 @@ def count_clipped(logprobs, old_logprobs, advantages, mask, clip=0.2, clip_high=
     """How many of the tokens [P, G, C] lost their gradient to the clip.
 
     Only those that have already moved too far in the direction of their advantage. In the other
-    direction the minimum takes the term that is not clipped, so that the step is undone.
+    direction the minimum takes the term that is not clipped, so its gradient still pulls back.
     """
     ratio = (logprobs - old_logprobs).exp()
     advantage = advantages[..., None]
@@ -180,7 +180,7 @@ class Options(RewardOptions):
             "eval_every": 500, "save_every": 100,
         },
     }  # fmt: skip
-    free = RewardOptions.free | {  # these do not change the result
+    free = RewardOptions.free | {  # these change the result by rounding, or other noise, at most
         "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
     }  # fmt: skip
     adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run is resumed
@@ -201,19 +201,18 @@ class Options(RewardOptions):
     steps: int = 60  # rollouts, each with its update; 0 stops after the warm start
     prompts_per_step: int = 16  # P; the authors take 1
     group_size: int = 8  # G; the authors take 4
-    temperature: float = 1.0  # of sampling and of all log-probabilities; the authors take 0.7
+    temperature: float = 1.0  # of sampling and log-probabilities in GRPO; the authors take 0.7
     lr: float = 1e-3  # peak learning rate of AdamW; the authors take 1e-6 for 1.5 B parameters
     warmup: float = 0.1  # share of the steps over which the learning rate rises
     lora_rank: int = 0  # train adapters of this rank and alpha; 0 trains all weights
     beta: float = 0.0  # weight of the KL to the policy before RL; the authors take 0.04
     clip: float = 0.2  # how far the ratio may be from 1 before the gradient is cut
-    clip_high: float | None = None  # the same on the upper side, where it is to be wider
+    clip_high: float | None = None  # the same above 1, if that side should be wider (DAPO)
     scale: Scale = "std"  # what divides the advantages
     normalizer: Normalizer = "grpo"  # what the loss is averaged over
     updates_per_rollout: int = 1  # with one, the ratio is 1 and the clip never acts
     grad_clip: float = 1.0  # largest gradient norm
     mask_truncated: bool = False  # leave completions that hit max_new_tokens out of the loss
-    tokens_per_micro_batch: int = 8192  # memory against speed; the result stays the same
     checkpointing: bool = False  # run each layer again in the backward pass: less memory, slower
     eval_every: int = 20  # steps between greedy evaluations on held-out users; 0 is never
     eval_examples: int = 200  # held-out records to score
@@ -241,8 +240,8 @@ class Rollout:
     examples: list[Example]  # [P]
     prompts: list[list[int]]  # [P] token ids
     groups: list[list[Completion]]  # [P][G]
-    texts: list[str]  # [P*G] completions as text, with what the prompt has already opened
-    parts: list[dict]  # [P*G] rows of reward.py's `rewards`: answer, parts of the reward, sum
+    texts: list[str]  # [P*G] completions as text, after what the prompt has opened (<think>)
+    rows: list[dict]  # [P*G] of reward.py's `rewards`: answer, parts of the reward, their sum
     advantages: Tensor  # [P, G]
 
     @property
@@ -250,8 +249,8 @@ class Rollout:
         return [completion for group in self.groups for completion in group]  # P*G
 
     def grid(self, key: str) -> Tensor:
-        """One number of each completion's `parts`. [P, G]"""
-        return torch.tensor([part[key] for part in self.parts]).view(len(self.prompts), -1)
+        """One number of each completion's row. [P, G]"""
+        return torch.tensor([row[key] for row in self.rows]).view(len(self.prompts), -1)
 
 
 def seed_of(*parts) -> int:
@@ -260,7 +259,7 @@ def seed_of(*parts) -> int:
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples: each step reads on where the last one stopped.
+    """Indices of a step's examples: each step continues where the last one stopped.
 
     Every epoch has a shuffle of its own; `start` examples were read before step 0.
     """
@@ -316,7 +315,7 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
 
 
 def choose_for_step(o: Options, step: int, count: int, size: int | None = None) -> list[int]:
-    """The examples of a step of GRPO, of all processes; it reads on where the warm start stopped.
+    """Indices of a GRPO step's examples, for all processes; they go on where the warm start ended.
 
     So a warm start of less than an epoch leaves RL records that the policy has not imitated.
     """
@@ -325,7 +324,7 @@ def choose_for_step(o: Options, step: int, count: int, size: int | None = None) 
 
 
 def choose_share(o: Options, step: int, count: int) -> list[int]:
-    """The examples of this step that fall to this process."""
+    """Those of them that fall to this process."""
     rank, world_size = prlm.rank_and_world_size()
     share = o.prompts_per_step // world_size
     return choose_for_step(o, step, count)[rank * share : (rank + 1) * share]
@@ -348,19 +347,22 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
     # 2. reward
     asked = [example for example in examples for _ in range(o.group_size)]  # [P*G]
     weights = {name: getattr(o, name) for name in PARTS}
-    parts = rewards(texts, asked, judge, **weights)
-    reward = torch.tensor([part["reward"] for part in parts]).view(-1, o.group_size)  # [P, G]
+    rows = rewards(texts, asked, judge, **weights)
+    reward = torch.tensor([row["reward"] for row in rows]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
-        values = ((e.id, part["personalization"]) for e, part in zip(asked, parts, strict=True))
+        values = ((e.id, row["personalization"]) for e, row in zip(asked, rows, strict=True))
         broken = {id: value for id, value in values if not math.isfinite(value)}
         raise ValueError(f"the judge's values of some records are not finite numbers: {broken}")
     # 3. advantage
     advantages = group_advantages(reward, o.scale)
-    return Rollout(examples, prompts, groups, texts, parts, advantages)
+    return Rollout(
+        examples=examples, prompts=prompts, groups=groups, texts=texts, rows=rows,
+        advantages=advantages,
+    )  # fmt: skip
 
 
 def trained_tokens(o: Options, rollout: Rollout, device) -> Tensor:
-    """1 at the tokens that the loss counts, the end-of-sequence token among them. [P, G, C]
+    """True at the tokens that the loss counts, the end-of-sequence token among them. [P, G, C]
 
     From lengths, never from token values: padding may have the id of the end of a sequence.
     """
@@ -406,7 +408,7 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
         for rows in batches:
             prompts = [rollout.prompts[n] for n in rows]
             groups = [completions[n] for n in rows]
-            with products(o, device):
+            with prlm.products(o.precision, device):
                 logprobs, entropy, real = prlm.score_completions(
                     decoder, prompts, groups, o.temperature
                 )
@@ -425,7 +427,11 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
             }
             ref_logprobs = None
             if o.beta:
-                with torch.no_grad(), products(o, device), reference_of(policy) as reference:
+                with (
+                    torch.no_grad(),
+                    prlm.products(o.precision, device),
+                    reference_of(policy) as reference,
+                ):
                     ref_logprobs, _ = prlm.token_logprobs(reference, prompts, groups, o.temperature)
                 log["kl"] += k3(now, ref_logprobs)[mask].sum().item() / tokens
             loss = grpo_loss(
@@ -448,17 +454,11 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
     return log | {"gap": max(prlm.gather(gap)), "gap_mean": sum(prlm.gather(gap_mean))}
 
 
-def products(o: Options, device: torch.device):
-    """A context in which matrix products are computed in the precision that the options ask for."""
-    half = prlm.product_dtype(o.precision, device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
-
-
 def optimizer_step(o: Options, optimizer, loss: float) -> float:
     """Sums the gradients of all processes, clips and applies them; returns the unclipped norm."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if prlm.rank_and_world_size()[1] > 1:
-        # Once an optimizer step, after the last micro-batch: little to overlap, and unlike
+        # Once per optimizer step, after the last micro-batch: little to overlap, and unlike
         # DistributedDataParallel it needs no forward() of its own and no second copy.
         for parameter in parameters:
             dist.all_reduce(parameter.grad)
@@ -497,7 +497,7 @@ def grpo_step(
         advice = "it was not applied; the same command with a lower --lr resumes from what is saved"
         raise ValueError(f"{where}: {error}; {advice}") from None
     seconds = {"rollout": rolled - start, "update": time.perf_counter() - rolled}
-    metrics = log | rollout_metrics(rollout, seconds) | {"lr": optimizer.param_groups[0]["lr"]}
+    metrics = log | rollout_metrics(o, rollout, seconds) | {"lr": optimizer.param_groups[0]["lr"]}
     each = prlm.gather((metrics, sample_lines(rollout, step, policy.tokenizer)))
     world_size = len(each)
     metrics = {name: sum(one[name] for one, _ in each) / world_size for name in metrics}
@@ -508,7 +508,7 @@ def grpo_step(
 # ---- The log of a step ----------------------------------------------------------------------
 
 
-def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:
+def rollout_metrics(o: Options, rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:
     """What metrics.jsonl says of a rollout; README.md explains each name."""
     flat = rollout.completions
     count = sum(len(c.tokens) for c in flat)
@@ -519,8 +519,9 @@ def rollout_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, fl
         # Only what differs within a group can teach: a part without spread teaches nothing.
         metrics[f"spread_{name}"] = grid.std(1).mean().item()
     learning = (rollout.advantages != 0).any(1)
-    # Groups that are alike in every part but the judge's: if they learn, it alone orders them.
-    others = torch.stack([rollout.grid(name) for name in PARTS if name != "personalization"])
+    # Groups that earn the same by every part but the judge's: if they learn, it alone orders them.
+    rest = [name for name in PARTS if name != "personalization" and getattr(o, name)]
+    others = torch.stack([torch.zeros_like(rollout.advantages), *map(rollout.grid, rest)])
     alike = (others == others[..., :1]).all(-1).all(0)  # [P]
     return metrics | {
         "zero_spread_groups": 1 - learning.float().mean().item(),
@@ -545,7 +546,7 @@ def sample_lines(rollout: Rollout, step: int, tokenizer: Tokenizer) -> list[dict
                 "query": example.query,
                 "target": example.target,
                 "completion": rollout.texts[n],
-                **rollout.parts[n],
+                **rollout.rows[n],
                 "advantage": rollout.advantages.flatten()[n].item(),
                 "finished": completion.finished,
                 "tokens": completion.tokens,
@@ -557,7 +558,7 @@ def sample_lines(rollout: Rollout, step: int, tokenizer: Tokenizer) -> list[dict
 
 
 def warn_if_stuck(lines: list[dict], bar) -> None:
-    """A warning for every ten steps in a row that could teach nothing, or were all cut off."""
+    """A warning after every ten steps in a row that taught nothing or finished no completion."""
     advice = {
         "zero_spread_groups": "all completions of each prompt earned the same, so nothing was "
         "learned: try a higher --temperature or a larger --group-size, with another --out",
@@ -579,7 +580,7 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
     """One rollout of eight prompts: shares of extracted answers, of closed reasoning, of truncated
     completions and of groups with spread; and the mean tokens of a completion.
 
-    A group has spread if its rewards differ, or if a judge would be shown different answers.
+    A group has spread if its rewards differ, or if a judge would value its answers differently.
     Without spread all advantages are 0 and GRPO learns nothing.
     """
     chosen = choose_for_step(o, step=0, count=len(examples), size=min(8, len(examples)))
@@ -587,11 +588,13 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
     prompts = make_prompts(o, policy.tokenizer, shown)
     seed = seed_of(o.seed, "look")
     rollout = roll_out(o, policy, judge=None, examples=shown, prompts=prompts, seed=seed)
-    real = [not is_placeholder(part["answer"], o.task) for part in rollout.parts]
+    real = [not is_placeholder(row["answer"], o.task) for row in rollout.rows]
     spread = []
     for n in range(len(shown)):
         group = slice(n * o.group_size, (n + 1) * o.group_size)
-        answers = {part["answer"] for part, good in zip(rollout.parts[group], real[group]) if good}
+        # Answers that are worth nothing all earn the same, so they count as one.
+        pairs = zip(rollout.rows[group], real[group], strict=True)
+        answers = {row["answer"] if good else "" for row, good in pairs}
         judged = o.personalization > 0 and len(answers) > 1
         spread.append(judged or bool((rollout.advantages[n] != 0).any()))
     flat = rollout.completions
@@ -614,7 +617,7 @@ def take_a_look(o: Options, out: Path, policy: Policy, examples: list[Example]) 
         f"a first look: {found['answered']:.0%} of completions have an answer, "
         f"{found['closed']:.0%} close their reasoning, {found['truncated']:.0%} are cut off; "
         f"{found['completion_tokens']:.0f} of {o.max_new_tokens} tokens; "
-        f"{found['groups_with_spread']:.0%} of groups differ in reward"
+        f"{found['groups_with_spread']:.0%} of groups have rewards that differ"
     )
     if found["groups_with_spread"] <= 0.1 and not o.force:
         ways = ["--warm-start 125 (it teaches the form from the training records)"]
@@ -672,7 +675,7 @@ def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> 
     sizes = [len(p) + len(t) for p, t in zip(prompts, targets, strict=True)]
     total = 0.0
     for rows in prlm.micro_batches(sizes, o.tokens_per_micro_batch):
-        with products(o, device):
+        with prlm.products(o.precision, device):
             logprobs, _ = prlm.token_logprobs(
                 policy.decoder, [prompts[n] for n in rows], [[targets[n]] for n in rows]
             )
@@ -685,7 +688,7 @@ def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> 
 
 
 def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]) -> Path:
-    """The directory of a policy that has seen --warm-start supervised steps, made first if need be.
+    """The directory of a policy after --warm-start supervised steps, made first if need be.
 
     It takes the model's place from then on: "before" is its score, the judge's pairs are its
     answers, and the KL is measured from it.
@@ -732,7 +735,8 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
 
     def keep() -> None:
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
-        prlm.write_json(folder / "report.json", {"steps": o.warm_start, "loss": losses[-1:]})
+        loss = losses[-1] if losses else None
+        prlm.write_json(folder / "report.json", {"steps": o.warm_start, "loss": loss})
         state.unlink()  # not needed once the report says that all is there
 
     prlm.on_first(keep)
@@ -752,7 +756,7 @@ def trained_state(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def save_state(path: Path, step: int, decoder: Decoder, optimizer) -> None:
-    """Everything that the next step depends on, atomically; OSError if the disk has no room."""
+    """Saves all that the next step depends on, atomically; OSError if the disk has no room."""
     state = {"step": step, "model": trained_state(decoder), "optimizer": optimizer.state_dict()}
     moments = [x for moment in state["optimizer"]["state"].values() for x in moment.values()]
     tensors = [x for x in (*state["model"].values(), *moments) if torch.is_tensor(x)]
@@ -771,11 +775,14 @@ def load_state(path: Path, decoder: Decoder, optimizer) -> int:
         if state["model"].keys() != trained_state(decoder).keys():
             raise LookupError("it holds other weights")
         decoder.load_state_dict(state["model"], strict=False)  # with LoRA the base is not in it
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]  # as this device needs it
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
     except Exception as error:  # whatever torch makes of another file
-        broken = not isinstance(error, OSError) or error.errno == errno.EINVAL
-        if prlm.is_out_of_memory(error) or not broken:
+        # torch reports some broken files as EINVAL; any other OSError is the disk's.
+        of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if of_disk or prlm.is_out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
         text = f"{path}: not a state of this run ({reason}); delete it to train from the start"
@@ -833,12 +840,13 @@ def check(o: Options, world_size: int) -> None:
 def train_policy(
     o: Options, out: Path, stop: Stop, policy: Policy, judge, train: list[Example], held
 ) -> None:  # fmt: skip
-    """GRPO: a step, its lines in the logs, now and then a look at held-out users and a save."""
+    """GRPO: a step, its lines in the logs, now and then an evaluation and a saved state."""
     optimizer = make_optimizer(policy, o.lr)
-    done, recent = resume(out, policy, optimizer)
+    done, lines = resume(out, policy, optimizer)
     prlm.on_first(partial(prlm.rewind, out / "samples.jsonl", done))
     if done > o.steps:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
+    # With no step left a new --lr is never used, so it is not recorded.
     prlm.on_first(partial(prlm.adopt, o, o.adjustable if done < o.steps else {"steps"}))
     prompts = make_prompts(o, policy.tokenizer, train)
     for step, bar in saved_steps(
@@ -853,8 +861,8 @@ def train_policy(
         prlm.on_first(partial(prlm.append, out / "samples.jsonl", samples))
         prlm.on_first(partial(prlm.append, out / "metrics.jsonl", [metrics]))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", format=f"{metrics['format']:.3f}")
-        recent.append(metrics)
-        warn_if_stuck(recent, bar)
+        lines.append(metrics)
+        warn_if_stuck(lines, bar)
 
 
 def main(o: Options, judge=None) -> None:
@@ -889,7 +897,7 @@ def run(o: Options, stop: Stop, judge=None) -> None:
             policy = None  # its memory goes before the warm start takes its own
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
         take_a_look(o, out, policy, train)
-        if (o.beta or (o.personalization and o.judge == "ratio")) and not o.lora_rank:
+        if (o.beta or (judged.personalization and o.judge == "ratio")) and not o.lora_rank:
             # A copy, since the policy will move. Made before a saved state is put back, so that a
             # resumed run has the same one. Of the sampler: it has the products' precision already.
             policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
@@ -905,15 +913,15 @@ def run(o: Options, stop: Stop, judge=None) -> None:
     prlm.on_first(partial(report, o, out))
 
 
-def say_what_runs(o: Options, policy: Policy, train: int, held: int) -> None:
-    """The first line of a run: device, precision, preset, task, numbers of users."""
+def say_what_runs(o: Options, policy: Policy, train_count: int, held_count: int) -> None:
+    """The first line of a run: device, precision, preset, task, numbers of records."""
     device = policy.decoder.head.device
     dtype = str(prlm.product_dtype(o.precision, device)).removeprefix("torch.")
     world_size = prlm.rank_and_world_size()[1]
     many = f"{world_size} x " if world_size > 1 else ""
     print(
         f"{o.model} on {many}{device}, {dtype} products, preset {o.preset}: "
-        f"{o.task}, {train} training users, {held} held out"
+        f"{o.task}, {train_count} training records, {held_count} held out"
     )
 
 
@@ -976,7 +984,7 @@ LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/afte
 
 
 def is_complete(o: Options, out: Path) -> bool:
-    """Whether the last score holds: not if --steps has grown since or a file of it is gone.
+    """Whether the last score holds: not if --steps has grown since or one of its files is gone.
 
     Without trainer.pt it could not be made again, so then it holds.
     """
@@ -990,7 +998,7 @@ def is_complete(o: Options, out: Path) -> bool:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
     stale = metrics.is_file() and done < o.steps
     lost = not all((out / name).is_file() for name in LAST_FILES)
-    stateless = done and not (out / "trainer.pt").is_file()
+    stateless = done > 0 and not (out / "trainer.pt").is_file()
     return stateless or not (stale or lost)
 
 

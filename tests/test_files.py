@@ -464,6 +464,28 @@ class TestConfig:
         with pytest.raises(ValueError, match=r"policy: model\.norm\.weight holds NaN or infinity"):
             prlm.load_decoder(tmp_path / "policy")
 
+    @pytest.mark.parametrize("kind", ["policy", "encoder"])
+    def test_a_weight_under_two_names_is_refused(self, world, tmp_path, kind):
+        path = tmp_path / kind / "model.safetensors"
+        shutil.copytree(world / kind, path.parent)
+        weights = prlm.read_safetensors(path)
+        full, short = ("model.norm.weight", "norm.weight") if kind == "policy" else (
+            "bert.embeddings.LayerNorm.weight", "embeddings.LayerNorm.weight"
+        )  # fmt: skip
+        value = weights.pop(full, None)
+        value = weights.pop(short) if value is None else value
+        prlm.write_safetensors(path, weights | {full: value, short: value + 1})
+        load = prlm.load_decoder if kind == "policy" else prlm.load_encoder
+        with pytest.raises(ValueError, match="is in the checkpoint under two names"):
+            load(path.parent)
+
+    def test_an_encoder_whose_tokenizer_has_more_ids_is_refused(self, world, tmp_path):
+        shutil.copytree(world / "encoder", tmp_path / "encoder")
+        names = [f"<extra {n}>" for n in range(1000)]
+        byte_tokenizer(names).save(str(tmp_path / "encoder" / "tokenizer.json"))
+        with pytest.raises(ValueError, match=r"encoder: tokenizer\.json has ids beyond"):
+            prlm.load_encoder(tmp_path / "encoder")
+
     @pytest.mark.parametrize("changes", BAD_CONFIGS, ids=str)
     def test_refuses(self, changes):
         with pytest.raises(ValueError, match="the config"):
@@ -592,6 +614,19 @@ class TestTokenizer:
         ids = theirs(text, add_special_tokens=False).input_ids
         assert prlm.load_tokenizer(toy).encode(text) == ids
 
+    def test_cut_ends_where_a_text_has_no_tokens(self):
+        backend = byte_tokenizer()
+        backend.normalizer = normalizers.Replace("\u200b", "")  # drops a character
+        tokenizer = prlm.Tokenizer(backend)
+        assert tokenizer.cut("\u200b\u200b", 0) == "" and tokenizer.cut("\u200b", 1) == "\u200b"
+
+    def test_without_a_vocabulary_or_an_eos_there_is_a_sentence(self, tmp_path):
+        Backend(models.WordLevel({}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: its vocabulary is empty"):
+            prlm.load_tokenizer(tmp_path)
+        with pytest.raises(ValueError, match="no EOS token"):
+            _ = prlm.Tokenizer(byte_tokenizer()).end_id
+
     def test_cut_is_the_longest_beginning_that_fits(self, toy_tokenizer):
         text = "aé😀 日本b"  # up to four tokens a character
         for tokens in range(20):
@@ -691,6 +726,23 @@ BAD_MESSAGES = [
 # fmt: on
 
 
+TEMPLATE = (  # in the manner of Qwen2's
+    "{%% for m in messages %%}%s"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\\n' }}{%% endif %%}"
+)
+FIRST = "{%% if loop.first and m['role'] != 'system' %%}{{ %s }}{%% endif %%}"
+DEFAULTS = [
+    (
+        FIRST % r"'<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'",
+        "a helpful assistant.",
+    ),
+    (FIRST % "'<|im_start|>system\nBe brief.<|im_end|>\n'", "Be brief."),  # a line break as it is
+    (FIRST % r"'<|im_start|>system\nUse \\boxed{}, \'x\'.<|im_end|>\n'", r"Use \boxed{}, 'x'."),
+    ("", None),  # no default, whatever the tokens say
+]
+
+
 class TestChat:
     @pytest.mark.parametrize("family, messages, expected", CHATS)
     def test_formats(self, family, messages, expected):
@@ -715,6 +767,26 @@ class TestChat:
         with pytest.warns(UserWarning, match="no chat format known here .*Llama 3") as warned:
             ids = tokenizer.chat(BOTH + USER)
         assert len(warned) == 1 and tokenizer.decode(ids) == "SYS\n\nUSR\n\nUSR\n\n"
+
+    @pytest.mark.parametrize("literal, said", DEFAULTS)
+    @pytest.mark.parametrize("kind", ["a file", "a setting", "one of several"])
+    def test_the_template_decides_on_a_default_system_message(self, literal, said, kind, tmp_path):
+        template = TEMPLATE % literal
+        backend = byte_tokenizer(FAMILIES["Qwen2.5"])  # whose tokens alone would say QWEN
+        backend.save(str(tmp_path / "tokenizer.json"))
+        setting = [{"name": "tools", "template": "x"}, {"name": "default", "template": template}]
+        setting = template if kind == "a setting" else setting
+        if kind == "a file":
+            (tmp_path / "chat_template.jinja").write_text(template)
+            setting = "another, which the file takes the place of"
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": setting}))
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+        how = dict(chat_template=template, add_generation_prompt=True)
+        tokenizer = prlm.load_tokenizer(tmp_path)
+        for messages in (USER, BOTH, LATE):
+            expected = theirs.apply_chat_template(messages, **how, tokenize=False)
+            assert tokenizer.chat(messages) == backend.encode(expected).ids
+        assert (said or "system") in theirs.apply_chat_template(LATE, **how, tokenize=False)
 
     @pytest.mark.parametrize("message", BAD_MESSAGES, ids=str)
     def test_bad_messages(self, toy_tokenizer, message):

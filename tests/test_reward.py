@@ -232,6 +232,16 @@ class TestRewardModel:
         again = reward.load_reward_model(tmp_path)
         assert torch.equal(again.score_all(queries, answers), model.score_all(queries, answers))
 
+    @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+    def test_the_config_names_the_precision_of_the_weights(self, world, model, tmp_path, key):
+        transformers = pytest.importorskip("transformers")
+        model.encoder.raw = model.encoder.raw | {key: "float16"}  # what its encoder was loaded from
+        reward.save_reward_model(model, tmp_path)
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, dtype="auto"
+        )
+        assert {p.dtype for p in theirs.parameters()} == {torch.float32}
+
     def test_directories_without_a_reward_model(self, world, model, tmp_path):
         with pytest.raises(ValueError, match="classifier"):
             reward.load_reward_model(world / "encoder")
@@ -687,9 +697,11 @@ class TestJudge:
     def test_no_weight_no_judge(self, tmp_path):
         assert rl.obtain_judge(rl.Options(personalization=0), tmp_path, None, []) is None
 
-    def test_a_ratio_without_a_profile_is_refused(self, toy, tmp_path):
-        with pytest.raises(ValueError, match="--k 0 leaves none"):
-            reward.make_judge(reward.RewardOptions(judge="ratio", k=0), *toy, [], tmp_path)
+    @pytest.mark.parametrize("none", [{"k": 0}, {"retriever": "none"}])
+    def test_a_ratio_without_a_profile_is_refused(self, none):
+        (name, value), *_ = none.items()
+        with pytest.raises(ValueError, match=f"--{name} {value} leaves none"):
+            reward.check_judge(reward.RewardOptions(judge="ratio", **none))
 
     def test_few_held_out_queries_are_mentioned(self):
         report = {"pairs": 71, "held_out_pairs": 6, "held_out_queries": 2, "loss": 0.5}
@@ -699,8 +711,35 @@ class TestJudge:
         assert "too few" not in reward.describe("bert", report | {"held_out_queries": 40})
 
     def test_a_very_likely_answer_is_still_told_from_a_likelier_one(self, toy, monkeypatch):
-        monkeypatch.setattr(reward, "likelihood_ratio", lambda *_: torch.tensor([[20.0, 25, -800]]))
+        monkeypatch.setattr(
+            reward, "likelihood_ratio", lambda *_, **__: torch.tensor([[20.0, 25, -800]])
+        )
         examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:1] * 3
         judge = reward.ratio_judge(reward.RewardOptions(), *toy)
         one, more, least = judge(examples, ["a", "b", "c"])
         assert 0 <= least < one < more <= 1
+
+    def test_ratio_of_records_that_differ_in_their_profile_alone(self, toy):
+        """As in the swap test: same id, same query. And no answers at all."""
+        o = reward.RewardOptions(judge="ratio", data=str(TOY / "lamp"))
+        judge = reward.ratio_judge(o, *toy)
+        own, other = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
+        swapped = replace(own, profile=other.profile)
+        alone = [*judge([own], [own.target]), *judge([swapped], [own.target])]
+        together = judge([own, swapped], [own.target] * 2)
+        assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
+        assert judge([], []) == []
+
+    def test_only_the_papers_judge_is_called_blind(self):
+        report = {"swap_test": 0.5, "swap_test_low": 0.4, "swap_test_high": 0.6, "users": 40}
+        assert "does not see the profile" in reward.describe("bert", report)
+        assert "does not see" not in reward.describe("ratio", report)
+
+    def test_an_answer_of_several_lines_is_asked_for_in_one(self):
+        block = retrieve.answer_block("LaMP-7", "so tired \n\n of mondays")
+        assert reward.extract_answer(block, "LaMP-7") == "so tired of mondays"
+
+    def test_a_judge_may_return_a_tensor(self):
+        asked = [example(query="golf", target="golf")]
+        rows = reward.rewards(["{'title': 'golf'}"], asked, judge=lambda *_: torch.tensor([0.25]))
+        assert json.loads(json.dumps(rows))[0]["personalization"] == 0.25

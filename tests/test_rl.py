@@ -409,6 +409,23 @@ class TestUpdate:
         assert not torch.equal(a, b)
 
 
+@pytest.mark.parametrize("weights, share", [
+    ({}, 0.0),  # ROUGE differs within both groups
+    ({"accuracy": 0.0}, 1.0),
+    ({"accuracy": 0.0, "format": 0.1}, 0.5),  # the second group's format differs too
+    ({"accuracy": 0.0, "format": 0.0}, 1.0),
+])  # fmt: skip
+def test_the_groups_that_only_the_judge_orders(world, weights, share):
+    o = tiny(world, "unused", **({"format": 0.0} | weights))
+    row = {"reward": 1.0, "accuracy": 0.5, "format": 1.0, "personalization": 0.3}
+    other = row | {"accuracy": 0.6, "personalization": 0.4}
+    rows = [row, other, row, other | {"format": 0.0}]
+    groups = [[prlm.Completion([1], [0.0], True)] * 2] * 2
+    rollout = rl.Rollout([], [[1], [1]], groups, [], rows, torch.tensor([[1.0, -1], [1, -1]]))
+    metrics = rl.rollout_metrics(o, rollout, {"rollout": 1.0, "update": 1.0})
+    assert metrics["judge_only_groups"] == share
+
+
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     """One undisturbed run."""

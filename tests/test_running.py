@@ -361,6 +361,17 @@ class TestFiles:
             assert "delete" not in str(found.value)
         assert rl.load_state(path, decoder, optimizer) == 1
 
+    def test_a_state_keeps_the_kind_of_adamw_that_its_device_needs(self, tmp_path):
+        decoder = torch.nn.Linear(2, 2)
+        saved = torch.optim.AdamW(decoder.parameters(), fused=False)  # as on a CPU
+        decoder(torch.ones(1, 2)).sum().backward()
+        saved.step()
+        rl.save_state(tmp_path / "trainer.pt", 1, decoder, saved)
+        fused = torch.optim.AdamW(decoder.parameters(), fused=True)  # as on CUDA
+        assert rl.load_state(tmp_path / "trainer.pt", decoder, fused) == 1
+        assert [group["fused"] for group in fused.param_groups] == [True]
+        fused.step()
+
     @pytest.mark.parametrize("broken", ["a list", "no optimizer", "another size"])
     def test_a_state_of_another_kind_is_named(self, tmp_path, broken):
         decoder = torch.nn.Linear(1, 1)
@@ -461,7 +472,7 @@ class TestLook:
         o = quick(world, tmp_path / "run", model=str(tmp_path / "mute"), format=0.0)
         with pytest.raises(ValueError, match="--warm-start 125") as found:
             rl.main(o)
-        assert "--force" in str(found.value) and "0% of groups differ" in capsys.readouterr().out
+        assert "--force" in str(found.value) and "0% of groups have" in capsys.readouterr().out
         rl.main(dataclasses.replace(o, force=True))
         assert steps(tmp_path / "run") == 2
 
@@ -476,6 +487,24 @@ class TestLook:
         assert "warm start: loss" in said
         look = json.loads((tmp_path / "run" / "look.json").read_text())
         assert look["answered"] > 0.5 and look["groups_with_spread"] > 0.1
+
+    @pytest.mark.parametrize("answers, judge, spread", [
+        (["one", "one", "two"], 0.1, True),  # the judge may value the two differently
+        (["one", "one", None], 0.1, True),  # and an answer differently from none
+        (["one", "one", "one"], 0.1, False),
+        ([None, "generated title", None], 0.1, False),  # these are worth the same
+        (["one", "one", "two"], 0.0, False),
+    ])  # fmt: skip
+    def test_spread_that_only_a_judge_would_see(self, world, monkeypatch, answers, judge, spread):
+        o = quick(world, "unused", accuracy=0.0, personalization=judge, group_size=3)
+        form = "<think>\nx\n</think>\n{}".format
+        texts = [form(f"{{'title': '{a}'}}" if a else "no") for a in answers]
+        tokenizer = prlm.load_tokenizer(world / "policy")
+        groups = [[prlm.Completion(tokenizer.encode(t), [0.0], True) for t in texts]]
+        monkeypatch.setattr(prlm, "generate", lambda _, prompts, **__: groups * len(prompts))
+        examples = retrieve.load_lamp(world / "lamp", "LaMP-4", "train")
+        policy = rl.Policy(None, None, tokenizer)
+        assert rl.look(o, policy, examples)["groups_with_spread"] == float(spread)
 
 
 class TestWarmStart:
