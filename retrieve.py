@@ -474,9 +474,7 @@ class PromptOptions:
     k: int = 4  # profile items in the prompt
     lowercase: bool = False  # BM25 on lowercased [a-z0-9]+ words, not on whitespace-separated ones
     idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
-    encoder: str | None = beside(
-        "toy/encoder"
-    )  # BERT checkpoint, for dense retrieval and the judge
+    encoder: str | None = beside("toy/encoder")  # BERT checkpoint for dense retrieval and judge
     pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
     query_prefix: str = ""  # what the dense retriever puts before a query (bge models expect it)
     max_prompt_tokens: int = 512  # longest prompt; where it would be longer, items are cut
