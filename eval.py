@@ -25,11 +25,11 @@ from retrieve import (
     Example,
     PromptOptions,
     Split,
+    assistant_start,
     encoder_of,
     lamp_files,
     load_lamp,
     make_prompts,
-    opening,
     task_of,
 )
 
@@ -254,7 +254,7 @@ def complete(
 ) -> list[list[str]]:  # fmt: skip
     """`sample_groups` as texts [P][G], with what the prompt has already said for the assistant."""
     groups = sample_groups(o, decoder, tokenizer, prompts, group_size, temperature, description)
-    opened = opening(o, tokenizer)
+    opened = assistant_start(o, tokenizer)
     return [[opened + tokenizer.decode(c.tokens) for c in group] for group in groups]
 
 
@@ -279,7 +279,7 @@ def sample_records(
     )
     records = []
     for example, prompt, (completion,) in zip(examples, prompts, groups, strict=True):
-        text = opening(o, tokenizer) + tokenizer.decode(completion.tokens)
+        text = assistant_start(o, tokenizer) + tokenizer.decode(completion.tokens)
         record = {
             "id": example.id,
             "query": example.query,

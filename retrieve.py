@@ -519,7 +519,7 @@ def make_ranker(o: PromptOptions):
     return lambda example, k: retrieve(example, k, o.retriever, **how)
 
 
-def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:
+def assistant_start(o: PromptOptions, tokenizer: Tokenizer) -> str:
     """How a prompt begins the assistant's turn; `chat` itself brings `tokenizer.opening`."""
     return tokenizer.opening if o.reasoning else CLOSED
 
@@ -527,7 +527,7 @@ def opening(o: PromptOptions, tokenizer: Tokenizer) -> str:
 def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples, rank=None) -> list[list[int]]:
     """The token ids of each example's personalized prompt; `rank` is make_ranker(o), if at hand."""
     rank = rank or make_ranker(o)
-    said = tokenizer.encode(opening(o, tokenizer).removeprefix(tokenizer.opening))
+    said = tokenizer.encode(assistant_start(o, tokenizer).removeprefix(tokenizer.opening))
     budget = o.max_prompt_tokens - len(said)
     prompts = []
     for example in Progress(examples, "prompts", delay=1):

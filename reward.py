@@ -208,6 +208,8 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 
 # ---- Its training: pairs, InfoNCE, and an accuracy on unseen queries ----------------------------
 
+BATCH = 64  # pairs in an optimizer step, as the authors have it
+
 
 @dataclass
 class RewardOptions(EvalOptions):
@@ -271,8 +273,8 @@ def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
 def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
     """How often a positive scores above a negative of its query, ties half; chance is 0.5."""
     won = total = 0
-    for start in range(0, len(pairs), 64):
-        positive, negatives = score_pairs(model, pairs[start : start + 64])
+    for start in range(0, len(pairs), BATCH):
+        positive, negatives = score_pairs(model, pairs[start : start + BATCH])
         margin = (positive[:, None] - negatives)[negatives.isfinite()]
         won += ((margin.sign() + 1) / 2).sum().item()
         total += len(margin)
@@ -340,7 +342,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     mean.
     """
     kept, held = split_pairs(pairs, o.seed)
-    steps = o.reward_epochs * math.ceil(len(kept) / 64)
+    steps = o.reward_epochs * math.ceil(len(kept) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     torch.manual_seed(o.seed)  # dropout
@@ -349,8 +351,8 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
         for epoch in range(o.reward_epochs):
             random.Random(f"{o.seed} {epoch}").shuffle(kept)
             mean = 0.0
-            for start in range(0, len(kept), 64):
-                batch = kept[start : start + 64]
+            for start in range(0, len(kept), BATCH):
+                batch = kept[start : start + BATCH]
                 optimizer.zero_grad()
                 loss = info_nce_backward(o, model, batch)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()

@@ -41,7 +41,15 @@ from typing import Literal, get_args
 import prlm  # before torch, so that Ctrl-C ends its long import without a traceback
 from eval import evaluate, is_placeholder, mean_scores, sample_records, table, write_predictions
 from prlm import Completion, Decoder, Progress, Stop, Tokenizer
-from retrieve import Example, answer_block, load_lamp, make_prompts, make_ranker, opening, task_of
+from retrieve import (
+    Example,
+    answer_block,
+    assistant_start,
+    load_lamp,
+    make_prompts,
+    make_ranker,
+    task_of,
+)
 from reward import PARTS, RewardOptions, check_judge, inputs_of, make_judge, rewards
 
 # isort: split
@@ -342,7 +350,7 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
         eos_ids=policy.tokenizer.eos_ids,
         seed=seed,
     )
-    opened = opening(o, policy.tokenizer)
+    opened = assistant_start(o, policy.tokenizer)
     texts = [opened + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
     # 2. reward
     asked = [example for example in examples for _ in range(o.group_size)]  # [P*G]
@@ -940,11 +948,11 @@ def obtain_judge(o: Options, out: Path, policy: Policy, train: list[Example]):
     if o.judge == "bert":
         return judge
 
-    def ask(examples, answers) -> list[float]:
+    def judge_by_base(examples, answers) -> list[float]:
         with reference_of(policy):  # with LoRA, the adapters are off while the judge reads
             return judge(examples, answers)
 
-    return ask
+    return judge_by_base
 
 
 def score_held_out(
@@ -955,11 +963,11 @@ def score_held_out(
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
     if name in scores:
         return
-    ask = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
-    records = ask(description=f"{name}, greedy")
+    answer = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
+    records = answer(description=f"{name}, greedy")
     scores[name] = mean_scores(records)
     if o.eval_temperature:
-        sampled = ask(temperature=o.eval_temperature, description=f"{name}, sampled")
+        sampled = answer(temperature=o.eval_temperature, description=f"{name}, sampled")
         scores[name] |= {f"{key}_sampled": value for key, value in mean_scores(sampled).items()}
 
     def keep() -> None:

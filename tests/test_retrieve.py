@@ -629,8 +629,10 @@ class TestPrompt:
         said = "\n</think>\n\n" if opens else "<think>\n\n</think>\n\n"
         assert prompt[-len(said) :] == toy_tokenizer.encode(said)
         assert 690 < len(prompt) <= 700
-        assert module.opening(o, toy_tokenizer) == "<think>\n\n</think>\n\n"
-        assert module.opening(replace(o, reasoning=True), toy_tokenizer) == "<think>\n" * opens
+        assert module.assistant_start(o, toy_tokenizer) == "<think>\n\n</think>\n\n"
+        assert (
+            module.assistant_start(replace(o, reasoning=True), toy_tokenizer) == "<think>\n" * opens
+        )
 
 
 def test_command_writes_whole_rankings(tmp_path):
