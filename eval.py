@@ -215,7 +215,7 @@ class EvalOptions(PromptOptions):
     free = PromptOptions.free | {"batch_size"}
     bounds = {1: "max_new_tokens batch_size"}  # noqa: RUF012
     max_new_tokens: int = 128  # longest completion
-    batch_size: int = 64  # completions generated together, but for a rollout: that is one batch
+    batch_size: int = 64  # completions generated together; a rollout of RL is always one batch
 
 
 def sample_groups(

@@ -650,12 +650,13 @@ def generate(
     half; Cache.shrink). `seed` makes the noise repeatable (None draws from torch's own generator).
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. A completion ends
     with its first id of `eos_ids`, and is then finished, or after `max_new_tokens`. ValueError for
-    a group or a length below 1, a temperature below 0, and what `check_ids` refuses.
+    a group or a length below 1, a temperature below 0 or between 0 and 1e-6, and what `check_ids`
+    refuses.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
     if 0 < temperature < 1e-6:
-        raise ValueError(f"temperature {temperature} divides logits beyond float32: 0 is greedy")
+        raise ValueError(f"a temperature of {temperature} is greedy in all but name: take 0")
     check_ids(decoder, prompts)
     if not prompts:
         return []
@@ -750,7 +751,8 @@ class HeadLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # not in LoRA
         matrix = weight.to(x.dtype)  # once, not once per chunk: a head can have 500 MB
         for rows, logits in HeadLogprobs.chunks(x, matrix, ctx.temperature):
-            slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]  # grad (onehot - softmax)
+            # grad * (onehot - softmax)
+            slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]
             slope.scatter_add_(1, targets[rows, None], grad[rows, None])
             slope = (slope / ctx.temperature).to(x.dtype)  # [chunk, V]
             grad_x[rows] = slope @ matrix
@@ -990,8 +992,8 @@ def as_text(text: str) -> str:
 def default_system(known, template: str) -> str:
     """The system message that a ChatML model expects where a chat has none; "" for no such turn.
 
-    The one that its template spells out; without a template, that of the family that the tokens
-    show.
+    The one that its template spells out (one in a variable, or with quotation marks in it, is not
+    found); without a template, that of the family that the tokens show.
     """
     if template:
         found = SYSTEM_TURN.search(template)
@@ -1500,10 +1502,8 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
     for name, view in views.items():
         found = tensors[name]
         if found.shape != view.shape or not found.is_floating_point():
-            kind, wanted = (
-                f"{found.dtype} {list(found.shape)}",
-                f"floating point {list(view.shape)}",
-            )
+            kind = f"{found.dtype} {list(found.shape)}"
+            wanted = f"floating point {list(view.shape)}"
             raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
         view.copy_(found)
         if not torch.stack(view.aminmax()).isfinite().all():  # else it would sample garbage

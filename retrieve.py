@@ -249,12 +249,14 @@ class BM25:
 
 
 class Dense:
-    """Ranks by the cosine of BERT embeddings; the last profiles asked for are kept embedded.
+    """Ranks by the cosine of BERT embeddings; the profiles asked for last are kept embedded.
 
     `pooling` "mean" averages the hidden states of the real tokens (the authors' choice), "cls"
     takes the first one (as bge models were trained). `query_prefix` is the instruction that some
     models expect before a query.
     """
+
+    most = 1000  # profiles to keep: 300 items of 768 numbers each would be 1 GB
 
     def __init__(self, encoder: Encoder, pooling="mean", query_prefix="", batch_size=32):
         if pooling not in ("mean", "cls"):
@@ -287,11 +289,12 @@ class Dense:
     def scores(self, query: str, texts: list[str]) -> np.ndarray:
         """Cosine similarity of the query to each text [N]."""
         key = tuple(texts)  # by text: LaMP's item ids are not unique across records
-        if key not in self.profiles:
-            if len(self.profiles) >= 1000:  # 300 items of 768 numbers are almost a megabyte
-                del self.profiles[next(iter(self.profiles))]
-            self.profiles[key] = self.embed(texts)
-        return self.profiles[key] @ self.embed([self.query_prefix + query])[0]
+        vectors = self.profiles.pop(key, None)
+        vectors = self.embed(texts) if vectors is None else vectors
+        self.profiles[key] = vectors  # as the newest
+        if len(self.profiles) > self.most:
+            del self.profiles[next(iter(self.profiles))]
+        return vectors @ self.embed([self.query_prefix + query])[0]
 
 
 def show(item: dict, task: str) -> str:
@@ -376,7 +379,9 @@ def instruction(task: str, personal: bool) -> str:
 
 
 def answer_block(task: str, answer: str) -> str:
-    """An answer in the form that the prompt asks for, on one line, as `extract_answer` reads it."""
+    """An answer in the form that the prompt asks for; line breaks in it become blanks, since
+    `extract_answer` reads one line.
+    """
     answer = re.sub(r"\s*\n\s*", " ", answer)
     return f"<answer>\n{{'{task_of(task).answer}': '{answer}'}}\n</answer>"
 

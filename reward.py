@@ -75,7 +75,8 @@ def accuracy_reward(answer: str, target: str) -> float:
     return sum(rouge(answer, target).values())
 
 
-Judge = Callable[[Sequence[Example], Sequence[str]], list[float]]  # (examples, answers) -> values
+# (examples, answers) -> values, as a list, an array or a tensor
+Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
 
 def rewards(
@@ -106,7 +107,7 @@ def rewards(
     if judge and judged:
         judged_rows, shown, answers = zip(*judged, strict=True)
         for row, value in zip(judged_rows, judge(shown, answers), strict=True):
-            row["personalization"] = float(value)  # a judge may return a tensor or an array
+            row["personalization"] = float(value)  # JSON takes no others
     for row in rows:
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
         row["reward"] += personalization * row["personalization"]
@@ -180,10 +181,11 @@ def bert_judge(model: RewardModel) -> Judge:
 def save_reward_model(model: RewardModel, directory) -> None:
     """Writes it as transformers' BertForSequenceClassification with one label."""
     model.tokenizer.save(directory)
-    labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
-    written = {"architectures": ["BertForSequenceClassification"], "torch_dtype": "float32"}
+    head = {"architectures": ["BertForSequenceClassification"], "torch_dtype": "float32"}
+    head |= {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
+    # transformers 5 calls it "dtype", older versions "torch_dtype": both read the latter.
     config = {key: value for key, value in model.encoder.raw.items() if key != "dtype"}
-    prlm.write_json(Path(directory) / "config.json", config | written | labels)
+    prlm.write_json(Path(directory) / "config.json", config | head)
     weights = {f"bert.{name}": view for name, view in model.encoder.views().items()}
     weights |= {f"classifier.{name}": p for name, p in model.classifier.named_parameters()}
     prlm.write_safetensors(Path(directory) / "model.safetensors", weights)
@@ -208,11 +210,12 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 
 # ---- Its training: pairs, InfoNCE, and an accuracy on unseen queries ----------------------------
 
-BATCH = 64  # pairs in an optimizer step, as the authors have it
+BATCH = 64  # pairs in an optimizer step, the authors' number; also how many are scored at once
 
 
 @dataclass
 class RewardOptions(EvalOptions):
+    free = EvalOptions.free | {"tokens_per_micro_batch"}
     presets = {  # noqa: RUF012
         "small": {"reward_lr": 5e-5},
         # 10 pairs of each of 500 records are the authors' 5,000.
@@ -230,7 +233,7 @@ class RewardOptions(EvalOptions):
     reward_lr: float = 1e-3  # reward model: peak learning rate; the authors' BERT-base has 5e-5
     reward_model: str | None = None  # a trained one; without it one is trained
     probe_examples: int = 200  # held-out records on which the judge is examined; 0 is none
-    tokens_per_micro_batch: int = 8192  # memory against speed; the result is the same
+    tokens_per_micro_batch: int = 8192  # memory against speed; the result is the same up to noise
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
@@ -355,6 +358,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
                 batch = kept[start : start + BATCH]
                 optimizer.zero_grad()
                 loss = info_nce_backward(o, model, batch)
+                # Nothing is clipped: only the norm is wanted.
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
                 if not math.isfinite(loss + norm):
                     what = f"the reward model's loss is {loss}, its gradient's norm {norm}"
@@ -546,7 +550,7 @@ def read_rivals(o: RewardOptions) -> list[dict]:
     return rivals
 
 
-FEW = 30  # held-out queries: with fewer, not even an accuracy of .67 can be told from chance
+FEW = 30  # held-out queries: with fewer, not even an accuracy of .68 can be told from chance
 
 
 def describe(name: str, report: dict) -> str:
@@ -586,7 +590,8 @@ def check_judge(o: RewardOptions) -> None:
 def make_judge(o: RewardOptions, decoder: Decoder, tokenizer, examples, directory) -> Judge:
     """The judge that the options name; its files and its report are in `directory`.
 
-    The decoder is frozen: "bert" samples its pairs from it, "ratio" keeps it.
+    The decoder is frozen: "bert" samples its pairs from it, "ratio" keeps it. `check_judge` has
+    accepted the options.
     """
     held = load_lamp(o.data, o.task, "dev")[: o.probe_examples] if o.probe_examples else []
     if o.judge == "ratio":

@@ -212,7 +212,7 @@ class Options(RewardOptions):
     temperature: float = 1.0  # of sampling and log-probabilities in GRPO; the authors take 0.7
     lr: float = 1e-3  # peak learning rate of AdamW; the authors take 1e-6 for 1.5 B parameters
     warmup: float = 0.1  # share of the steps over which the learning rate rises
-    lora_rank: int = 0  # train adapters of this rank and alpha; 0 trains all weights
+    lora_rank: int = 0  # rank of LoRA adapters, whose alpha is the same; 0 trains all weights
     beta: float = 0.0  # weight of the KL to the policy before RL; the authors take 0.04
     clip: float = 0.2  # how far the ratio may be from 1 before the gradient is cut
     clip_high: float | None = None  # the same above 1, if that side should be wider (DAPO)
@@ -236,7 +236,9 @@ class Policy:
     """The model in training and the copies that belong to it."""
 
     decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
-    sampler: Decoder  # what generates: the decoder itself, or a plain copy in the products' dtype
+    sampler: (
+        Decoder  # what generates: the decoder itself, or a plain copy in the dtype of --precision
+    )
     tokenizer: Tokenizer
     reference: Decoder | None = None  # the policy before RL, frozen; see reference_of
 
@@ -248,7 +250,7 @@ class Rollout:
     examples: list[Example]  # [P]
     prompts: list[list[int]]  # [P] token ids
     groups: list[list[Completion]]  # [P][G]
-    texts: list[str]  # [P*G] completions as text, after what the prompt has opened (<think>)
+    texts: list[str]  # [P*G] completions as text, with what the prompt opened (<think>) in front
     rows: list[dict]  # [P*G] of reward.py's `rewards`: answer, parts of the reward, their sum
     advantages: Tensor  # [P, G]
 
@@ -271,12 +273,11 @@ def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[
 
     Every epoch has a shuffle of its own; `start` examples were read before step 0.
     """
-    chosen = []
-    for n in range(start + step * size, start + (step + 1) * size):
-        epoch, index = divmod(n, count)  # a step can reach into the next epoch
-        order = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
-        chosen.append(order[index])
-    return chosen
+    read = range(start + step * size, start + (step + 1) * size)
+    orders = {}  # of the epochs that the step reaches into
+    for epoch in {n // count for n in read}:
+        orders[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
+    return [orders[n // count][n % count] for n in read]
 
 
 def make_policy(o: Options, directory, device: str) -> Policy:
@@ -325,14 +326,15 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
 def choose_for_step(o: Options, step: int, count: int, size: int | None = None) -> list[int]:
     """Indices of a GRPO step's examples, for all processes; they go on where the warm start ended.
 
-    So a warm start of less than an epoch leaves RL records that the policy has not imitated.
+    So a warm start of less than an epoch leaves RL records that the policy has not imitated. `size`
+    examples instead of --prompts-per-step, if given.
     """
     seen = o.warm_start * o.warm_start_batch
     return choose(count, step, size=size or o.prompts_per_step, seed=o.seed, start=seen)
 
 
 def choose_share(o: Options, step: int, count: int) -> list[int]:
-    """Those of them that fall to this process."""
+    """This process's share of what `choose_for_step` chooses."""
     rank, world_size = prlm.rank_and_world_size()
     share = o.prompts_per_step // world_size
     return choose_for_step(o, step, count)[rank * share : (rank + 1) * share]
@@ -353,12 +355,12 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, seed: int) ->
     opened = assistant_start(o, policy.tokenizer)
     texts = [opened + policy.tokenizer.decode(c.tokens) for group in groups for c in group]
     # 2. reward
-    asked = [example for example in examples for _ in range(o.group_size)]  # [P*G]
+    repeated = [example for example in examples for _ in range(o.group_size)]  # [P*G]
     weights = {name: getattr(o, name) for name in PARTS}
-    rows = rewards(texts, asked, judge, **weights)
+    rows = rewards(texts, repeated, judge, **weights)
     reward = torch.tensor([row["reward"] for row in rows]).view(-1, o.group_size)  # [P, G]
     if not reward.isfinite().all():
-        values = ((e.id, row["personalization"]) for e, row in zip(asked, rows, strict=True))
+        values = ((e.id, row["personalization"]) for e, row in zip(repeated, rows, strict=True))
         broken = {id: value for id, value in values if not math.isfinite(value)}
         raise ValueError(f"the judge's values of some records are not finite numbers: {broken}")
     # 3. advantage
@@ -386,9 +388,9 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
     """Step 4: `updates_per_rollout` optimizer steps on one rollout; returns what the log needs.
 
     pi_old is the policy of the first pass, before any update. The sampler's log-probabilities do
-    not stand in for it, since they may come from a bfloat16 copy: only `gap` uses them. Each of
-    several processes has its share of the rollout; sizes and sums are those of all. The log is that
-    of the last pass, `gap` that of the first.
+    not stand in for it, since they may come from a bfloat16 copy: only `gap`, the largest
+    difference of the two, uses them. Each of several processes has its share of the rollout; sizes
+    and sums are those of all. The log is that of the last pass, `gap` that of the first.
     """
     decoder, device = policy.decoder, policy.decoder.head.device
     completions = [[c.tokens for c in group] for group in rollout.groups]  # [P][G]
@@ -412,25 +414,25 @@ def update(o: Options, policy: Policy, optimizer, rollout: Rollout) -> dict[str,
     clip = {"clip": o.clip, "clip_high": o.clip_high}
     gap, gap_mean = 0.0, 0.0
     for number in range(o.updates_per_rollout):
-        log = dict.fromkeys(("loss", "grad_norm", "entropy", "kl", "clip_fraction"), 0.0)
-        for rows in batches:
-            prompts = [rollout.prompts[n] for n in rows]
-            groups = [completions[n] for n in rows]
+        log = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+        for chosen in batches:
+            prompts = [rollout.prompts[n] for n in chosen]
+            groups = [completions[n] for n in chosen]
             with prlm.products(o.precision, device):
                 logprobs, entropy, real = prlm.score_completions(
                     decoder, prompts, groups, o.temperature
                 )
             width = logprobs.shape[-1]  # of this micro-batch: C or less
             now = logprobs.detach()
-            mask = trained[rows, :, :width]  # `real`, less what --mask-truncated leaves out
+            mask = trained[chosen, :, :width]  # `real`, less what --mask-truncated leaves out
             if number == 0:
-                old_logprobs[rows, :, :width] = now
-                difference = (now - sampler_logprobs[rows, :, :width]).abs()
+                old_logprobs[chosen, :, :width] = now
+                difference = (now - sampler_logprobs[chosen, :, :width]).abs()
                 gap = max(gap, difference[real].max().item())
                 gap_mean += difference[mask].sum().item() / tokens
             terms = {
-                "old_logprobs": old_logprobs[rows, :, :width],
-                "advantages": advantages[rows],
+                "old_logprobs": old_logprobs[chosen, :, :width],
+                "advantages": advantages[chosen],
                 "mask": mask,
             }
             ref_logprobs = None
@@ -528,9 +530,11 @@ def rollout_metrics(o: Options, rollout: Rollout, seconds: dict[str, float]) -> 
         metrics[f"spread_{name}"] = grid.std(1).mean().item()
     learning = (rollout.advantages != 0).any(1)
     # Groups that earn the same by every part but the judge's: if they learn, it alone orders them.
-    rest = [name for name in PARTS if name != "personalization" and getattr(o, name)]
-    others = torch.stack([torch.zeros_like(rollout.advantages), *map(rollout.grid, rest)])
-    alike = (others == others[..., :1]).all(-1).all(0)  # [P]
+    alike = torch.ones_like(learning)  # [P]
+    for name in PARTS:
+        if name != "personalization" and getattr(o, name):
+            grid = rollout.grid(name)
+            alike &= (grid == grid[:, :1]).all(1)
     return metrics | {
         "zero_spread_groups": 1 - learning.float().mean().item(),
         "judge_only_groups": (learning & alike).float().mean().item(),
@@ -596,18 +600,18 @@ def look(o: Options, policy: Policy, examples: list[Example]) -> dict[str, float
     prompts = make_prompts(o, policy.tokenizer, shown)
     seed = seed_of(o.seed, "look")
     rollout = roll_out(o, policy, judge=None, examples=shown, prompts=prompts, seed=seed)
-    real = [not is_placeholder(row["answer"], o.task) for row in rollout.rows]
+    answered = [not is_placeholder(row["answer"], o.task) for row in rollout.rows]
     spread = []
     for n in range(len(shown)):
         group = slice(n * o.group_size, (n + 1) * o.group_size)
         # Answers that are worth nothing all earn the same, so they count as one.
-        pairs = zip(rollout.rows[group], real[group], strict=True)
-        answers = {row["answer"] if good else "" for row, good in pairs}
+        pairs = zip(rollout.rows[group], answered[group], strict=True)
+        answers = {row["answer"] if counts else "" for row, counts in pairs}
         judged = o.personalization > 0 and len(answers) > 1
         spread.append(judged or bool((rollout.advantages[n] != 0).any()))
     flat = rollout.completions
     return {
-        "answered": sum(real) / len(real),
+        "answered": sum(answered) / len(answered),
         "closed": rollout.grid("format").mean().item(),
         "groups_with_spread": sum(spread) / len(spread),
         "completion_tokens": sum(len(c.tokens) for c in flat) / len(flat),
@@ -665,8 +669,9 @@ def warm_start_targets(
     targets = []
     for example in examples:
         thought = ""
+        *_, last_field = task_of(example.task).fields
         for item in rank(example, min(o.k, 1)):  # the best one, if there is any
-            shown = item[list(task_of(example.task).fields)[-1]].strip()
+            shown = item[last_field].strip()
             thought = EVIDENCE.format(tokenizer.cut(shown, EVIDENCE_TOKENS))
         text = answer_block(example.task, example.target.strip())
         if o.reasoning:
@@ -676,7 +681,7 @@ def warm_start_targets(
 
 
 def supervised_step(o: Options, policy: Policy, optimizer, prompts, targets) -> dict[str, float]:
-    """One step of cross-entropy on whole completions, in nats a token."""
+    """One step of cross-entropy on whole completions, in nats per token."""
     device = policy.decoder.head.device
     world_size = prlm.rank_and_world_size()[1]
     tokens = sum(map(len, targets))
@@ -704,7 +709,7 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     folder = out / "warm_start"
     state = folder / "trainer.pt"
     if prlm.on_first((folder / "report.json").is_file):
-        prlm.on_first(partial(state.unlink, missing_ok=True))  # if `keep` was killed before it did
+        prlm.on_first(partial(state.unlink, missing_ok=True))  # if `keep` was killed just before
         return folder
     prlm.on_first(partial(folder.mkdir, exist_ok=True))
     policy = make_policy(o, o.model, prlm.pick_device(o.device))
@@ -716,21 +721,15 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
     )
     first, lines = resume(folder, policy, optimizer)
     for step, bar in saved_steps(
-        o,
-        "warm start",
-        folder,
-        stop,
-        first=first,
-        count=o.warm_start,
-        policy=policy,
+        o, "warm start", folder, stop, first=first, count=o.warm_start, policy=policy,
         optimizer=optimizer,
-    ):
+    ):  # fmt: skip
         chosen = choose(len(examples), step, size=o.warm_start_batch, seed=o.seed)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, o.warm_start, peak=o.warm_start_lr, warmup=o.warmup)
-        rows = {"prompts": [prompts[n] for n in chosen], "targets": [targets[n] for n in chosen]}
+        batch = {"prompts": [prompts[n] for n in chosen], "targets": [targets[n] for n in chosen]}
         try:
-            line = {"step": step + 1} | supervised_step(o, policy, optimizer, **rows)
+            line = {"step": step + 1} | supervised_step(o, policy, optimizer, **batch)
         except FloatingPointError as error:
             advice = "--overwrite with a lower --warm-start-lr starts anew"
             raise ValueError(f"warm start, step {step + 1}: {error}; {advice}") from None
@@ -739,7 +738,7 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
         bar.set_postfix(loss=f"{line['loss']:.3f}")
     losses = [line["loss"] for line in lines]
     if losses:  # the log may have been lost
-        print(f"warm start: loss {losses[0]:.2f} -> {losses[-1]:.2f} nats a token")
+        print(f"warm start: loss {losses[0]:.2f} -> {losses[-1]:.2f} nats per token")
 
     def keep() -> None:
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
@@ -848,7 +847,7 @@ def check(o: Options, world_size: int) -> None:
 def train_policy(
     o: Options, out: Path, stop: Stop, policy: Policy, judge, train: list[Example], held
 ) -> None:  # fmt: skip
-    """GRPO: a step, its lines in the logs, now and then an evaluation and a saved state."""
+    """GRPO: steps, their lines in the logs, evaluations and saved states."""
     optimizer = make_optimizer(policy, o.lr)
     done, lines = resume(out, policy, optimizer)
     prlm.on_first(partial(prlm.rewind, out / "samples.jsonl", done))
@@ -895,21 +894,23 @@ def run(o: Options, stop: Stop, judge=None) -> None:
     policy = make_policy(o, o.model, device)
     if not policy.tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
-    judged = o if judge is None else replace(o, personalization=0.0)  # by none of our judges
-    out = prlm.on_first(partial(prlm.open_result, o, inputs_of(judged, "train", "dev")))
+    # A judge from outside needs none of our judges' files.
+    ours = o if judge is None else replace(o, personalization=0.0)
+    out = prlm.on_first(partial(prlm.open_result, o, inputs_of(ours, "train", "dev")))
     say_what_runs(o, policy, len(train), len(held))
 
     if not prlm.on_first(partial(is_complete, o, out)):
-        prlm.on_first(partial(prlm.adopt, o, prlm.CHAPTERS))
+        prlm.on_first(partial(prlm.adopt, o, prlm.CHAPTERS))  # code that --force has accepted
         if o.warm_start:
             policy = None  # its memory goes before the warm start takes its own
             policy = make_policy(o, obtain_warm_start(o, out, stop, train), device)
         take_a_look(o, out, policy, train)
-        if (o.beta or (judged.personalization and o.judge == "ratio")) and not o.lora_rank:
+        if (o.beta or (ours.personalization and o.judge == "ratio")) and not o.lora_rank:
             # A copy, since the policy will move. Made before a saved state is put back, so that a
             # resumed run has the same one. Of the sampler: it has the products' precision already.
             policy.reference = copy.deepcopy(policy.sampler).requires_grad_(False)
-        judge = judge or obtain_judge(o, out, policy, train)
+        if judge is None:
+            judge = obtain_judge(o, out, policy, train)
         score_held_out(o, out, "no_profile", policy, held, k=0)
         score_held_out(o, out, "before", policy, held, k=o.k)
         prlm.on_first(partial(forget_last_score, out))
@@ -963,11 +964,11 @@ def score_held_out(
     scores = prlm.on_first(lambda: prlm.read_json(file) if file.is_file() else {})
     if name in scores:
         return
-    answer = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
-    records = answer(description=f"{name}, greedy")
+    sample = partial(sample_records, policy.sampler, policy.tokenizer, held, replace(o, k=k))
+    records = sample(description=f"{name}, greedy")
     scores[name] = mean_scores(records)
     if o.eval_temperature:
-        sampled = answer(temperature=o.eval_temperature, description=f"{name}, sampled")
+        sampled = sample(temperature=o.eval_temperature, description=f"{name}, sampled")
         scores[name] |= {f"{key}_sampled": value for key, value in mean_scores(sampled).items()}
 
     def keep() -> None:
@@ -988,6 +989,7 @@ def forget_last_score(out: Path) -> None:
         prlm.write_json(out / "scores.json", scores)
 
 
+# What a complete run holds besides its scores.
 LAST_FILES = ("checkpoint/model.safetensors", "predictions.json", "held_out/after.jsonl")
 
 
@@ -1004,7 +1006,7 @@ def is_complete(o: Options, out: Path) -> bool:
     done = lines[-1]["step"] if lines else 0  # a warm start without RL has written no line
     if done > o.steps:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
-    stale = metrics.is_file() and done < o.steps
+    stale = metrics.is_file() and done < o.steps  # without a log, `done` says nothing
     lost = not all((out / name).is_file() for name in LAST_FILES)
     stateless = done > 0 and not (out / "trainer.pt").is_file()
     return stateless or not (stale or lost)

@@ -678,7 +678,7 @@ class TestTwins:
             lambda: prlm.generate(decoder, [[]]),
             lambda: prlm.generate(decoder, [[97]]),
             lambda: prlm.generate(decoder, [[1]], temperature=-1),
-            lambda: prlm.generate(decoder, [[1]], temperature=1e-40),
+            lambda: prlm.generate(decoder, [[1]], temperature=9e-7),
             lambda: prlm.generate(decoder, [[1]], group_size=0),
             lambda: prlm.token_logprobs(decoder, [[1]], [[[1]]], 0),
             lambda: prlm.token_logprobs(decoder, [[1], [2]], [[[1]], [[1], [2]]]),

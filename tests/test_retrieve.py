@@ -433,6 +433,14 @@ class TestDense:
             assert places(retrieve(e, 5, "dense", dense=dense), e) == found[:5]
         assert np.abs(Dense(encoder, pooling).scores(e.query, texts) - scores).max() > 1e-3
 
+    def test_the_profiles_asked_for_last_are_kept(self, encoder, pooling, monkeypatch):
+        monkeypatch.setattr(Dense, "most", 2)
+        dense = Dense(encoder, pooling)
+        for text in ("golf", "tennis", "golf", "paris"):
+            scores = dense.scores("oslo", [text])
+            assert scores == pytest.approx(Dense(encoder, pooling).scores("oslo", [text]), abs=1e-6)
+        assert [*dense.profiles] == [("golf",), ("paris",)]
+
     def test_a_profile_is_embedded_once(self, encoder, pooling, monkeypatch):
         """And never mixed up: LaMP's item ids repeat across records, with other texts."""
         dense, embedded = Dense(encoder, pooling), []

@@ -469,6 +469,20 @@ class TestPairs:
             with pytest.raises(ValueError, match="too few"):
                 reward.train_reward_model(reward.RewardOptions(), model, pairs)
 
+    @pytest.mark.parametrize("loss, gradient", [(0.5, math.inf), (math.nan, 0.0)])
+    def test_a_number_gone_wrong_is_not_applied(self, model, monkeypatch, loss, gradient):
+        def breaks(o, model, pairs):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, gradient)
+            return loss
+
+        monkeypatch.setattr(reward, "info_nce_backward", breaks)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="lower --reward-lr"):
+            reward.train_reward_model(reward.RewardOptions(), model, contrast(20))
+        after = list(model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
     def test_bfloat16_products_leave_float32_gradients(self, model):
         pairs, losses = contrast(8), {}
         for precision in ("float32", "bfloat16", "auto"):  # auto: float32 on a CPU

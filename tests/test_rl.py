@@ -413,7 +413,7 @@ class TestUpdate:
     ({}, 0.0),  # ROUGE differs within both groups
     ({"accuracy": 0.0}, 1.0),
     ({"accuracy": 0.0, "format": 0.1}, 0.5),  # the second group's format differs too
-    ({"accuracy": 0.0, "format": 0.0}, 1.0),
+    ({"format": 0.1}, 0.0),
 ])  # fmt: skip
 def test_the_groups_that_only_the_judge_orders(world, weights, share):
     o = tiny(world, "unused", **({"format": 0.0} | weights))

@@ -650,7 +650,7 @@ class TestStopping:
         rl.main(dataclasses.replace(o, lr=1e-3))
         assert steps(out) == 4
 
-    @pytest.mark.parametrize("options", [rl.Options, scoring.Options, prlm.Options])
+    @pytest.mark.parametrize("options", [rl.Options, reward.Options, scoring.Options, prlm.Options])
     def test_advice_on_memory_names_flags_that_the_command_has_and_that_may_change(self, options):
         for flag in re.findall(r"--[\w-]+", prlm.advice_on_memory(options)):
             name = flag[2:].replace("-", "_")

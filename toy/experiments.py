@@ -254,7 +254,7 @@ def held_out_accuracy(o: rl.Options, pairs: list[dict]) -> float:
     _, held = reward.split_pairs(pairs, o.seed)
     rows = [(examples[p["id"]], p["positive"], text) for p in held for text in p["negatives"]]
     asked, better, worse = zip(*rows, strict=True)
-    return reward.prefers(judge, (asked, better), (asked, worse))
+    return reward.prefers(judge, own=(asked, better), other=(asked, worse))
 
 
 def judges(o: Options, seeds: range) -> list[dict]:

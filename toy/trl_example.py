@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters 
 
 import prlm
 import retrieve
-from reward import Judge, RewardOptions, make_judge, rewards
+from reward import Judge, RewardOptions, check_judge, make_judge, rewards
 
 
 def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, **weights: float):
@@ -45,6 +45,7 @@ def main(o: Options) -> None:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    check_judge(o)
     tokenizer, examples = prlm.load_tokenizer(o.model), retrieve.load_lamp(o.data, o.task, "train")
     policy = prlm.load_decoder(o.model, prlm.pick_device(o.device)).requires_grad_(False)
     judge = make_judge(o, policy, tokenizer, examples, Path(o.out) / "reward")
