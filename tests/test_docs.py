@@ -18,7 +18,7 @@ CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
 FOREIGN = {
     "local-dir",
     "index-url",
-    "no-deps",
+    "deps",
     "create-dirs",
     "nproc-per-node",
     "help",
@@ -47,7 +47,7 @@ def test_every_option_is_there():
         for chapter in [*CHAPTERS, "page", "real"]
         for field in dataclasses.fields(importlib.import_module(chapter).Options)
     }
-    used = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
+    used = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
     assert used - FOREIGN - {"debug"} <= known and len(used & known) > 20
 
 
