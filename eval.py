@@ -378,6 +378,8 @@ class Options(EvalOptions):
 
 def main(o: Options) -> None:
     examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
+    if not examples:
+        raise ValueError(f"{o.data}: the {o.split} split of {o.task} has no records")
     decoder, tokenizer = prlm.load_policy(o)
     inputs = {"model": [o.model], "data": lamp_files(o.data, o.task, o.split)}
     if o.retriever == "dense":

@@ -97,9 +97,10 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
     need(isinstance(kinds, list | None), "layer_types must be a list")
     windows = any(kind != "full_attention" for kind in kinds or [])
-    if flag("use_sliding_window") and kinds is None:
-        # From layer max_window_layers on they slide; if it is the number of layers, none does.
-        windows = raw.get("max_window_layers") != raw.get("num_hidden_layers")
+    sliding = flag("use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    if sliding and kinds is None and family != "llama":  # which does not know them
+        # From layer max_window_layers on they slide.
+        windows = number("max_window_layers", 28, least=0) < number("num_hidden_layers")
     need(not windows, "sliding-window attention is not implemented")
     need(raw.get("is_causal") in (None, True), "is_causal false: not implemented")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
@@ -381,6 +382,9 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
     """
     if rank < 1 or not alpha > 0:
         raise ValueError(f"LoRA needs a rank of at least 1 and alpha > 0, not {rank} and {alpha}")
+    if rank > decoder.config.hidden:
+        size = decoder.config.hidden
+        raise ValueError(f"a LoRA rank of {rank} is more than the weights' own, {size} at most")
     decoder.requires_grad_(False)
     for module in decoder.layers.modules():
         if isinstance(module, Linear):
@@ -776,8 +780,8 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     temperature that is not above 0, groups of unequal size, more or fewer groups than prompts, and
     what `check_ids` refuses.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError("log-probabilities need temperature > 0: a greedy choice has none")
+    if not 1e-6 <= temperature < math.inf:
+        raise ValueError("log-probabilities need a temperature above 0, at least 1e-6")
     if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
         raise ValueError("each prompt needs one group of completions, and all groups one size")
     check_ids(decoder, prompts, completions)
@@ -976,11 +980,14 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-# A system turn that a ChatML template spells out, between quotes and without a variable in it.
-SYSTEM_TURN = re.compile(
-    r"""<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\{[{%])[^'"\\])+?)<\|im_end\|>"""
-)
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
+
+# A chat template is a program, and it is not run. What it says beyond the format is searched for.
+QUOTED = r"(?P<text>(?:\\.|(?!(?P=mark))[^\\])+?)"  # the inside of a string, up to its mark
+SYSTEM_TURN = rf"""(?P<mark>['"])<\|im_start\|>system(?:\\n|\n){QUOTED}<\|im_end\|>"""
+SYSTEM_VARIABLE = rf"""set (?:default_)?system_message = (?P<mark>['"]){QUOTED}(?P=mark)"""
+UNUSED = r"\{#.*?#\}|\{%-? if tools\b.*?\{%-? (?:else|endif)\b"  # comments, and chats with tools
+THINK_OPENED = r"(?:assistant(?:\\n|\n)|<｜Assistant｜>)<think>(?:\\n|\n)"
 
 
 def as_text(text: str) -> str:
@@ -992,25 +999,56 @@ def as_text(text: str) -> str:
 def default_system(known, template: str) -> str:
     """The system message that a ChatML model expects where a chat has none; "" for no such turn.
 
-    The one that its template spells out (one in a variable, or with quotation marks in it, is not
-    found); without a template, that of the family that the tokens show.
+    The one that its template spells out as a string, in the turn or as `system_message`; without a
+    template, that of the family that the tokens show.
     """
     if template:
-        found = SYSTEM_TURN.search(template)
-        text = found[1] if found else ""
-        return re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), text)
+        used = re.sub(UNUSED, "", template, flags=re.DOTALL)
+        for pattern in (SYSTEM_TURN, SYSTEM_VARIABLE):
+            if found := re.search(pattern, used, re.DOTALL):  # its escapes are read as Jinja does
+                text = found["text"].encode("ascii", "backslashreplace").decode("unicode-escape")
+                return as_text(text)
+        return ""
     if "<tool_call>" in known:
         return QWEN_SYSTEM  # Qwen2.5's
     return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
 
 
+def opening_of(known, template: str) -> str:
+    """What the prompt says for the assistant: R1 and other reasoning models begin to think."""
+    opened = re.search(THINK_OPENED, template) if template else {*R1} <= known.keys()
+    return "<think>\n" if opened else ""
+
+
+def without_old_reasoning(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Qwen3's rule: only what answers the last question keeps its reasoning."""
+    tool = re.compile("<tool_response>.*</tool_response>", re.DOTALL)  # asks nothing
+    asked = [
+        n for n, (role, text) in enumerate(turns) if role == "user" and not tool.fullmatch(text)
+    ]
+    last = asked[-1] if asked else len(turns) - 1
+    found = []
+    for n, (role, content) in enumerate(turns):
+        if role == "assistant":
+            thought, closed, _ = content.partition("</think>")
+            thought = thought.rpartition("<think>")[2].strip("\n") if closed else ""
+            if closed:
+                content = content.rpartition("</think>")[2].lstrip("\n")
+            if n > last and (thought or n == len(turns) - 1):
+                content = content.lstrip("\n")
+                content = f"<think>\n{thought}\n</think>\n\n{content}"
+        found.append((role, content))
+    return found
+
+
 def render_chat(messages: list[dict], known, template: str = "") -> str | None:
     """The chat as text, ready for the assistant's turn; None if the `known` tokens show no format.
 
-    A checkpoint's chat template is a program, and it is not run: the format is recognised by
-    the special tokens that only its family has. The template is searched for a system message.
+    The format is recognised by the special tokens that only its family has; the checkpoint's
+    template, if there is one, says what differs within a family.
     """
     turns = [(m["role"], m["content"]) for m in messages]
+    said = opening_of(known, template)
     if {*R1} <= known.keys():
         bos, eos, user, assistant = (MARK + name for name in R1)
         text = bos + next((content for role, content in reversed(turns) if role == "system"), "")
@@ -1019,16 +1057,14 @@ def render_chat(messages: list[dict], known, template: str = "") -> str | None:
                 text += user + content
             elif role == "assistant":
                 text += assistant + content.split("</think>")[-1] + eos
-        return text + assistant + "<think>\n"
+        return text + assistant + said
     opened = bool(turns) and turns[0][0] == "system"  # the chat begins with a system message
     if {*CHATML} <= known.keys():
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
-        default = as_text(default_system(known, template))
-        if "<think>" in known:  # Qwen3: no default, and earlier answers lose their reasoning
-            for n, (role, content) in enumerate(turns):
-                if role == "assistant" and "</think>" in content:
-                    turns[n] = role, content.split("</think>")[-1].lstrip("\n")
-        elif default and not opened:
+        reasons = "<think>" in known and "</think>" in (template or "</think>")  # Qwen3
+        turns = without_old_reasoning(turns) if reasons else turns
+        default = "" if reasons and not template else default_system(known, template)
+        if default and not opened:
             turns = [("system", default), *turns]
     elif {*LLAMA3} <= known.keys():
         head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
@@ -1040,7 +1076,7 @@ def render_chat(messages: list[dict], known, template: str = "") -> str | None:
     else:
         return None
     text = "".join(head.format(role) + content + end for role, content in turns)
-    return begin + text + head.format("assistant")
+    return begin + text + head.format("assistant") + said
 
 
 class Tokenizer:
@@ -1066,7 +1102,7 @@ class Tokenizer:
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
         markers = {*R1, *CHATML, *LLAMA3}
         self.control = {t.content for i, t in added if i in self.skipped or t.content in markers}
-        self.opening = "<think>\n" if {*R1} <= self.vocabulary.keys() else ""  # ends the prompt
+        self.opening = opening_of(self.vocabulary, self.template)  # ends the prompt
 
     @property
     def end_id(self) -> int:
@@ -1080,7 +1116,8 @@ class Tokenizer:
     def template(self) -> str:
         """The checkpoint's chat template, a program in Jinja's language; "" if it has none."""
         if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode("utf-8", "replace")
+            found = self.files["chat_template.jinja"]
+            return found if isinstance(found, str) else found.decode("utf-8", "replace")
         found = json.loads(self.files.get("tokenizer_config.json", "{}")).get("chat_template")
         if isinstance(found, list):  # several: [{"name", "template"}]
             named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
@@ -1112,9 +1149,16 @@ class Tokenizer:
         tokenizer["added_tokens"] = [t | {"content": rename(t["content"])} for t in added]
         return Backend.from_str(json.dumps(tokenizer))
 
+    def split(self, text: str, second: str | None = None, special: bool = False):
+        """The `tokenizers` library's Encoding of a text or a pair; ValueError if it has none."""
+        try:
+            return self.reader.encode(text, second, add_special_tokens=special)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
-        return self.reader.encode(as_text(text), add_special_tokens=False).ids
+        return self.split(as_text(text)).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
@@ -1135,7 +1179,7 @@ class Tokenizer:
         messages = [m | {"content": as_text(m["content"])} for m in messages]
         text = render_chat(messages, self.vocabulary, self.template)
         if text is not None:
-            return self.reader.encode(text, add_special_tokens=False).ids
+            return self.split(text).ids
         names = "R1-Distill, ChatML (Qwen, SmolLM) and Llama 3"
         warnings.warn(
             f"the tokenizer shows no chat format known here ({names}): messages are sent as plain "
@@ -1143,7 +1187,7 @@ class Tokenizer:
             stacklevel=1,  # this line: so Python shows it once, whoever calls
         )
         plain = "".join(m["content"] + "\n\n" for m in messages)
-        return self.reader.encode(plain, add_special_tokens=True).ids
+        return self.split(plain, special=True).ids
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
@@ -1151,7 +1195,7 @@ class Tokenizer:
         """
         self.reader.enable_truncation(max_length)
         second = None if second is None else as_text(second)
-        encoding = self.reader.encode(as_text(first), second)
+        encoding = self.split(as_text(first), second, special=True)
         self.reader.no_truncation()
         return encoding.ids, encoding.type_ids
 
@@ -1161,7 +1205,7 @@ class Tokenizer:
         if tokens <= 0:
             return ""  # the loop would keep a text that has no tokens at all
         while True:  # what is left may split into other, more tokens
-            offsets = self.reader.encode(text, add_special_tokens=False).offsets
+            offsets = self.split(text).offsets
             if len(offsets) <= tokens:
                 return text
             text = text[: offsets[tokens][0]]  # where the first token too many begins
@@ -1213,7 +1257,7 @@ def load_tokenizer(directory) -> Tokenizer:
         ids = content.get("eos_token_id")
         token = content.get("eos_token")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if any(type(i) is not int or i < 0 for i in ids):
+        if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
         token = token.get("content") if isinstance(token, dict) else token
         known = backend.token_to_id(token) if isinstance(token, str) else None
@@ -1313,11 +1357,17 @@ def append(path, records: list[dict]) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def rewind(path, steps: int) -> list[dict]:
-    """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
-    lines = read_lines(path) if path.is_file() else []
+def read_steps(path) -> list[dict]:
+    """The records of a JSON Lines file of which each says its step."""
+    lines = read_lines(path)
     if not all(isinstance(line.get("step"), int) for line in lines):
         raise ValueError(f"{path}: a line does not say its step")
+    return lines
+
+
+def rewind(path, steps: int) -> list[dict]:
+    """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
+    lines = read_steps(path) if path.is_file() else []
     kept = [line for line in lines if line["step"] <= steps]
     write_lines(path, kept)
     return kept
@@ -1328,7 +1378,7 @@ def check_room(path, size: int) -> None:
     whole, so replacing a file needs its size once more."""
     free = shutil.disk_usage(Path(path).parent).free
     if size > free:
-        need = f"needs {size / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB are left"
+        need = f"needs {size / 1e6:,.0f} MB of free disk, {free / 1e6:,.0f} MB are left"
         raise OSError(errno.ENOSPC, f"not written, it {need}", str(path))
 
 
@@ -1429,8 +1479,11 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         x, begin = tensors[name], offset
-        if name in header or x.dtype not in codes or name != as_text(name):
-            raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
+        known = x.dtype in codes and x.layout == torch.strided
+        if name in header or not known or name != as_text(name):
+            raise ValueError(
+                f"{path}: cannot write a {x.layout} tensor named {name!r} of {x.dtype}"
+            )
         offset += x.numel() * x.element_size()
         header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}
         header[name]["data_offsets"] = [begin, offset]
@@ -1439,7 +1492,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            flat = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
             if len(flat):  # an empty tensor cannot be viewed as bytes
                 file.write(flat.view(torch.uint8).numpy())
 
@@ -1491,21 +1544,22 @@ def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Mod
     """make() with a checkpoint's weights: copied into `views`, which share the module's memory."""
     with torch.device("meta"):
         module = make()
-    module = module.to(dtype).to_empty(device=device).eval()
-    views = module.views()
-    missing, left = views.keys() - tensors.keys(), tensors.keys() - views.keys()
+    shapes = {name: list(view.shape) for name, view in module.views().items()}
+    missing, left = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     for problem, names in (("lacks", missing), ("has weights that do not belong here:", left)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             names = ", ".join(sorted(names)[:3])
             raise ValueError(f"{directory}: the checkpoint {problem} {names}{more}")
-    for name, view in views.items():
+    for name, wanted in shapes.items():
         found = tensors[name]
-        if found.shape != view.shape or not found.is_floating_point():
+        if list(found.shape) != wanted or not found.is_floating_point():
             kind = f"{found.dtype} {list(found.shape)}"
-            wanted = f"floating point {list(view.shape)}"
-            raise ValueError(f"{directory}: {name} is {kind}, config.json asks for {wanted}")
-        view.copy_(found)
+            asked = f"config.json asks for floating point {wanted}"
+            raise ValueError(f"{directory}: {name} is {kind}, {asked}")
+    module = module.to(dtype).to_empty(device=device).eval()  # only now it takes memory
+    for name, view in module.views().items():
+        view.copy_(tensors[name])
         if not torch.stack(view.aminmax()).isfinite().all():  # else it would sample garbage
             raise ValueError(f"{directory}: {name} holds NaN or infinity; is the file damaged?")
     return module
@@ -1595,23 +1649,24 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     `o.adjustable`, and with --force the code, may change too: `adopt` records that.
     """
     out, mine = Path(o.out), recipe(o, inputs)
+    whole = out.resolve()  # what --overwrite replaces is the directory, not a link to it
+    old = whole.with_name(f".{whole.name}.old")
     config = out / record
     theirs = read_json(config) if config.is_file() else {}
     if "out" in theirs:  # a model's config.json, for one, is not ours, and not ours to delete
+        if theirs.get("command") != mine["command"]:
+            raise ValueError(f"{out} holds a result of {theirs['command']}: choose another --out")
         accepted = {*getattr(o, "free", ()), *getattr(o, "adjustable", ())}
         changed = differences(theirs, mine, accepted)
         if getattr(o, "force", False):
             changed = {name: both for name, both in changed.items() if name not in CHAPTERS}
         if changed and o.overwrite:
-            whole = out.resolve()  # what is replaced is the directory, not a link to it
             for path in (path for paths in inputs.values() for path in paths):
                 if Path(path).resolve().is_relative_to(whole):
                     text = f"{path} lies in {out}, which --overwrite would delete"
                     raise ValueError(f"{text}: choose another --out")
-            old = whole.with_name(f".{whole.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             whole.rename(old)  # so that a crash leaves no half-deleted result
-            shutil.rmtree(old)
             whole.mkdir()
         elif changed:
             raise ValueError(f"{out} holds another result: {explain(changed)}")
@@ -1620,6 +1675,7 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     if not config.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_json(config, mine)
+    shutil.rmtree(old, ignore_errors=True)
     for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
         left.unlink()
     return out
@@ -1667,7 +1723,10 @@ def alone(out):
         return
     out = Path(out).resolve()  # a link to a directory leads to the same lock
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f".{out.name}.lock", "w") as file:
+    lock = out.parent / f".{out.name}.lock"  # beside it, where --overwrite does not reach
+    if out.is_dir() and not os.access(out.parent, os.W_OK):
+        lock = out / ".lock"  # a volume that is mounted into a directory we may not write
+    with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1770,6 +1829,18 @@ def load_policy(o) -> tuple[Decoder, Tokenizer]:
 #
 # Each command's options are a dataclass; a field's comment is its help. Progress, stopping and
 # errors look the same everywhere.
+
+
+# Control characters show as pictures of themselves (U+2400 is NUL's); what would reorder the text
+# around it, or is no character, as the replacement character.
+ODD = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"}
+for _first, _last in ((0x7F, 0x9F), (0x202A, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF)):
+    ODD |= dict.fromkeys(range(_first, _last + 1), "\ufffd")
+
+
+def printable(text: str) -> str:
+    """Text of the data or of the policy for a terminal or a page: nothing in it acts or hides."""
+    return text.translate(ODD)
 
 
 class Progress(tqdm):
@@ -2001,7 +2072,7 @@ def main(o: Options) -> None:
         seed=o.seed,
     )
     for completion in groups[0]:
-        print(tokenizer.opening + tokenizer.decode(completion.tokens))
+        print(printable(tokenizer.opening + tokenizer.decode(completion.tokens)))
         print(f"[{len(completion.tokens)} tokens, log-probability {sum(completion.logprobs):.2f}]")
 
 

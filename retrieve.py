@@ -161,7 +161,7 @@ def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
     targets = {}
     for number, gold in enumerate(golds):
         gold = gold if isinstance(gold, dict) else {}
-        if "id" not in gold or not isinstance(gold.get("output"), str):
+        if type(gold.get("id")) not in (str, int) or not isinstance(gold.get("output"), str):
             raise ValueError(f"{path}: gold {number} needs an id and an output (a string)")
         if str(gold["id"]) in targets:
             raise ValueError(f"{path}: id {gold['id']!r} has two outputs")
@@ -171,7 +171,7 @@ def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
 
 def _example(record, number: int, task: str, path: Path) -> Example:
     kind = TASKS[task]
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
+    if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
         raise ValueError(f"{path}: record {number} has no id")
     where = f"{path}: record {record['id']!r}"
     text = record.get("input")
@@ -555,7 +555,7 @@ def main(o: Options) -> None:
     for example in examples[: o.show]:
         (prompt,) = make_prompts(o, tokenizer, [example], rank)
         print(f"--- record {example.id}: {len(prompt)} tokens, target {example.target!r}")
-        print(tokenizer.decode(prompt))  # without the control tokens
+        print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
     if o.out:
         ranking = {}
         for example in Progress(examples, f"rank by {o.retriever}"):

@@ -637,6 +637,8 @@ class Options(RewardOptions):
 def main(o: Options) -> None:
     check_judge(o)
     examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
+    if not examples:
+        raise ValueError(f"{o.data}: the train split of {o.task} has no records")
     decoder, tokenizer = prlm.load_policy(o)
     inputs = inputs_of(o, *(["train", "dev"] if o.probe_examples else ["train"]))
     with prlm.alone(o.out):

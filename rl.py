@@ -504,7 +504,10 @@ def grpo_step(
     except FloatingPointError as error:
         chosen = choose_for_step(o, step, len(examples))
         where = f"step {step + 1}, records {', '.join(examples[n].id for n in chosen)}"
-        advice = "it was not applied; the same command with a lower --lr resumes from what is saved"
+        advice = (
+            "it was not applied; the same command with a lower --lr resumes from what is saved; if "
+            "that ends in the same step, --overwrite with a lower --lr starts anew"
+        )
         raise ValueError(f"{where}: {error}; {advice}") from None
     seconds = {"rollout": rolled - start, "update": time.perf_counter() - rolled}
     metrics = log | rollout_metrics(o, rollout, seconds) | {"lr": optimizer.param_groups[0]["lr"]}
@@ -751,7 +754,7 @@ def obtain_warm_start(o: Options, out: Path, stop: Stop, examples: list[Example]
 
 
 def show_target(policy: Policy, target: list[int]) -> str:
-    return "  " + policy.tokenizer.decode(target).replace("\n", "\n  ")
+    return "  " + prlm.printable(policy.tokenizer.decode(target)).replace("\n", "\n  ")
 
 
 # ---- Saved states ---------------------------------------------------------------------------
@@ -831,6 +834,8 @@ def saved_steps(
             bar.close()
             stop.leave(asked)
     stop.in_loop = False
+    if asked := max(prlm.gather(stop.signal or 0)):  # during the last save
+        stop.leave(asked)
 
 
 # ---- A run ----------------------------------------------------------------------------------
@@ -873,7 +878,10 @@ def train_policy(
 
 
 def main(o: Options, judge=None) -> None:
-    """The run that the options describe; `judge` takes the place of the one that they name."""
+    """The run that the options describe; `judge` takes the place of the one that they name.
+
+    A directory does not record which `judge` it was: give each of yours its own.
+    """
     with prlm.processes():
         rank, world_size = prlm.rank_and_world_size()
         check(o, world_size)
@@ -894,6 +902,7 @@ def run(o: Options, stop: Stop, judge=None) -> None:
     policy = make_policy(o, o.model, device)
     if not policy.tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
+    make_prompts(o, policy.tokenizer, train[:1])  # refuses faulty options before they are recorded
     # A judge from outside needs none of our judges' files.
     ours = o if judge is None else replace(o, personalization=0.0)
     out = prlm.on_first(partial(prlm.open_result, o, inputs_of(ours, "train", "dev")))
@@ -999,10 +1008,13 @@ def is_complete(o: Options, out: Path) -> bool:
     Without trainer.pt it could not be made again, so then it holds.
     """
     file = out / "scores.json"
-    if not file.is_file() or "after" not in prlm.read_json(file):
+    scores = prlm.read_json(file) if file.is_file() else {}
+    if any(not isinstance(found, dict) or "rouge-l" not in found for found in scores.values()):
+        raise ValueError(f"{file}: these are not the scores of a run; delete it to score again")
+    if "after" not in scores:
         return False
     metrics = out / "metrics.jsonl"
-    lines = prlm.read_lines(metrics) if metrics.is_file() else []
+    lines = prlm.read_steps(metrics) if metrics.is_file() else []
     done = lines[-1]["step"] if lines else 0  # a warm start without RL has written no line
     if done > o.steps:
         raise ValueError(f"{out} has done {done} steps already, more than --steps {o.steps}")
@@ -1018,7 +1030,8 @@ def report(o: Options, out: Path) -> None:
     rows = {"no profile": "no_profile", "RAG before RL": "before", "after RL": "after"}
     columns = ["rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled"]
     columns = [column for column in columns if column in scores["after"]]
-    print(table({row: {c: scores[key][c] for c in columns} for row, key in rows.items()}))
+    shown = {row: scores[key] for row, key in rows.items() if key in scores}
+    print(table({row: {c: line[c] for c in columns if c in line} for row, line in shown.items()}))
     files = ["metrics.jsonl", "samples.jsonl", "scores.json", *LAST_FILES]
     lost = [name for name in files if not (out / name).is_file()]
     if "metrics.jsonl" not in lost:

@@ -74,6 +74,16 @@ class TestReadCommits:
         assert read(repository).keys() == {"long enough", "on the side", "on main"}
         assert "too short" in read(repository, words=14)
 
+    def test_only_the_repository_that_is_named(self, repository, tmp_path, monkeypatch):
+        (repository / "folder").mkdir()
+        commit(repository, "one")
+        with pytest.raises(ValueError, match=r"folder is no repository of its own, .*project"):
+            read(repository / "folder")
+        git(tmp_path, "init", "-q", "other")
+        commit(tmp_path / "other", "another")
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+        assert read(repository).keys() == {"one"}
+
     def test_a_message_that_an_author_repeats_counts_once(self, repository):
         for author, day in (("ann", 1), ("ann", 2), ("bo", 3)):
             commit(repository, "again", author=author, day=day)

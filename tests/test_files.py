@@ -438,6 +438,7 @@ BAD_CONFIGS = [
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},  # three numbers are missing
     {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    {"use_sliding_window": True, "num_hidden_layers": 30},
     {"layer_types": ["full_attention", "sliding_attention"]},
     {"hidden_size": None}, {"hidden_size": "16"}, {"hidden_size": 16.5}, {"vocab_size": -300},
     {"num_hidden_layers": True}, {"num_attention_heads": 0}, {"num_key_value_heads": 3},
@@ -447,6 +448,9 @@ BAD_CONFIGS = [
 ]
 HARMLESS = [
     {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
+    {"use_sliding_window": True, "max_window_layers": 28},
+    {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+    {"use_sliding_window": True},  # 28 by default, of 2 layers
     {"layer_types": ["full_attention"] * 2, "rope_scaling": None, "use_mrope": False},
     {"head_dim": 4}, {"head_dim": None}, {"rope_theta": 1e4}, {"is_causal": True},
     {"original_max_position_embeddings": 64},
@@ -739,8 +743,24 @@ DEFAULTS = [
     ),
     (FIRST % "'<|im_start|>system\nBe brief.<|im_end|>\n'", "Be brief."),  # a line break as it is
     (FIRST % r"'<|im_start|>system\nUse \\boxed{}, \'x\'.<|im_end|>\n'", r"Use \boxed{}, 'x'."),
+    (
+        FIRST % r'''"<|im_start|>system\nYou're h\u00e9re.\tNow.<|im_end|>\n"''',
+        "You're h\xe9re.\tNow.",
+    ),
     ("", None),  # no default, whatever the tokens say
+    ("{% if tools %}{{ '<|im_start|>system\nYou call tools.<|im_end|>\n' }}{% endif %}", None),
+    ("{# '<|im_start|>system\nOld.<|im_end|>' #}", None),
+    (
+        "{% if loop.first and m['role'] != 'system' %}{% set system_message = 'Be kind.' %}"
+        "{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}{% endif %}",
+        "Be kind.",
+    ),
 ]
+PIECES = ["a", " b", "\n", "\n\n", "<think>", "</think>", "<think>\nhm\n</think>\n\nA"]
+PIECES += ["<tool_response>", "</tool_response>", "é"]
+ASKS = st.tuples(
+    st.sampled_from(["user", "assistant", "system"]), st.lists(st.sampled_from(PIECES))
+)
 
 
 class TestChat:
@@ -787,6 +807,40 @@ class TestChat:
             expected = theirs.apply_chat_template(messages, **how, tokenize=False)
             assert tokenizer.chat(messages) == backend.encode(expected).ids
         assert (said or "system") in theirs.apply_chat_template(LATE, **how, tokenize=False)
+
+    @pytest.mark.parametrize("name, family, more", [
+        ("qwen2_5", "Qwen2.5", ()), ("qwen2_5", "Qwen2.5", ("<think>", "</think>")),
+        ("qwen3", "Qwen3", ()), ("qwen3_instruct_2507", "Qwen3", ()),
+        ("deepseek_r1_distill", "R1-Distill", ()),
+    ])  # fmt: skip
+    @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(asked=st.lists(ASKS, min_size=1, max_size=5))
+    def test_any_chat_is_that_of_the_familys_template(self, name, family, more, asked):
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+        template = (folder / f"{name}.jinja").read_text()
+        messages = [{"role": role, "content": "".join(parts)} for role, parts in asked]
+        names = dict(bos_token=BEGIN, eos_token=END, add_generation_prompt=True)
+        wanted = _compile_jinja_template(template).render(messages=messages, **names)
+        known = dict.fromkeys((*FAMILIES[family], *more))
+        assert prlm.render_chat(messages, known, template).replace(prlm.MARK, "") == wanted
+        if not more and name != "qwen3_instruct_2507":  # the tokens alone are enough
+            assert prlm.render_chat(messages, known).replace(prlm.MARK, "") == wanted
+
+    def test_a_template_that_begins_to_think_has_begun(self, tmp_path):
+        template = TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}") % ""
+        backend = byte_tokenizer(FAMILIES["Qwen3"])
+        files = {"tokenizer.json": backend.to_str(), "chat_template.jinja": template}
+        thinks = prlm.Tokenizer(backend, files=files)
+        plain = prlm.Tokenizer(backend)
+        assert (thinks.opening, plain.opening) == ("<think>\n", "")
+        begun = backend.encode("<think>\n", add_special_tokens=False).ids
+        assert thinks.chat(USER) == plain.chat(USER) + begun
+        r1 = byte_tokenizer(FAMILIES["R1-Distill"])
+        template = "{{'<\uff5cAssistant\uff5c>'}}"  # of its first release
+        first = prlm.Tokenizer(r1, files={"chat_template.jinja": template})
+        assert prlm.Tokenizer(r1).chat(USER) == first.chat(USER) + r1.encode("<think>\n").ids
 
     @pytest.mark.parametrize("message", BAD_MESSAGES, ids=str)
     def test_bad_messages(self, toy_tokenizer, message):

@@ -1,6 +1,7 @@
 """The experiment on real text: its commands, run on a tiny world, and its tables."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -33,11 +34,11 @@ def o(tmp_path, monkeypatch):
         commands.append(words[1:])
         chapter = __import__(Path(words[1]).stem)
         chapter.main(prlm.parse_options(chapter.Options, "", words[2:])[0])
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, wait=lambda: None)
 
     pool = SimpleNamespace(map=map)  # in this thread, since a run sets signal handlers
     monkeypatch.setattr(real, "ThreadPoolExecutor", lambda jobs: nullcontext(pool))
-    monkeypatch.setattr(real.subprocess, "run", run)
+    monkeypatch.setattr(real.subprocess, "Popen", run)
     arms = {
         "warm": ("warm start", None, SMALL.replace("--steps 1", "--steps 0") + " --warm-start 1"),
         "prlm": ("warm start + GRPO", "warm", SMALL),
@@ -88,11 +89,11 @@ def test_what_fails_is_named_and_the_rest_is_not_started(o, monkeypatch):
 
     def fail(words, **_):
         calls.append(words)
-        return SimpleNamespace(returncode=2)
+        return SimpleNamespace(returncode=2, wait=lambda: None)
 
     alone = {name: (text, None, options) for name, (text, _, options) in real.ARMS.items()}
     monkeypatch.setattr(real, "ARMS", alone)
-    monkeypatch.setattr(real.subprocess, "run", fail)
+    monkeypatch.setattr(real.subprocess, "Popen", fail)
     with pytest.raises(ValueError, match=r"LaMP-4 warm 0 ended with status 2: see .*warm_0\.txt"):
         real.main(o)
     assert len(calls) == 1
@@ -104,6 +105,26 @@ def test_what_fails_is_named_and_the_rest_is_not_started(o, monkeypatch):
         real.main(replace(o, arms="warm,ratio"))
     with pytest.raises(ValueError, match="holds results of other options"):
         real.main(replace(o, users=3))
+    with pytest.raises(ValueError, match="--items '0,x' is not a list of numbers"):
+        real.main(replace(o, items="0,x"))
+
+
+def test_sigterm_ends_the_trainings_too(o, monkeypatch):
+    ended = []
+
+    def hang(words, **_):
+        process = SimpleNamespace(returncode=143, terminate=lambda: ended.append(words))
+        process.wait = lambda: signal.raise_signal(signal.SIGTERM)  # while the training runs
+        return process
+
+    monkeypatch.setattr(real.subprocess, "Popen", hang)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ValueError, match="stopped; the same command resumes"):
+            real.main(o)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(ended) == 1
 
 
 def test_other_tasks_get_two_arms_and_a_shorter_warm_start(monkeypatch):

@@ -122,6 +122,41 @@ class TestResult:
             scoring.main(evaluation(world, tmp_path / "model", overwrite=True))
         assert sorted((tmp_path / "model").iterdir()) == before
 
+    def test_overwrite_deletes_no_result_of_another_command(self, world, tmp_path):
+        rl.main(quick(world, tmp_path / "run", steps=1))
+        with pytest.raises(ValueError, match=r"holds a result of rl\.py: choose another --out"):
+            scoring.main(evaluation(world, tmp_path / "run", overwrite=True))
+        assert (tmp_path / "run" / "trainer.pt").is_file()
+
+    def test_what_a_killed_overwrite_has_left_is_deleted(self, world, tmp_path):
+        (tmp_path / ".a.old").mkdir()
+        (tmp_path / ".a.old" / "trainer.pt").touch()
+        scoring.main(evaluation(world, tmp_path / "a"))
+        assert not (tmp_path / ".a.old").exists()
+
+    def test_a_volume_in_a_directory_that_is_not_ours_can_be_locked(self, tmp_path, monkeypatch):
+        (tmp_path / "volume").mkdir()
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        with prlm.alone(tmp_path / "volume"):
+            assert [p.name for p in tmp_path.rglob("*")] == ["volume", ".lock"]
+            with (
+                pytest.raises(ValueError, match="another process is working"),
+                prlm.alone(tmp_path / "volume"),
+            ):
+                pass
+
+    def test_a_faulty_option_does_not_claim_the_directory(self, world, tmp_path):
+        with pytest.raises(ValueError, match="the bare instruction takes"):
+            rl.main(quick(world, tmp_path / "run", max_prompt_tokens=5))
+        rl.main(quick(world, tmp_path / "run"))
+
+    @pytest.mark.parametrize("text", ['{"after": 1}', '{"before": {"rouge-1": 1}}'])
+    def test_scores_of_another_kind_are_named(self, world, tmp_path, text):
+        rl.main(quick(world, tmp_path / "run"))
+        (tmp_path / "run" / "scores.json").write_text(text)
+        with pytest.raises(ValueError, match=r"scores\.json: these are not the scores of a run"):
+            rl.main(quick(world, tmp_path / "run"))
+
     def test_overwrite_deletes_nothing_that_it_needs(self, world, tmp_path):
         rl.main(quick(world, tmp_path / "run", steps=1))
         before = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -338,7 +373,7 @@ class TestFiles:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4_000_000))
         monkeypatch.setattr(torch, "save", None)
-        with pytest.raises(OSError, match=r"needs 0\.0 GB .*trainer\.pt"):
+        with pytest.raises(OSError, match=r"needs 12 MB of free disk, 4 MB .*trainer\.pt"):
             rl.save_state(tmp_path / "trainer.pt", 1, decoder, optimizer)
 
     def test_only_a_broken_state_asks_to_be_deleted(self, tmp_path, monkeypatch):
@@ -616,6 +651,44 @@ class TestLoRA:
 
 
 class TestStopping:
+    @pytest.mark.parametrize("warm_start, done", [(0, 2), (1, 0)])
+    def test_a_signal_during_the_last_save_is_obeyed(
+        self, world, tmp_path, monkeypatch, warm_start, done
+    ):
+        save = rl.save_state
+
+        def signalled(path, step, *rest):
+            save(path, step, *rest)
+            if step == (warm_start or 2):
+                signal.raise_signal(signal.SIGTERM)
+
+        o = quick(world, tmp_path / "run", steps=2, warm_start=warm_start, force=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(rl, "save_state", signalled)
+            with pytest.raises(SystemExit) as left:
+                rl.main(o)
+        assert left.value.code == 143 and steps(tmp_path / "run") == done
+        assert not (tmp_path / "run" / "checkpoint").exists()
+        rl.main(o)
+        assert (tmp_path / "run" / "checkpoint").exists()
+
+    def test_what_data_says_does_not_act_on_the_terminal(self, world, tmp_path, capsys):
+        shutil.copytree(world / "lamp", tmp_path / "lamp")
+        for file in (tmp_path / "lamp").rglob("*_outputs.json"):
+            content = json.loads(file.read_text())
+            for gold in content["golds"]:
+                gold["output"] = "red \x1b[31m \x07 \u202e end"
+            file.write_text(json.dumps(content))
+        for file in (tmp_path / "lamp").rglob("*_questions.json"):
+            file.write_text(file.read_text().replace("headline for the following article: ",
+                            "headline for the following article: \\u001b[2J"))  # fmt: skip
+        rl.main(quick(world, tmp_path / "run", data=str(tmp_path / "lamp"), warm_start=1))
+        paths = dict(data=str(tmp_path / "lamp"), model=str(world / "policy"))
+        retrieve.main(retrieve.Options(**paths, split="train", show=2))
+        said = capsys.readouterr().out
+        assert "red \u241b[31m \u2407 \ufffd end" in said and "\u241b[2J" in said
+        assert not {"\x1b", "\x07", "\u202e"} & {*said}
+
     def test_it_survives_a_closed_output(self, world, tmp_path):
         """As with `2>&1 | tee log`, where Ctrl-C ends tee first."""
         out = tmp_path / "run"

@@ -12,6 +12,7 @@ Authors are hashed, but the texts are theirs: ask before you share them.
 
 import argparse
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -39,8 +40,10 @@ class Commit:
 def run_git(repository: Path, *arguments: str) -> str:
     """What git prints; ValueError with git's own words where it fails."""
     command = ["git", "-C", str(repository), *arguments]
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR")  # would lead to another repository
+    own = {name: value for name, value in os.environ.items() if name not in elsewhere}
     try:
-        done = subprocess.run(command, capture_output=True)
+        done = subprocess.run(command, capture_output=True, env=own)
     except FileNotFoundError:
         raise ValueError("there is no git on this machine: install it first") from None
     if done.returncode:
@@ -57,6 +60,9 @@ def read_commits(repository: Path, least_words: int) -> list[Commit]:
     """
     if not repository.is_dir():
         raise ValueError(f"{repository}: no such directory")
+    if run_git(repository, "rev-parse", "--show-prefix").strip():
+        top = run_git(repository, "rev-parse", "--show-toplevel").strip()
+        raise ValueError(f"{repository} is no repository of its own, it lies in that of {top}")
     if run_git(repository, "rev-parse", "--is-shallow-repository").strip() == "true":
         advice = "run `git fetch --unshallow` in it first"
         raise ValueError(
@@ -171,6 +177,11 @@ def main(o: argparse.Namespace) -> None:
         if not chosen:
             found = f"{split} has none of the {len(records)} records"
             raise ValueError(f"{o.repository}: {found}: take --split time, or change --share")
+    for split in parts:
+        outputs = Path(o.out) / split / f"{split}_outputs.json"
+        task = prlm.read_json(outputs).get("task") if outputs.is_file() else TASK
+        if task != TASK:
+            raise ValueError(f"{outputs} holds {task}: choose another --out")
     for split, chosen in parts.items():
         write_split(Path(o.out), split, chosen)
     for split, chosen in parts.items():
@@ -180,10 +191,13 @@ def main(o: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have any name
+    if sys.stdout:  # a scheduler may have started it without
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have any name
     options = parse_arguments()
     try:
         main(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        text = f"{error.filename}: {error.strerror}" if named else error
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)

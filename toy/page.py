@@ -59,21 +59,17 @@ def read(run: Path, name: str, missing):
     path = run / name
     if not path.is_file():
         return missing
+    if name == "metrics.jsonl":
+        return prlm.read_steps(path)
     return prlm.read_lines(path) if path.suffix == ".jsonl" else prlm.read_json(path)
 
 
 # ---- Text and numbers ------------------------------------------------------------------------
 
-# Control characters show as pictures of themselves (U+2400 is NUL's); what would reorder the text
-# around it, or is no character, as the replacement character.
-ODD = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"}
-for start, end in ((0x7F, 0x9F), (0x202A, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF)):
-    ODD |= dict.fromkeys(range(start, end + 1), "\ufffd")
-
 
 def clean(text) -> str:
-    """Text of the data or of the policy as HTML: nothing in it acts, nothing hides."""
-    return escape(str(text).translate(ODD))
+    """Text of the data, of the policy or of a run's files as HTML: nothing in it acts or hides."""
+    return escape(prlm.printable(str(text)))
 
 
 def shortened(text: str) -> str:
@@ -116,11 +112,13 @@ def result(scores: dict[str, dict], how: str) -> str:
     metrics = ("rouge-l", "rouge-1")
     rows = "<tr><th></th>" + "".join(f"<th>{metric.upper()}</th>" for metric in metrics) + "</tr>"
     for name, line in scores.items():
+        if not isinstance(line, dict) or not {*metrics} <= line.keys():
+            raise ValueError(f"scores.json: {name!r} holds no scores")
         cells = ""
         for metric in metrics:
             share = line[metric]
             cells += f'<td><div class="bar" style="--share:{share:.3f}">{number(share)}</div></td>'
-        rows += f'<tr class="{name}"><th>{STAGES.get(name, name)}</th>{cells}</tr>'
+        rows += f'<tr class="{clean(name)}"><th>{clean(STAGES.get(name, name))}</th>{cells}</tr>'
     return f"""<h2>The result</h2>
 <p>ROUGE-L is the share of words that an answer has in common with what the user really wrote, in
 the same order; 1 is word for word. ROUGE-1 forgives the order. {how}</p>
@@ -424,7 +422,7 @@ def group(samples: list[dict], weights: dict[str, float], show: Show) -> str:
     mean = number(sum(sample["reward"] for sample in samples) / size)
     rest = f"<p>{left_out} between the best and the worst are left out.</p>"
     return f"""<details class="step"{"" if silent else " open"}>
-<summary><b>Step {samples[0]["step"]}</b>, mean reward {mean} {note}</summary>
+<summary><b>Step {clean(samples[0]["step"])}</b>, mean reward {mean} {note}</summary>
 <div class="side">{cards}</div>{rest if left_out else ""}</details>"""
 
 
@@ -468,15 +466,18 @@ likelier, and what is below 0 less likely.</p>"""
 def about(options: dict) -> str:
     """What the page shows, in three sentences."""
     names = list(task_of(options["task"]).fields.values())
-    profile = f"its prompt shows up to {options['k']} texts that this user wrote before, and a new"
+    profile = (
+        f"its prompt shows up to {clean(options['k'])} texts that this user wrote before, and a new"
+    )
     text = f"""The language model <b>{clean(options["model"])}</b> is to write a {names[-1]} as one
 certain user would: {profile} {names[0]}."""
     if "steps" not in options:
         return f"<p>{text} This page shows how near it comes to what the users wrote.</p>"
     warm = options.get("warm_start")
-    learning = f"After {warm} supervised steps, reinforcement" if warm else "Reinforcement"
-    return f"""<p>{text} {learning} learning (GRPO, {options["steps"]} steps) let it answer each
-prompt {options["group_size"]} times, gave every answer a reward, and made the better ones likelier.
+    learning = f"After {clean(warm)} supervised steps, reinforcement" if warm else "Reinforcement"
+    steps, size = clean(options["steps"]), clean(options["group_size"])
+    return f"""<p>{text} {learning} learning (GRPO, {steps} steps) let it answer each prompt {size}
+times, gave every answer a reward, and made the better ones likelier.
 This page shows what that changed for users whom training never saw, then how it came about.</p>"""
 
 
@@ -503,7 +504,7 @@ def sections(run: Path, o: Options, options: dict) -> list[str]:
     how = "The answers are greedy: each time the likeliest token."
     if "steps" not in options:
         if options.get("temperature"):
-            how = f"The answers are sampled, at temperature {options['temperature']}."
+            how = f"The answers are sampled, at temperature {clean(options['temperature'])}."
         shown = [about(options), result({"held-out users": scores}, how) if scores else ""]
         return [*shown, answers("it wrote", samples, o.records, task, show) if samples else ""]
     held = {name: read(run, f"held_out/{key}.jsonl", []) for key, name in STAGES.items()}

@@ -13,7 +13,9 @@ A task is taken if --data has its files, as load_lamp finds them.
 
 import contextlib
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +158,14 @@ def examination(o: Options, arm: str | None) -> tuple[str, Path]:
 def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
     """Runs {name: (command, the file that shows it is done)}, --jobs at a time."""
     failures = []
+    running = []
+
+    def stop(*_) -> None:  # else the trainings would go on without us
+        failures.append("stopped; the same command resumes")
+        for process in running:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
 
     def run(name: str) -> None:
         command, result = work[name]
@@ -168,7 +178,9 @@ def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
             words = [sys.executable, *shlex.split(command)]
             words[1] = prlm.beside(words[1])  # wherever this was started
             tqdm.write("OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 " + shlex.join(["python", *words[1:]]))
-            process = subprocess.run(words, stdout=file, stderr=file, env=os.environ | threads)
+            process = subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | threads)
+            running.append(process)
+            process.wait()
         if process.returncode:
             failures.append(f"{name} ended with status {process.returncode}: see {log}")
 
@@ -302,6 +314,8 @@ def rows_of(o: Options, task: str) -> dict[str, list[Cell]]:
 def robustness(o: Options) -> dict[str, list[Cell]]:
     """The cells of the table by number of items, before and after GRPO."""
     named = {"before GRPO": "warm", "after GRPO": "prlm"}
+    if not re.fullmatch(r"\d+(,\d+)*", o.items):
+        raise ValueError(f"--items {o.items!r} is not a list of numbers like 0,1,2")
     items = [int(k) for k in o.items.split(",")]
     return {name: [Cell(MAIN_TASK, arm, k=k) for k in items] for name, arm in named.items()}
 
