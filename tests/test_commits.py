@@ -84,6 +84,17 @@ class TestReadCommits:
         monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
         assert read(repository).keys() == {"one"}
 
+    def test_data_of_another_task_is_not_replaced(self, repository, tmp_path):
+        for day in range(1, 5):
+            commit(repository, f"s{day}", f"{day} {BODY}", day=day)
+        outputs = tmp_path / "data" / "train" / "train_outputs.json"
+        outputs.parent.mkdir(parents=True)
+        outputs.write_text('{"task": "LaMP_4", "golds": []}')
+        flags = ["--least", "2", "--split", "time", "--out", str(tmp_path / "data")]
+        with pytest.raises(ValueError, match=r"train_outputs\.json holds LaMP_4"):
+            module.main(module.parse_arguments([str(repository), *flags]))
+        assert json.loads(outputs.read_text())["golds"] == []
+
     def test_a_message_that_an_author_repeats_counts_once(self, repository):
         for author, day in (("ann", 1), ("ann", 2), ("bo", 3)):
             commit(repository, "again", author=author, day=day)

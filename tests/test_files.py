@@ -468,6 +468,14 @@ class TestConfig:
         with pytest.raises(ValueError, match=r"policy: model\.norm\.weight holds NaN or infinity"):
             prlm.load_decoder(tmp_path / "policy")
 
+    def test_a_config_of_a_larger_model_takes_no_memory(self, world, tmp_path):
+        shutil.copytree(world / "policy", tmp_path / "policy")
+        config = prlm.read_json(tmp_path / "policy" / "config.json")
+        large = {"hidden_size": 2**20, "intermediate_size": 2**20}  # terabytes
+        prlm.write_json(tmp_path / "policy" / "config.json", config | large)
+        with pytest.raises(ValueError, match=r"config\.json asks for floating point .*1048576"):
+            prlm.load_decoder(tmp_path / "policy")
+
     @pytest.mark.parametrize("kind", ["policy", "encoder"])
     def test_a_weight_under_two_names_is_refused(self, world, tmp_path, kind):
         path = tmp_path / kind / "model.safetensors"
@@ -623,6 +631,12 @@ class TestTokenizer:
         backend.normalizer = normalizers.Replace("\u200b", "")  # drops a character
         tokenizer = prlm.Tokenizer(backend)
         assert tokenizer.cut("\u200b\u200b", 0) == "" and tokenizer.cut("\u200b", 1) == "\u200b"
+
+    def test_a_text_that_the_tokenizer_does_not_know_is_named(self):
+        backend = Backend(models.Unigram([("a", 0.0)], unk_id=None))
+        assert prlm.Tokenizer(backend).encode("a") == [0]
+        with pytest.raises(ValueError, match="the tokenizer cannot encode 'zebra'"):
+            prlm.Tokenizer(backend).encode("zebra")
 
     def test_without_a_vocabulary_or_an_eos_there_is_a_sentence(self, tmp_path):
         Backend(models.WordLevel({}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))

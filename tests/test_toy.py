@@ -298,7 +298,10 @@ class TestPage:
                     line["tokens"] = self.tokenizer.encode(HOSTILE)
                     line["logprobs"] = [-1.0] * len(line["tokens"])
             self.write(path, lines)
-        prlm.write_json(run / "config.json", prlm.read_json(run / "config.json") | {"out": HOSTILE})
+        settings = dict.fromkeys(("out", "k", "group_size", "warm_start"), HOSTILE)
+        prlm.write_json(run / "config.json", prlm.read_json(run / "config.json") | settings)
+        scores = prlm.read_json(run / "scores.json")
+        prlm.write_json(run / "scores.json", scores | {HOSTILE: scores["after"]})
         html = self.page(run)
         parsed = Html(html)
         assert {tag for tag, _ in parsed.tags} <= plain | {"i"}
