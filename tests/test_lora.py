@@ -135,7 +135,7 @@ class TestAdapters:
         trained = {name for name, p in decoder.named_parameters() if p.requires_grad}
         assert trained == adapters(decoder).keys() and len(trained) == 4 * 2 * 3
 
-    @pytest.mark.parametrize("rank, alpha", [(0, 1.0), (4, 0.0), (4, float("nan"))])
+    @pytest.mark.parametrize("rank, alpha", [(0, 1.0), (4, 0.0), (4, float("nan")), (10**6, 1.0)])
     def test_bad_sizes(self, rank, alpha):
         with pytest.raises(ValueError, match="rank"):
             prlm.add_lora(small(), rank, alpha)
