@@ -98,7 +98,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     need(isinstance(kinds, list | None), "layer_types must be a list")
     windows = any(kind != "full_attention" for kind in kinds or [])
     sliding = flag("use_sliding_window") and raw.get("sliding_window", 4096) is not None
-    if sliding and kinds is None and family != "llama":  # which does not know them
+    if sliding and kinds is None and family != "llama":  # Llama has no such setting
         # From layer max_window_layers on they slide.
         windows = number("max_window_layers", 28, least=0) < number("num_hidden_layers")
     need(not windows, "sliding-window attention is not implemented")
@@ -384,7 +384,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
         raise ValueError(f"LoRA needs a rank of at least 1 and alpha > 0, not {rank} and {alpha}")
     if rank > decoder.config.hidden:
         size = decoder.config.hidden
-        raise ValueError(f"a LoRA rank of {rank} is more than the weights' own, {size} at most")
+        raise ValueError(f"a LoRA rank of {rank} exceeds that of the weights, {size} at most")
     decoder.requires_grad_(False)
     for module in decoder.layers.modules():
         if isinstance(module, Linear):
@@ -777,7 +777,7 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
 
     The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. Past a
     completion's end all three are 0, so for an empty completion everywhere. ValueError for a
-    temperature that is not above 0, groups of unequal size, more or fewer groups than prompts, and
+    temperature below 1e-6, groups of unequal size, more or fewer groups than prompts, and
     what `check_ids` refuses.
     """
     if not 1e-6 <= temperature < math.inf:
@@ -982,12 +982,16 @@ QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assista
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
-# A chat template is a program, and it is not run. What it says beyond the format is searched for.
+# A chat template is a program, and it is not run. It is only searched for what it says beyond the
+# format: a system turn in a string, in a variable, or as plain text, and whether it opens <think>.
 QUOTED = r"(?P<text>(?:\\.|(?!(?P=mark))[^\\])+?)"  # the inside of a string, up to its mark
 SYSTEM_TURN = rf"""(?P<mark>['"])<\|im_start\|>system(?:\\n|\n){QUOTED}<\|im_end\|>"""
 SYSTEM_VARIABLE = rf"""set (?:default_)?system_message = (?P<mark>['"]){QUOTED}(?P=mark)"""
-UNUSED = r"\{#.*?#\}|\{%-? if tools\b.*?\{%-? (?:else|endif)\b"  # comments, and chats with tools
-THINK_OPENED = r"(?:assistant(?:\\n|\n)|<｜Assistant｜>)<think>(?:\\n|\n)"
+PLAIN_TURN = r"""<\|im_start\|>system\n(?P<text>[^{}'"]+?)<\|im_end\|>"""
+UNUSED = r"\{#.*?#\}|\{%-? if tools\b.*?\{%-? (?:elif|else|endif)\b"  # comments; where tools are
+THINK_OPENED = (
+    r"(?:<｜Assistant｜>|assistant(?:<\|end_header_id\|>\\n)?(?:\\n|\n){1,2})<think>(?:\\n|\n)"
+)
 
 
 def as_text(text: str) -> str:
@@ -996,19 +1000,26 @@ def as_text(text: str) -> str:
     return text.replace(MARK, "\ufffd")
 
 
+@cache
+def read_template(template: str) -> tuple[str, bool]:
+    """(the system message that it inserts where a chat has none, whether it opens <think>)."""
+    used = re.sub(UNUSED, "", template, flags=re.DOTALL)
+    opens = re.search(THINK_OPENED, used) is not None
+    for pattern in (SYSTEM_TURN, SYSTEM_VARIABLE):
+        if found := re.search(pattern, used, re.DOTALL):  # its escapes are read as Jinja does
+            text = found["text"].encode("ascii", "backslashreplace").decode("unicode-escape")
+            return as_text(text), opens
+    found = re.search(PLAIN_TURN, used)
+    return found["text"] if found else "", opens
+
+
 def default_system(known, template: str) -> str:
     """The system message that a ChatML model expects where a chat has none; "" for no such turn.
 
-    The one that its template spells out as a string, in the turn or as `system_message`; without a
-    template, that of the family that the tokens show.
+    That of its template; without one, that of the family that the tokens show.
     """
     if template:
-        used = re.sub(UNUSED, "", template, flags=re.DOTALL)
-        for pattern in (SYSTEM_TURN, SYSTEM_VARIABLE):
-            if found := re.search(pattern, used, re.DOTALL):  # its escapes are read as Jinja does
-                text = found["text"].encode("ascii", "backslashreplace").decode("unicode-escape")
-                return as_text(text)
-        return ""
+        return read_template(template)[0]
     if "<tool_call>" in known:
         return QWEN_SYSTEM  # Qwen2.5's
     return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
@@ -1016,16 +1027,17 @@ def default_system(known, template: str) -> str:
 
 def opening_of(known, template: str) -> str:
     """What the prompt says for the assistant: R1 and other reasoning models begin to think."""
-    opened = re.search(THINK_OPENED, template) if template else {*R1} <= known.keys()
+    opened = read_template(template)[1] if template else {*R1} <= known.keys()
     return "<think>\n" if opened else ""
 
 
 def without_old_reasoning(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Qwen3's rule: only what answers the last question keeps its reasoning."""
-    tool = re.compile("<tool_response>.*</tool_response>", re.DOTALL)  # asks nothing
-    asked = [
-        n for n, (role, text) in enumerate(turns) if role == "user" and not tool.fullmatch(text)
-    ]
+    tool = ("<tool_response>", "</tool_response>")  # such a message asks nothing
+    asked = []
+    for n, (role, text) in enumerate(turns):
+        if role == "user" and not (text.startswith(tool[0]) and text.endswith(tool[1])):
+            asked.append(n)
     last = asked[-1] if asked else len(turns) - 1
     found = []
     for n, (role, content) in enumerate(turns):
@@ -1102,7 +1114,8 @@ class Tokenizer:
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
         markers = {*R1, *CHATML, *LLAMA3}
         self.control = {t.content for i, t in added if i in self.skipped or t.content in markers}
-        self.opening = opening_of(self.vocabulary, self.template)  # ends the prompt
+        formatted = render_chat([], self.vocabulary, self.template) is not None
+        self.opening = opening_of(self.vocabulary, self.template) if formatted else ""
 
     @property
     def end_id(self) -> int:
@@ -1479,11 +1492,10 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         x, begin = tensors[name], offset
-        known = x.dtype in codes and x.layout == torch.strided
-        if name in header or not known or name != as_text(name):
-            raise ValueError(
-                f"{path}: cannot write a {x.layout} tensor named {name!r} of {x.dtype}"
-            )
+        if name in header or x.dtype not in codes or name != as_text(name):
+            raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{path}: cannot write {name!r}, which is {x.layout}")
         offset += x.numel() * x.element_size()
         header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}
         header[name]["data_offsets"] = [begin, offset]
@@ -1591,7 +1603,7 @@ def beside(path: str) -> str:
 
 
 def fingerprint(*paths) -> str:
-    """Twelve hex digits of the contents of files; of a directory, its .json and .safetensors files.
+    """Twelve hex digits of files' contents; of a directory, its .json, .jinja, .safetensors files.
 
     A Python file counts by its syntax tree: comments and layout may change, docstrings may not.
     Versions of Python that write a tree differently give other digits.
@@ -1600,7 +1612,9 @@ def fingerprint(*paths) -> str:
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors"))
+            files = sorted(
+                f for f in path.iterdir() if f.suffix in (".json", ".jinja", ".safetensors")
+            )
         for file in files:
             digest.update(file.name.encode())
             if file.suffix == ".py":
@@ -1650,12 +1664,13 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
     """
     out, mine = Path(o.out), recipe(o, inputs)
     whole = out.resolve()  # what --overwrite replaces is the directory, not a link to it
-    old = whole.with_name(f".{whole.name}.old")
+    old = whole.with_name(f".{whole.name}.overwritten.tmp")
     config = out / record
     theirs = read_json(config) if config.is_file() else {}
     if "out" in theirs:  # a model's config.json, for one, is not ours, and not ours to delete
         if theirs.get("command") != mine["command"]:
-            raise ValueError(f"{out} holds a result of {theirs['command']}: choose another --out")
+            command = theirs.get("command", "another program")
+            raise ValueError(f"{out} holds a result of {command}: choose another --out")
         accepted = {*getattr(o, "free", ()), *getattr(o, "adjustable", ())}
         changed = differences(theirs, mine, accepted)
         if getattr(o, "force", False):
@@ -1672,10 +1687,10 @@ def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
             raise ValueError(f"{out} holds another result: {explain(changed)}")
     elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no result: choose another --out")
+    shutil.rmtree(old, ignore_errors=True)  # before anything is written: it may fill the disk
     if not config.is_file():
         out.mkdir(parents=True, exist_ok=True)
         write_json(config, mine)
-    shutil.rmtree(old, ignore_errors=True)
     for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
         left.unlink()
     return out
@@ -1725,7 +1740,7 @@ def alone(out):
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.parent / f".{out.name}.lock"  # beside it, where --overwrite does not reach
     if out.is_dir() and not os.access(out.parent, os.W_OK):
-        lock = out / ".lock"  # a volume that is mounted into a directory we may not write
+        lock = out / ".lock"  # a volume mounted into a directory that is not ours
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1839,7 +1854,7 @@ for _first, _last in ((0x7F, 0x9F), (0x202A, 0x202E), (0x2066, 0x2069), (0xD800,
 
 
 def printable(text: str) -> str:
-    """Text of the data or of the policy for a terminal or a page: nothing in it acts or hides."""
+    """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
     return text.translate(ODD)
 
 
@@ -2037,7 +2052,7 @@ def command(main, options: type, description: str) -> None:
             text = advice_on_memory(options)
         elif isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"  # without the number in front
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {printable(text)}", file=sys.stderr)
         sys.exit(2)
     if dist.is_torchelastic_launched():
         # A thread of gloo may drop a Python object late. If the interpreter is shutting down by

@@ -554,7 +554,8 @@ def main(o: Options) -> None:
     tokenizer = prlm.load_tokenizer(o.model) if o.show else None
     for example in examples[: o.show]:
         (prompt,) = make_prompts(o, tokenizer, [example], rank)
-        print(f"--- record {example.id}: {len(prompt)} tokens, target {example.target!r}")
+        record = f"record {prlm.printable(example.id)}: {len(prompt)} tokens"
+        print(f"--- {record}, target {example.target!r}")
         print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
     if o.out:
         ranking = {}

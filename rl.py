@@ -188,16 +188,16 @@ class Options(RewardOptions):
             "eval_every": 500, "save_every": 100,
         },
     }  # fmt: skip
-    free = RewardOptions.free | {  # these change the result by rounding, or other noise, at most
-        "tokens_per_micro_batch", "checkpointing", "save_every", "eval_every",
-    }  # fmt: skip
+    # These change the result by rounding, or other noise, at most.
+    free = RewardOptions.free | {"checkpointing", "save_every", "eval_every"}
     adjustable = {"lr", "steps"}  # noqa: RUF012  these may change when a run is resumed
     bounds = {  # noqa: RUF012
         0: f"{' '.join(PARTS)} beta eval_every warmup train_examples warm_start steps lora_rank "
         "eval_temperature",
         1: "prompts_per_step updates_per_rollout eval_examples save_every warm_start_batch",
         2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
-        prlm.ABOVE_0: "temperature lr warm_start_lr grad_clip clip clip_high",
+        1e-6: "temperature",
+        prlm.ABOVE_0: "lr warm_start_lr grad_clip clip clip_high",
     }
     train_examples: int = 0  # only the first training records; 0 takes all
     accuracy: float = 1.0  # weight of ROUGE against the user's own text; 0 learns without it
@@ -236,9 +236,7 @@ class Policy:
     """The model in training and the copies that belong to it."""
 
     decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
-    sampler: (
-        Decoder  # what generates: the decoder itself, or a plain copy in the dtype of --precision
-    )
+    sampler: Decoder  # what generates: the decoder itself, or a plain copy in --precision's dtype
     tokenizer: Tokenizer
     reference: Decoder | None = None  # the policy before RL, frozen; see reference_of
 
@@ -880,7 +878,7 @@ def train_policy(
 def main(o: Options, judge=None) -> None:
     """The run that the options describe; `judge` takes the place of the one that they name.
 
-    A directory does not record which `judge` it was: give each of yours its own.
+    A directory does not record which `judge` it was: give each of yours an --out of its own.
     """
     with prlm.processes():
         rank, world_size = prlm.rank_and_world_size()
@@ -1010,7 +1008,9 @@ def is_complete(o: Options, out: Path) -> bool:
     file = out / "scores.json"
     scores = prlm.read_json(file) if file.is_file() else {}
     if any(not isinstance(found, dict) or "rouge-l" not in found for found in scores.values()):
-        raise ValueError(f"{file}: these are not the scores of a run; delete it to score again")
+        again = (out / "trainer.pt").is_file()
+        advice = "delete it to score again" if again else "choose another --out"
+        raise ValueError(f"{file}: these are not the scores of a run; {advice}")
     if "after" not in scores:
         return False
     metrics = out / "metrics.jsonl"

@@ -151,6 +151,15 @@ class TestSafetensors:
         safetensors.torch.save_file(SAMPLES, tmp_path / "a", metadata)
         assert bits(prlm.read_safetensors(tmp_path / "a")) == bits(SAMPLES)
 
+    def test_what_a_view_computes_is_what_is_written(self, tmp_path):
+        z = torch.complex(torch.randn(3), torch.randn(3))
+        lazy = {"conjugate": z.conj(), "negative": z.conj().imag}
+        prlm.write_safetensors(tmp_path / "a", lazy)
+        found = prlm.read_safetensors(tmp_path / "a")
+        assert torch.equal(found["conjugate"], z.conj()) and torch.equal(found["negative"], -z.imag)
+        with pytest.raises(ValueError, match=r"cannot write .x., which is torch\.sparse_coo"):
+            prlm.write_safetensors(tmp_path / "a", {"x": torch.eye(2).to_sparse()})
+
     def test_the_library_reads_what_we_write(self, tmp_path):
         x = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
         tensors = SAMPLES | {"T": x.T, "step": x[::2, 1::3], "tied": x, "view": x.view(-1)[5:]}
@@ -596,7 +605,7 @@ class TestTokenizer:
         tokenizer = load_with(tmp_path, byte_tokenizer(), **files)
         assert tokenizer.eos_ids == expected and isinstance(tokenizer.eos_ids, frozenset)
 
-    @pytest.mark.parametrize("ids", ["2", [-1], [1.5], True, {}], ids=str)
+    @pytest.mark.parametrize("ids", ["2", [-1], [1.5], True, {}, 2**31], ids=str)
     def test_eos_ids_that_are_no_ids(self, tmp_path, ids):
         with pytest.raises(ValueError, match=r"generation_config\.json"):
             load_with(tmp_path, byte_tokenizer(), generation_config={"eos_token_id": ids})
@@ -761,6 +770,11 @@ DEFAULTS = [
         FIRST % r'''"<|im_start|>system\nYou're h\u00e9re.\tNow.<|im_end|>\n"''',
         "You're h\xe9re.\tNow.",
     ),
+    (
+        "{% if loop.first and m['role'] != 'system' %}"
+        "<|im_start|>system\nAs it is: \\boxed.<|im_end|>{{ '\\n' }}{% endif %}",
+        "As it is: \\boxed.",
+    ),
     ("", None),  # no default, whatever the tokens say
     ("{% if tools %}{{ '<|im_start|>system\nYou call tools.<|im_end|>\n' }}{% endif %}", None),
     ("{# '<|im_start|>system\nOld.<|im_end|>' #}", None),
@@ -820,7 +834,8 @@ class TestChat:
         for messages in (USER, BOTH, LATE):
             expected = theirs.apply_chat_template(messages, **how, tokenize=False)
             assert tokenizer.chat(messages) == backend.encode(expected).ids
-        assert (said or "system") in theirs.apply_chat_template(LATE, **how, tokenize=False)
+        if said:
+            assert said in theirs.apply_chat_template(LATE, **how, tokenize=False)
 
     @pytest.mark.parametrize("name, family, more", [
         ("qwen2_5", "Qwen2.5", ()), ("qwen2_5", "Qwen2.5", ("<think>", "</think>")),

@@ -129,10 +129,30 @@ class TestResult:
         assert (tmp_path / "run" / "trainer.pt").is_file()
 
     def test_what_a_killed_overwrite_has_left_is_deleted(self, world, tmp_path):
-        (tmp_path / ".a.old").mkdir()
-        (tmp_path / ".a.old" / "trainer.pt").touch()
+        left = tmp_path / ".a.overwritten.tmp"
+        left.mkdir()
+        (left / "trainer.pt").touch()
         scoring.main(evaluation(world, tmp_path / "a"))
-        assert not (tmp_path / ".a.old").exists()
+        assert not left.exists()
+
+    def test_an_overwrite_that_cannot_write_has_deleted_the_old(self, world, tmp_path, monkeypatch):
+        scoring.main(evaluation(world, tmp_path / "a"))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device", "config.json")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prlm, "write_json", full)
+            with pytest.raises(OSError, match="No space left"):
+                scoring.main(evaluation(world, tmp_path / "a", k=1, overwrite=True))
+        assert [p.name for p in tmp_path.iterdir() if p.name != ".a.lock"] == ["a"]
+        scoring.main(evaluation(world, tmp_path / "a", k=1))
+
+    def test_a_config_of_another_program_is_not_ours(self, world, tmp_path):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "config.json").write_text('{"out": 1}')
+        with pytest.raises(ValueError, match="holds a result of another program"):
+            scoring.main(evaluation(world, tmp_path / "a", overwrite=True))
 
     def test_a_volume_in_a_directory_that_is_not_ours_can_be_locked(self, tmp_path, monkeypatch):
         (tmp_path / "volume").mkdir()

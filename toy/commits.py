@@ -199,5 +199,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename and error.strerror
         text = f"{error.filename}: {error.strerror}" if named else error
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {prlm.printable(str(text))}", file=sys.stderr)
         sys.exit(2)

@@ -165,7 +165,7 @@ def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
         for process in running:
             process.terminate()
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
 
     def run(name: str) -> None:
         command, result = work[name]
@@ -180,6 +180,8 @@ def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
             tqdm.write("OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 " + shlex.join(["python", *words[1:]]))
             process = subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | threads)
             running.append(process)
+            if failures:  # stopped just before
+                process.terminate()
             process.wait()
         if process.returncode:
             failures.append(f"{name} ended with status {process.returncode}: see {log}")
@@ -187,6 +189,7 @@ def run_all(o: Options, work: dict[str, tuple[str, Path]], title: str) -> None:
     with ThreadPoolExecutor(o.jobs) as pool:
         for _ in tqdm(pool.map(run, work), title, len(work), disable=None):
             pass
+    signal.signal(signal.SIGTERM, before)
     if failures:
         raise ValueError(failures[0])
 
