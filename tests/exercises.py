@@ -775,7 +775,8 @@ EXERCISES = [
                    "head[: decoder.vocab_limit]", "head"),
         ],
         """
-        if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        fine = temperature == 0 or 1e-6 <= temperature < math.inf
+        if group_size < 1 or max_new_tokens < 1 or not fine:
             raise ValueError("group_size and max_new_tokens are at least 1, temperature is not < 0")
         check_ids(decoder, prompts)
         if not prompts:
@@ -885,7 +886,7 @@ EXERCISES = [
                    "ids.clamp(max=limit - 1), temperature", "ids.clamp(max=limit - 1), 1.0"),
         ],
         """
-        if not 0 < temperature < math.inf:
+        if not 1e-6 <= temperature < math.inf:
             raise ValueError("the temperature must be above 0")
         sizes = {len(group) for group in completions}
         if len(prompts) != len(completions) or len(sizes) > 1:
