@@ -28,7 +28,7 @@ from retrieve import (
     assistant_start,
     encoder_of,
     lamp_files,
-    load_lamp,
+    load_examples,
     make_prompts,
     task_of,
 )
@@ -298,7 +298,7 @@ def sample_records(
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
-    """The mean of each metric over sample records; {} if one has no target, or without records.
+    """The mean of each metric over sample records; {} without records, or if one has no target.
 
     LaMP withholds the targets of its test split.
     """
@@ -377,9 +377,7 @@ class Options(EvalOptions):
 
 
 def main(o: Options) -> None:
-    examples = load_lamp(o.data, o.task, o.split)[: o.limit or None]
-    if not examples:
-        raise ValueError(f"{o.data}: the {o.split} split of {o.task} has no records")
+    examples = load_examples(o, o.split, o.limit)
     decoder, tokenizer = prlm.load_policy(o)
     inputs = {"model": [o.model], "data": lamp_files(o.data, o.task, o.split)}
     if o.retriever == "dense":

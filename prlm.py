@@ -337,24 +337,21 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
     directory = checkpoint_directory(directory)
     raw = read_json(directory / "config.json")
-    tensors = {}
-    for name, tensor in read_checkpoint(directory).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, computed here
-            full = name.startswith(("model.", "lm_head."))  # base-model exports lack the prefix
-            name = name if full else "model." + name
-            if name in tensors:
-                raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
-            tensors[name] = tensor
+
+    def rename(name: str) -> str | None:
+        if name.endswith("rotary_emb.inv_freq"):
+            return None  # a buffer of old exports, computed here
+        # Exports of a base model lack the prefix.
+        return name if name.startswith(("model.", "lm_head.")) else "model." + name
+
+    tensors = renamed_weights(directory, rename)
     head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
     make = partial(Decoder, raw, directory / "config.json")
     decoder = filled(make, tensors, directory, device, dtype)
     if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
         raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
-    if (directory / "tokenizer.json").is_file():
-        decoder.vocab_limit = load_tokenizer(directory).size
-        if decoder.vocab_limit > raw["vocab_size"]:
-            limit = raw["vocab_size"]
-            raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {limit}")
+    if tokenizer := tokenizer_beside(directory, raw["vocab_size"]):
+        decoder.vocab_limit = tokenizer.size
     return decoder
 
 
@@ -362,9 +359,7 @@ def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
     """Writes a checkpoint that transformers opens unchanged, in the parameters' precision."""
     directory = Path(directory)
     tokenizer.save(directory)
-    key = "dtype" if "dtype" in decoder.raw else "torch_dtype"
-    dtype = str(decoder.head.dtype).removeprefix("torch.")
-    write_json(directory / "config.json", decoder.raw | {key: dtype})
+    write_json(directory / "config.json", config_with_dtype(decoder.raw, decoder.head.dtype))
     write_safetensors(directory / "model.safetensors", decoder.views())
 
 
@@ -620,6 +615,9 @@ class Recorded:
         main.wait_stream(self.side)
 
 
+COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature can overflow
+
+
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """One id per row of softmax(logits / temperature) [rows, V], and its log-probability.
 
@@ -654,12 +652,12 @@ def generate(
     half; Cache.shrink). `seed` makes the noise repeatable (None draws from torch's own generator).
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. A completion ends
     with its first id of `eos_ids`, and is then finished, or after `max_new_tokens`. ValueError for
-    a group or a length below 1, a temperature below 0 or between 0 and 1e-6, and what `check_ids`
-    refuses.
+    a group or a length below 1, a temperature below 0 or between 0 and COLDEST, and what
+    `check_ids` refuses.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
-    if 0 < temperature < 1e-6:
+    if 0 < temperature < COLDEST:
         raise ValueError(f"a temperature of {temperature} is greedy in all but name: take 0")
     check_ids(decoder, prompts)
     if not prompts:
@@ -776,12 +774,12 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     attention sees grids, where a completion's queries meet [prompt keys, its own keys].
 
     The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. Past a
-    completion's end all three are 0, so for an empty completion everywhere. ValueError for a
-    temperature below 1e-6, groups of unequal size, more or fewer groups than prompts, and
-    what `check_ids` refuses.
+    completion's end all three are 0; for an empty completion that is everywhere. ValueError for a
+    temperature below COLDEST, groups of unequal size, more or fewer groups than prompts, and what
+    `check_ids` refuses.
     """
-    if not 1e-6 <= temperature < math.inf:
-        raise ValueError("log-probabilities need a temperature above 0, at least 1e-6")
+    if not COLDEST <= temperature < math.inf:
+        raise ValueError(f"log-probabilities need a temperature above 0, at least {COLDEST}")
     if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
         raise ValueError("each prompt needs one group of completions, and all groups one size")
     check_ids(decoder, prompts, completions)
@@ -944,23 +942,18 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
     directory = checkpoint_directory(directory)
     raw = read_json(directory / "config.json")
-    tensors = {}
-    for name, tensor in read_checkpoint(directory).items():
+
+    def rename(name: str) -> str | None:
         if name.endswith("position_ids") or name.startswith(("cls.", "classifier.", "qa_outputs.")):
-            continue  # a buffer, and the heads of other tasks
+            return None  # a buffer, and the heads of other tasks
         name = name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight")
-        name = name.replace("Norm.beta", "Norm.bias")
-        if name in tensors:
-            raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
-        tensors[name] = tensor
+        return name.replace("Norm.beta", "Norm.bias")
+
+    tensors = renamed_weights(directory, rename)
     pooler = "pooler.dense.weight" in tensors
     make = partial(Encoder, raw, directory / "config.json", pooler)
     encoder = filled(make, tensors, directory, device, dtype)
-    if (directory / "tokenizer.json").is_file():
-        encoder.tokenizer = load_tokenizer(directory)
-        limit = encoder.words.num_embeddings
-        if encoder.tokenizer.size > limit:
-            raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {limit}")
+    encoder.tokenizer = tokenizer_beside(directory, encoder.words.num_embeddings)
     return encoder
 
 
@@ -1020,15 +1013,23 @@ def default_system(known, template: str) -> str:
     """
     if template:
         return read_template(template)[0]
+    if "<think>" in known:
+        return ""  # Qwen3, which has the other tokens of Qwen2.5
     if "<tool_call>" in known:
-        return QWEN_SYSTEM  # Qwen2.5's
+        return QWEN_SYSTEM
     return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
+
+
+def chat_format(known) -> tuple[str, ...] | None:
+    """R1, CHATML or LLAMA3: the format whose control tokens are all among the `known` ones."""
+    return next((names for names in (R1, CHATML, LLAMA3) if {*names} <= known.keys()), None)
 
 
 def opening_of(known, template: str) -> str:
     """What the prompt says for the assistant: R1 and other reasoning models begin to think."""
-    opened = read_template(template)[1] if template else {*R1} <= known.keys()
-    return "<think>\n" if opened else ""
+    kind = chat_format(known)
+    opened = read_template(template)[1] if template else kind is R1
+    return "<think>\n" if kind and opened else ""
 
 
 def without_old_reasoning(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -1042,13 +1043,12 @@ def without_old_reasoning(turns: list[tuple[str, str]]) -> list[tuple[str, str]]
     found = []
     for n, (role, content) in enumerate(turns):
         if role == "assistant":
-            thought, closed, _ = content.partition("</think>")
-            thought = thought.rpartition("<think>")[2].strip("\n") if closed else ""
-            if closed:
+            thought = ""
+            if "</think>" in content:
+                thought = content.partition("</think>")[0].rpartition("<think>")[2].strip("\n")
                 content = content.rpartition("</think>")[2].lstrip("\n")
             if n > last and (thought or n == len(turns) - 1):
-                content = content.lstrip("\n")
-                content = f"<think>\n{thought}\n</think>\n\n{content}"
+                content = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
         found.append((role, content))
     return found
 
@@ -1060,8 +1060,10 @@ def render_chat(messages: list[dict], known, template: str = "") -> str | None:
     template, if there is one, says what differs within a family.
     """
     turns = [(m["role"], m["content"]) for m in messages]
-    said = opening_of(known, template)
-    if {*R1} <= known.keys():
+    kind, said = chat_format(known), opening_of(known, template)
+    if kind is None:
+        return None
+    if kind is R1:
         bos, eos, user, assistant = (MARK + name for name in R1)
         text = bos + next((content for role, content in reversed(turns) if role == "system"), "")
         for role, content in turns:
@@ -1071,22 +1073,20 @@ def render_chat(messages: list[dict], known, template: str = "") -> str | None:
                 text += assistant + content.split("</think>")[-1] + eos
         return text + assistant + said
     opened = bool(turns) and turns[0][0] == "system"  # the chat begins with a system message
-    if {*CHATML} <= known.keys():
+    if kind is CHATML:
         begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
-        reasons = "<think>" in known and "</think>" in (template or "</think>")  # Qwen3
-        turns = without_old_reasoning(turns) if reasons else turns
-        default = "" if reasons and not template else default_system(known, template)
+        if "<think>" in known and (not template or "</think>" in template):  # Qwen3
+            turns = without_old_reasoning(turns)
+        default = default_system(known, template)
         if default and not opened:
             turns = [("system", default), *turns]
-    elif {*LLAMA3} <= known.keys():
+    else:  # LLAMA3
         head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
         begin, end = f"{MARK}<|begin_of_text|>", f"{MARK}<|eot_id|>"
         turns = [(role, content.strip()) for role, content in turns]
         if "<|eom_id|>" in known:  # Llama 3.1 and later always open with two dates
             system = turns.pop(0)[1] if opened else ""
             turns = [("system", LLAMA_DATES + system), *turns]
-    else:
-        return None
     text = "".join(head.format(role) + content + end for role, content in turns)
     return begin + text + head.format("assistant") + said
 
@@ -1114,8 +1114,7 @@ class Tokenizer:
         # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
         markers = {*R1, *CHATML, *LLAMA3}
         self.control = {t.content for i, t in added if i in self.skipped or t.content in markers}
-        formatted = render_chat([], self.vocabulary, self.template) is not None
-        self.opening = opening_of(self.vocabulary, self.template) if formatted else ""
+        self.opening = opening_of(self.vocabulary, self.template)  # ends the prompt
 
     @property
     def end_id(self) -> int:
@@ -1535,6 +1534,36 @@ def read_checkpoint(directory) -> dict[str, Tensor]:
     return tensors
 
 
+def renamed_weights(directory, rename) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names that rename(name) gives them; without those that get
+    None. ValueError if two get the same.
+    """
+    tensors = {}
+    for old, tensor in read_checkpoint(directory).items():
+        name = rename(old)
+        if name in tensors:
+            raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
+        if name is not None:
+            tensors[name] = tensor
+    return tensors
+
+
+def tokenizer_beside(directory: Path, vocabulary: int) -> "Tokenizer | None":
+    """The checkpoint's tokenizer, if it has one; ValueError if that has ids beyond the model's."""
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.size > vocabulary:
+        raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {vocabulary}")
+    return tokenizer
+
+
+def config_with_dtype(raw: dict, dtype: torch.dtype) -> dict:
+    """A config.json that names the precision of its weights, under the key that it had for it."""
+    key = "dtype" if "dtype" in raw else "torch_dtype"
+    return raw | {key: str(dtype).removeprefix("torch.")}
+
+
 def checkpoint_views(module: nn.Module, names: dict[str, str], state) -> dict[str, Tensor]:
     """A checkpoint's weight names, each with the part of a tensor of `state` that holds it.
 
@@ -1848,9 +1877,11 @@ def load_policy(o) -> tuple[Decoder, Tokenizer]:
 
 # Control characters show as pictures of themselves (U+2400 is NUL's); what would reorder the text
 # around it, or is no character, as the replacement character.
-ODD = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"}
-for _first, _last in ((0x7F, 0x9F), (0x202A, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF)):
-    ODD |= dict.fromkeys(range(_first, _last + 1), "\ufffd")
+ODD = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"} | {
+    n: "\ufffd"
+    for first, last in ((0x7F, 0x9F), (0x202A, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF))
+    for n in range(first, last + 1)
+}
 
 
 def printable(text: str) -> str:
@@ -2029,6 +2060,14 @@ def advice_on_memory(options: type) -> str:
     return "out of memory: " + (" or ".join(known) or "take a smaller model")
 
 
+def in_one_line(error: Exception) -> str:
+    """What is printed of an error: its text, or for a file the name and the system's words."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"  # without the number in front
+    return "error: " + printable(text)
+
+
 def command(main, options: type, description: str) -> None:
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
     for name in ("stdout", "stderr"):  # a scheduler may have started it without them
@@ -2047,12 +2086,9 @@ def command(main, options: type, description: str) -> None:
         full = is_out_of_memory(error)
         if debug or not (full or isinstance(error, ValueError | OSError)):
             raise
-        text = str(error)
-        if full:
-            text = advice_on_memory(options)
-        elif isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}"  # without the number in front
-        print(f"error: {printable(text)}", file=sys.stderr)
+        print(
+            f"error: {advice_on_memory(options)}" if full else in_one_line(error), file=sys.stderr
+        )
         sys.exit(2)
     if dist.is_torchelastic_launched():
         # A thread of gloo may drop a Python object late. If the interpreter is shutting down by

@@ -127,6 +127,14 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     return [replace(example, target=targets[example.id]) for example in examples]
 
 
+def load_examples(o, split: str, limit: int = 0) -> list[Example]:
+    """The first `limit` records, 0 for all, of the split that the options name; at least one."""
+    examples = load_lamp(o.data, o.task, split)[: limit or None]
+    if not examples:
+        raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
+    return examples
+
+
 def _find(directory: Path, task: str, split: str) -> Path:
     if split not in get_args(Split):
         raise ValueError(f"split {split!r} is none of train, dev, test")

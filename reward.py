@@ -45,6 +45,7 @@ from retrieve import (
     answer_block,
     encoder_of,
     lamp_files,
+    load_examples,
     load_lamp,
     make_prompts,
     make_ranker,
@@ -181,10 +182,9 @@ def bert_judge(model: RewardModel) -> Judge:
 def save_reward_model(model: RewardModel, directory) -> None:
     """Writes it as transformers' BertForSequenceClassification with one label."""
     model.tokenizer.save(directory)
-    head = {"architectures": ["BertForSequenceClassification"], "torch_dtype": "float32"}
-    head |= {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
-    # transformers 5 calls it "dtype", older versions "torch_dtype": both read the latter.
-    config = {key: value for key, value in model.encoder.raw.items() if key != "dtype"}
+    head = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "personal"}}
+    head["label2id"] = {"personal": 0}
+    config = prlm.config_with_dtype(model.encoder.raw, model.classifier.weight.dtype)
     prlm.write_json(Path(directory) / "config.json", config | head)
     weights = {f"bert.{name}": view for name, view in model.encoder.views().items()}
     weights |= {f"classifier.{name}": p for name, p in model.classifier.named_parameters()}
@@ -636,9 +636,7 @@ class Options(RewardOptions):
 
 def main(o: Options) -> None:
     check_judge(o)
-    examples = load_lamp(o.data, o.task, "train")[: o.limit or None]
-    if not examples:
-        raise ValueError(f"{o.data}: the train split of {o.task} has no records")
+    examples = load_examples(o, "train", o.limit)
     decoder, tokenizer = prlm.load_policy(o)
     inputs = inputs_of(o, *(["train", "dev"] if o.probe_examples else ["train"]))
     with prlm.alone(o.out):

@@ -45,7 +45,7 @@ from retrieve import (
     Example,
     answer_block,
     assistant_start,
-    load_lamp,
+    load_examples,
     make_prompts,
     make_ranker,
     task_of,
@@ -196,7 +196,7 @@ class Options(RewardOptions):
         "eval_temperature",
         1: "prompts_per_step updates_per_rollout eval_examples save_every warm_start_batch",
         2: "group_size",  # a group of one has nothing to compare with: all advantages are 0
-        1e-6: "temperature",
+        prlm.COLDEST: "temperature",
         prlm.ABOVE_0: "lr warm_start_lr grad_clip clip clip_high",
     }
     train_examples: int = 0  # only the first training records; 0 takes all
@@ -892,11 +892,8 @@ def main(o: Options, judge=None) -> None:
 def run(o: Options, stop: Stop, judge=None) -> None:
     """Everything a run is made of, each part skipped where the run directory has it already."""
     device = prlm.pick_device(o.device)
-    train = load_lamp(o.data, o.task, "train")[: o.train_examples or None]
-    held = load_lamp(o.data, o.task, "dev")[: o.eval_examples]
-    for split, examples in {"train": train, "dev": held}.items():
-        if not examples:
-            raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
+    train = load_examples(o, "train", o.train_examples)
+    held = load_examples(o, "dev", o.eval_examples)
     policy = make_policy(o, o.model, device)
     if not policy.tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")

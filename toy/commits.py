@@ -177,7 +177,6 @@ def main(o: argparse.Namespace) -> None:
         if not chosen:
             found = f"{split} has none of the {len(records)} records"
             raise ValueError(f"{o.repository}: {found}: take --split time, or change --share")
-    for split in parts:
         outputs = Path(o.out) / split / f"{split}_outputs.json"
         task = prlm.read_json(outputs).get("task") if outputs.is_file() else TASK
         if task != TASK:
@@ -197,7 +196,5 @@ if __name__ == "__main__":
     try:
         main(options)
     except (ValueError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename and error.strerror
-        text = f"{error.filename}: {error.strerror}" if named else error
-        print(f"error: {prlm.printable(str(text))}", file=sys.stderr)
+        print(prlm.in_one_line(error), file=sys.stderr)
         sys.exit(2)

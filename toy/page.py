@@ -466,9 +466,8 @@ likelier, and what is below 0 less likely.</p>"""
 def about(options: dict) -> str:
     """What the page shows, in three sentences."""
     names = list(task_of(options["task"]).fields.values())
-    profile = (
-        f"its prompt shows up to {clean(options['k'])} texts that this user wrote before, and a new"
-    )
+    k = clean(options["k"])
+    profile = f"its prompt shows up to {k} texts that this user wrote before, and a new"
     text = f"""The language model <b>{clean(options["model"])}</b> is to write a {names[-1]} as one
 certain user would: {profile} {names[0]}."""
     if "steps" not in options:
