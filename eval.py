@@ -7,33 +7,25 @@ often as both sides have it), and F1, the harmonic mean of precision and recall:
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-The authors' release scores with rouge_chinese after jieba: sets of n-grams, punctuation as words.
-Its numbers cannot be compared with these. BLEU is theirs: characters, 4-grams, NLTK's method 3.
+So a text without such words, in another script, scores 0 even where it is right. The authors'
+release scores with rouge_chinese after jieba: sets of n-grams, punctuation as words. Its numbers
+cannot be compared with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
-    python eval.py --model toy/policy --data toy/lamp --task LaMP-4 --split dev --k 4
+    python eval.py --task LaMP-4 --split dev --k 4
+    python eval.py --run runs/toy               # a run's checkpoint, under the run's own options
 """
 
-import json
 import math
+import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 import prlm
-from prlm import Completion, Decoder, Progress, Tokenizer
-from retrieve import (
-    Example,
-    PromptOptions,
-    Split,
-    assistant_start,
-    encoder_of,
-    lamp_files,
-    load_examples,
-    make_prompts,
-    task_of,
-)
+from prlm import Completion, Decoder, Tokenizer, option
+from retrieve import CLOSED, Example, PromptOptions, Split, load_examples, make_prompts, task_of
 
-# ---- Metrics of two texts -------------------------------------------------------------------
+# ---- Metrics of two texts --------------------------------------------------------------------
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
 
@@ -113,33 +105,26 @@ def bleu(prediction: str, reference: str) -> float:
     return math.exp(brevity + math.fsum(logs) / 4)
 
 
-# ---- The answer in a completion ------------------------------------------------------------------
+# ---- The answer in a completion ----------------------------------------------------------------
+#
+# The parser is a part of the reward: what it cannot read earns nothing.
 
-SINGLE = "'‘’"  # quotation marks, straight and typographic
-DOUBLE = '"“”'
-# \u escapes in a row are read as one: two may be one character (a surrogate pair).
-ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\['"\\]""")
+MARKS = {mark: f"[{sort}]" for sort in ("'‘’", '"“”') for mark in sort}  # a mark: its sort
+ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title', 'tweet' or whatever the task asks for; "" where there is none.
-    ValueError if there is no such task.
 
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it:
-       reasoning that never closes has no answer, whatever it quotes.
-    2. Of that only what comes before the first </answer>, if there is one, and of that only what
-       follows the last <answer>, if there is one. Even there, text without a key is no answer.
-    3. A key is the task's word, in capitals or not, and a colon, with any blanks, line breaks and
-       asterisks (Markdown's) before and after the colon. There are three forms, best first:
-       - the word between two quotation marks of any sort;
-       - the word after nothing on its line but spaces, tabs and any of { # > * -
-       - the word anywhere else in a line, but not right after a letter, a digit, _ or -. Here the
-         colon and the value have to be on the same line: "I call it the title: Deep Nets".
-    4. `read_value` reads the value that follows. All keys of one form are found from left to right,
-       none of them within the value of another. Then each key with its value is replaced by a line
-       break, and the next form is looked for in what is left.
-    5. The answer is the first value found that is neither empty nor the placeholder. If there is
-       none, it is the first placeholder.
+       reasoning that never closes has no answer, whatever it quotes. Of that, what stands between
+       the last <answer> and the first </answer>, if they are there.
+    2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
+       its line, after blanks and Markdown's marks.
+    3. A value in quotation marks ends at the first mark of the same sort, single or double, that is
+       followed by the end of its line, a closing brace, or a comma and another key: so it may hold
+       quotes and apostrophes. Any other value ends with its line, or at a closing brace.
+    4. The answer is the first value that is neither empty nor the placeholder, else the placeholder.
 
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"
@@ -149,56 +134,29 @@ def extract_answer(completion: str, task: str) -> str:
     if "<think>" in text:
         return ""
     text = text.partition("</answer>")[0].rpartition("<answer>")[2]
-    forms = (
-        rf"[{SINGLE}{DOUBLE}]{word}[{SINGLE}{DOUBLE}][\s*]*:[\s*]*",
-        rf"^[ \t{{#>*-]*{word}[\s*]*:[\s*]*",
-        rf"(?<![\w-]){word}[ \t*]*:[ \t*]*(?=\S)",
-    )
-    values = []
-    for form in forms:
-        key = re.compile(form, re.IGNORECASE | re.MULTILINE)
-        rest = []  # the text without keys and values
-        start = 0
-        while found := key.search(text, start):
-            value, end = read_value(text, found.end())
-            values.append(value)
-            rest.append(text[start : found.start()])
-            start = end
-        text = "\n".join([*rest, text[start:]])
+    key = re.compile(rf"(?:{ANY}{word}{ANY}|^[ \t{{#>*-]*{word})[\s*]*:[\s*]*", re.I | re.M)
+    values, start = [], 0
+    while found := key.search(text, start):
+        value, start = read_value(text, found.end())
+        values.append(value)
     values = [value for value in values if value]
     real = [value for value in values if not is_placeholder(value, task)]
     return (real or values or [""])[0]
 
 
 def read_value(text: str, start: int) -> tuple[str, int]:
-    r"""(the value that begins at `start`, the index at which it ends): never more than a line.
-
-    - A value that begins with a quotation mark ends at the first mark of the same sort, single or
-      double, that is followed by the end of the line, by a closing brace, or by a comma and another
-      quoted key. Before the first two, asterisks and . , ; and then blanks may stand. So a value
-      may hold quotes and apostrophes. A mark that a backslash escapes ends nothing.
-    - Any other value ends at the line's end or a closing brace, and loses the asterisks around it.
-      If it begins with a mark that nothing ends, it loses that mark.
-    - \' \" \\ and \u00e9 are read as in JSON; other backslashes stay (titles hold formulas).
-    - An object or a fenced block is no value: "", of no length.
+    r"""(the value that begins at `start`, the index at which it ends), by rule 3; \' and \" are
+    read as ' and ". An object or a fenced block is no value: "", of no length.
     """
     if text.startswith(("{", "```"), start):
         return "", start
-    # Apostrophes and inner quotes are not followed by any of these.
-    after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*[{SINGLE}{DOUBLE}][\w -]+[{SINGLE}{DOUBLE}]\s*:"
-    for marks in (SINGLE, DOUBLE):
-        quoted = re.compile(rf"[{marks}]((?:\\.|[^\\\n])*?)[{marks}](?={after})")
-        if found := quoted.match(text, start):
-            value = found[1]
-            break
-    else:
-        found = re.compile(rf"[{SINGLE}{DOUBLE}]?([^\n}}]*)").match(text, start)
-        value = found[1].strip("* \t")
-
-    def plain(escape: re.Match) -> str:
-        return json.loads(f'"{escape[0]}"') if escape[0][1] == "u" else escape[0][1:]
-
-    return ESCAPE.sub(plain, value).strip(), found.end()
+    if sort := MARKS.get(text[start : start + 1]):
+        after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*{ANY}[\w -]+{ANY}\s*:"
+        found = re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start)
+        if found:
+            return re.sub(r"\\(['\"\\])", r"\1", found[1]).strip(), found.end()
+    found = re.compile(rf"{ANY}?([^\n}}]*)").match(text, start)
+    return re.sub(r"\\(['\"\\])", r"\1", found[1].strip("* \t")).strip(), found.end()
 
 
 def is_placeholder(answer: str, task: str) -> bool:
@@ -206,56 +164,67 @@ def is_placeholder(answer: str, task: str) -> bool:
     return not answer.strip() or task_of(task).placeholder in answer.lower()
 
 
-# ---- A policy on a data set ----------------------------------------------------------------------
+# ---- A policy on a data set --------------------------------------------------------------------
+
+BATCH = 64  # completions that are generated together, outside of a rollout
 
 
 @dataclass
 class EvalOptions(PromptOptions):
-    presets = {"paper": {"max_new_tokens": 768}}  # noqa: RUF012
-    free = PromptOptions.free | {"batch_size"}
-    bounds = {1: "max_new_tokens batch_size"}  # noqa: RUF012
-    max_new_tokens: int = 128  # longest completion
-    batch_size: int = 64  # completions generated together; a rollout of RL is always one batch
+    max_new_tokens: int = option(128, "longest completion", 1)
 
 
-def sample_groups(
+def seed_of(*parts) -> int:
+    """A 63-bit seed for one purpose: what should be independent must not share its noise."""
+    return random.Random(repr(parts)).getrandbits(63)
+
+
+def complete(
     o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
-    group_size: int = 1, temperature: float = 0.0, description: str = "generate",
+    group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = BATCH,
 ) -> list[list[Completion]]:  # fmt: skip
-    """Completions [P][G]. Prompts of similar length share a batch, which leaves little padding.
+    """Completions [P][G], `batch` of them together. Prompts of similar length share a batch, which
+    leaves little padding; several processes share the batches, and each gets all completions.
 
-    Several processes share the batches, and each gets all the completions.
+    `purpose` and the batch's number seed the noise.
     """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    size = max(1, o.batch_size // group_size)
-    rank, world_size = prlm.rank_and_world_size()
+    size = max(1, batch // group_size)
+    rank, world_size = prlm.world()
     groups: dict[int, list[Completion]] = {}  # by the prompt's index
     starts = range(0, len(order), size)[rank::world_size]
-    for start in Progress(starts, description):
-        batch = order[start : start + size]
+    for start in prlm.progress(starts, purpose[0], delay=1):
+        chosen = order[start : start + size]
         found = prlm.generate(
             decoder,
-            [prompts[n] for n in batch],
+            [prompts[n] for n in chosen],
             group_size=group_size,
             max_new_tokens=o.max_new_tokens,
             temperature=temperature,
             eos_ids=tokenizer.eos_ids,
-            seed=o.seed + start,  # new noise in every batch
+            seed=seed_of(o.seed, *purpose, start),
         )
-        groups |= zip(batch, found, strict=True)
+        groups |= zip(chosen, found, strict=True)
     for share in prlm.gather(groups):
         groups |= share
     return [groups[n] for n in range(len(prompts))]
 
 
-def complete(
-    o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
-    group_size: int = 1, temperature: float = 0.0, description: str = "generate",
-) -> list[list[str]]:  # fmt: skip
-    """`sample_groups` as texts [P][G], with what the prompt has already said for the assistant."""
-    groups = sample_groups(o, decoder, tokenizer, prompts, group_size, temperature, description)
-    opened = assistant_start(o, tokenizer)
-    return [[opened + tokenizer.decode(c.tokens) for c in group] for group in groups]
+def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups) -> list[dict]:
+    """What the policy was asked and what it said: a JSON-ready dictionary for each completion.
+
+    Keys: id, query, target, prompt and completion (text), answer, finished, tokens (the
+    completion's ids), logprobs (of these tokens).
+    """
+    opened, records = (tokenizer.opening if o.reasoning else CLOSED), []
+    for example, prompt, group in zip(examples, prompts, groups, strict=True):
+        asked = {"id": example.id, "query": example.query, "target": example.target}
+        asked["prompt"] = tokenizer.decode(prompt)
+        for completion in group:
+            text = opened + tokenizer.decode(completion.tokens)
+            said = {"completion": text, "answer": extract_answer(text, example.task)}
+            records.append(asked | said | vars(completion))
+    return records
 
 
 def score(answer: str, target: str) -> dict[str, float]:
@@ -263,45 +232,21 @@ def score(answer: str, target: str) -> dict[str, float]:
     return {**rouge(answer, target), "bleu": bleu(answer, target)}
 
 
-def sample_records(
-    decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
-    options: EvalOptions | None = None, temperature: float = 0.0, description: str = "evaluate",
+def answer_all(
+    o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
+    temperature: float = 0.0, k: int | None = None,
 ) -> list[dict]:  # fmt: skip
-    """What the policy was asked and what it answered: a JSON-ready dictionary for each example.
-
-    Keys: id, query, target, prompt and completion (text), answer, finished, tokens (the
-    completion's ids), logprobs (of these tokens), and every metric if there is a target.
-    """
-    o = options or EvalOptions()
-    prompts = make_prompts(o, tokenizer, examples)
-    groups = sample_groups(
-        o, decoder, tokenizer, prompts, temperature=temperature, description=description
-    )
-    records = []
-    for example, prompt, (completion,) in zip(examples, prompts, groups, strict=True):
-        text = assistant_start(o, tokenizer) + tokenizer.decode(completion.tokens)
-        record = {
-            "id": example.id,
-            "query": example.query,
-            "target": example.target,
-            "prompt": tokenizer.decode(prompt),
-            "completion": text,
-            "answer": extract_answer(text, example.task),
-            "finished": completion.finished,
-            "tokens": completion.tokens,
-            "logprobs": [round(logprob, 4) for logprob in completion.logprobs],
-        }
-        if example.target is not None:
-            record |= score(record["answer"], example.target)
-        records.append(record)
-    return records
+    """`make_records` of one completion for each example, with every metric if there is a target."""
+    prompts = make_prompts(o, tokenizer, examples, k)
+    groups = complete(o, decoder, tokenizer, prompts, temperature=temperature)
+    records = make_records(o, tokenizer, examples, prompts, groups)
+    return [
+        r | (score(r["answer"], r["target"]) if r["target"] is not None else {}) for r in records
+    ]
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
-    """The mean of each metric over sample records; {} without records, or if one has no target.
-
-    LaMP withholds the targets of its test split.
-    """
+    """The mean of each metric over records; {} without records, or where targets are withheld."""
     if not records or any(record["target"] is None for record in records):
         return {}
     return {name: sum(r[name] / len(records) for r in records) for name in METRICS}
@@ -311,48 +256,23 @@ def evaluate(
     decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
     options: EvalOptions | None = None, temperature: float = 0.0,
 ) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
-    """(mean scores, answers by record id), greedy unless a temperature is given.
-
-    The scores are {} where targets are withheld.
-    """
-    records = sample_records(decoder, tokenizer, examples, options, temperature)
+    """(mean scores, answers by record id), greedy unless a temperature is given."""
+    records = answer_all(options or EvalOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
 
-def why_empty(record: dict, task: str) -> str:
-    """Why a sample record's answer is worth nothing; "" if it is worth something."""
-    if not is_placeholder(record["answer"], task):
-        return ""
-    if record["answer"]:
-        return "the placeholder repeated"
-    if not record["finished"]:
-        return "never finished"
-    if "<think>" in record["completion"].rpartition("</think>")[2]:
-        return "reasoning not closed"
-    return f"no '{task_of(task).answer}' found"
+# ==== Below: not the method =====================================================================
 
 
-def summary(records: list[dict], task: str) -> str:
-    """How many answers are worth nothing, and why; and how many others were cut off. One line.
-
-    >>> summary([{"answer": "", "finished": False, "completion": "<think>"}], "LaMP-4")
-    '1 of 1 answers is empty or the placeholder: 1 never finished'
-    """
-    why = [why_empty(record, task) for record in records]
-    reasons = Counter(filter(None, why))
-    count = reasons.total()
-    details = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-    what = f" or the placeholder: {details}" if count else ""
-    others = [record for record, reason in zip(records, why, strict=True) if not reason]
-    cut_off = sum(not record["finished"] for record in others)
-    cut = f"; {cut_off} cut off at --max-new-tokens" if cut_off else ""
-    return f"{count} of {len(records)} answers {'is' if count == 1 else 'are'} empty{what}{cut}"
-
-
-def write_predictions(path, task: str, answers: dict[str, str]) -> None:
+def write_predictions(path, task: str, records: list[dict]) -> None:
     """The answers in LaMP's submission format, which its evaluation script reads."""
-    golds = [{"id": id, "output": answer} for id, answer in answers.items()]
+    golds = [{"id": record["id"], "output": record["answer"]} for record in records]
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
+
+
+def to_lines(records: list[dict]) -> list[dict]:
+    """The records as they are logged: log-probabilities with four digits."""
+    return [r | {"logprobs": [round(x, 4) for x in r["logprobs"]]} for r in records]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -368,31 +288,26 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 @dataclass
 class Options(EvalOptions):
-    bounds = {0: "temperature limit"}  # noqa: RUF012
-    split: Split = "dev"  # which of LaMP's files
-    temperature: float = 0.0  # 0 is greedy
-    limit: int = 0  # only the first records; 0 takes all
-    out: str = "runs/eval"  # directory for predictions.json, samples.jsonl and scores.json
-    overwrite: bool = False  # start anew where the directory holds another evaluation
+    run: str | None = option(None, "run directory of rl.py: its checkpoint, its options")
+    split: Split = option("dev", "which of LaMP's files")
+    temperature: float = option(0.0, "0 is greedy", 0)
+    out: str = option("runs/eval", "directory for predictions.json, samples.jsonl, scores.json")
+    overwrite: bool = option(False, "delete the result that is there")
 
 
 def main(o: Options) -> None:
-    examples = load_examples(o, o.split, o.limit)
+    examples = load_examples(o, o.split)
     decoder, tokenizer = prlm.load_policy(o)
-    inputs = {"model": [o.model], "data": lamp_files(o.data, o.task, o.split)}
-    if o.retriever == "dense":
-        inputs["encoder"] = [encoder_of(o)]
-    with prlm.alone(o.out):
-        out = prlm.open_result(o, inputs)
-        records = sample_records(decoder, tokenizer, examples, o, o.temperature)
-        scores = mean_scores(records)
-        answers = {record["id"]: record["answer"] for record in records}
-        write_predictions(out / "predictions.json", o.task, answers)
-        prlm.write_lines(out / "samples.jsonl", records)
-        if scores:
-            prlm.write_json(out / "scores.json", scores)
-            print(table({f"{o.task} {o.split}, {len(answers)} records": scores}))
-        print(f"{out}/predictions.json and samples.jsonl: {summary(records, o.task)}")
+    out = prlm.new_directory(o)
+    records = answer_all(o, decoder, tokenizer, examples, o.temperature)
+    write_predictions(out / "predictions.json", o.task, records)
+    prlm.append(out / "samples.jsonl", to_lines(records))
+    if scores := mean_scores(records):
+        prlm.write_json(out / "scores.json", scores)
+        print(table({f"{o.task} {o.split}, {len(records)} records": scores}))
+    empty = sum(is_placeholder(record["answer"], o.task) for record in records)
+    cut = sum(not record["finished"] for record in records)
+    print(f"{out}: {empty} of {len(records)} answers are empty, {cut} cut off at --max-new-tokens")
 
 
 if __name__ == "__main__":

@@ -5,56 +5,40 @@
   token_logprobs   the log-probability of every completion token, with gradient
   Encoder          the BERT family, for the reward model and the dense retriever
   Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
-  files, results, processes, device, command line: what all five chapters share
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
-attend to the prompt's keys and values. A retrieval prompt is long and GRPO samples from it G
-times: this is where the speed comes from. A plain pass, a prompt, a sampling step and a training
-step differ only in which token may look at which, so `Decoder.run` is one loop over the layers and
-each of the four brings its own `attend`.
+attend to the prompt's keys and values. A retrieval prompt is long and GRPO samples from it G times:
+with 400 tokens of prompt and 8 completions of 100, that is 1,200 tokens instead of 4,000. A plain
+pass, a prompt, a sampling step and a training step differ only in which token may look at which, so
+`Decoder.run` is one loop over the layers, and each of the four brings its own `attend`.
 
 Left out: sliding windows, rope types other than default and llama3, quantised weights, top-k and
-top-p (GRPO needs the probability of what was sampled; a cut distribution is not the one that is
+top-p (GRPO needs the probability of what was sampled, and a cut distribution is not the one that is
 trained).
 
-    python prlm.py --model DIR --prompt "What is BM25?"     # the toy answers its own tasks only
+    python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
 
 Shapes: P prompts, G completions per prompt, B batch, T tokens, C completion tokens, N tokens laid
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each.
 """
 
 import argparse
-import ast
 import dataclasses
-import errno
-import hashlib
-import inspect
-import io
 import json
 import math
 import mmap
 import os
 import re
 import shutil
-import signal
 import sys
-import typing
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import cache, cached_property, partial
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
-
-CHAPTERS = ["prlm.py", "retrieve.py", "eval.py", "reward.py", "rl.py"]  # each builds on those above
-
-if Path(sys.argv[0]).name in CHAPTERS:  # a command: what has to be set before torch is loaded
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it loads: no traceback
-    # Waiting threads should sleep: on a busy machine, spinning ones slow everything down.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -64,82 +48,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# cuDNN's attention makes a plan for each new shape, which is slow, and here nearly every batch has
-# a new one.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-# ---- The decoder ----------------------------------------------------------------------------
+# ---- The decoder -----------------------------------------------------------------------------
 #
-# The policy: config.json, rotary embedding, attention, one layer, the model, its checkpoint. Needs
-# `read_checkpoint` and its helpers from "Files". The tests compare its logits with transformers'.
-
-
-def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
-    """What the forward pass needs of Hugging Face's config.json; ValueError for what it lacks.
-
-    Knows the old layout of the rotary settings (rope_theta, rope_scaling) and that of
-    transformers 5 (rope_parameters). Defaults are transformers' own; rope_theta has none, since
-    its default differs from version to version.
-    """
-
-    def need(condition, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{where}: {message}")
-
-    def flag(key) -> bool:
-        value = raw.get(key)
-        need(value in (None, False, True), f"{key!r} must be true or false, not {value!r}")
-        return bool(value)
-
-    number = partial(read_number, raw, where)
-    family, kinds = raw.get("model_type"), raw.get("layer_types")
-    need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
-    need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
-    need(isinstance(kinds, list | None), "layer_types must be a list")
-    windows = any(kind != "full_attention" for kind in kinds or [])
-    sliding = flag("use_sliding_window") and raw.get("sliding_window", 4096) is not None
-    if sliding and kinds is None and family != "llama":  # Llama has no such setting
-        # From layer max_window_layers on they slide.
-        windows = number("max_window_layers", 28, least=0) < number("num_hidden_layers")
-    need(not windows, "sliding-window attention is not implemented")
-    need(raw.get("is_causal") in (None, True), "is_causal false: not implemented")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
-    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
-    rope = {"rope_theta": raw.get("rope_theta")} | rope
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
-    share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    need(share == 1, "partial rotary embeddings are not implemented")
-    context = "original_max_position_embeddings"
-    outside = raw.get(context)  # which of the two counts depends on the version of transformers
-    need(
-        kind != "llama3" or outside in (None, rope.get(context)),
-        f"{context} is {outside!r} outside of the rotary settings, not what it is inside",
-    )
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", context)
-    hidden = number("hidden_size")
-    heads = number("num_attention_heads")
-    bias = flag("attention_bias")
-    config = SimpleNamespace(
-        vocabulary=number("vocab_size"),
-        hidden=hidden,
-        intermediate=number("intermediate_size"),
-        layers=number("num_hidden_layers"),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
-        eps=number("rms_norm_eps", 1e-6, float),
-        tied=flag("tie_word_embeddings"),  # the output head is the embedding
-        qkv_bias=bias or family == "qwen2",  # Qwen2 has them though its config.json does not say so
-        o_bias=bias and family != "qwen2",
-        mlp_bias=flag("mlp_bias") and family == "llama",
-        qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
-        theta=read_number(rope, where, "rope_theta", kind=float),
-        scaling=[read_number(rope, where, k, kind=float) for k in llama3 if kind == "llama3"],
-    )
-    even = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
-    need(even, "heads must be a multiple of key-value heads, head_dim must be even")
-    return config
+# A stack of equal layers between an embedding and an output matrix. Modules have Hugging Face's
+# names, so that the state dict is the checkpoint; `parse_config` reads config.json.
 
 
 def rope_frequencies(config: SimpleNamespace) -> Tensor:
@@ -150,7 +62,7 @@ def rope_frequencies(config: SimpleNamespace) -> Tensor:
     context is divided by `factor`; that of a pair with more than `high` turns is kept; in between
     the two are blended, linearly in the turns. float32.
     """
-    # On the CPU even where `filled` builds all else on meta, without values.
+    # On the CPU even where `load_weights` builds everything else without memory.
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.theta**exponents
     if config.scaling:
@@ -164,104 +76,109 @@ def rope_frequencies(config: SimpleNamespace) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
 
-    `cos` and `sin` [.., D] hold each angle twice, for channel i and for channel i + D/2.
-    `sin` carries the minus sign of the first half. Hugging Face builds (-x2, x1) for each query and
-    key instead; here rolling by half gives (x2, x1), and the sign was set once for all layers.
+    `cos` and `sin` [.., D] hold each angle twice, for channel i and for channel i + D/2. `sin`
+    carries the minus sign of the first half, so that rolling by half, which gives (x2, x1), is all
+    that is left to do for each query and key.
     """
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
 
-    `visible` is True where query t may look at key s. k and v [B, S, kv_heads, D] may have fewer
-    heads: query head h looks at key-value head h // (heads / kv_heads).
+    `visible` is True where query t may look at key s. k and v [B, S, K, D] may have fewer heads
+    (grouped queries): R = heads / K of them share one, and query head h looks at key head h // R.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
-        # With a mask, enable_gqa allows only the slow kernel, which stores all scores.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        k, v = repeat_heads(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
 
 
 class Linear(nn.Linear):
-    """W x + b, and with `add_lora` also (alpha / r) B A x, for each block of W's rows on its own.
+    """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021).
 
-    `rows` are the sizes of the blocks: q, k and v are stored in one matrix and so are gate and up,
-    since fewer, larger products are faster. A is [blocks * r, inputs] and B [outputs, r] (Hu et al.
-    2021).
+    The product is computed in the precision `products`, or in W's own where that is None: float32
+    weights can be trained while their products are bfloat16. A is [r, inputs], B [outputs, r].
     """
 
-    def __init__(self, inputs: int, rows: list[int], bias: bool):
-        super().__init__(inputs, sum(rows), bias)
-        self.rows = rows
-        self.scale = 0.0  # alpha / r; 0: the adapters are absent or switched off
-        self.register_parameter("A", None)
-        self.register_parameter("B", None)
+    products: torch.dtype | None = None
+    scale = 0.0  # alpha / r
 
-    def add_lora(self, rank: int, alpha: float) -> None:
-        new = partial(torch.zeros, device=self.weight.device)  # float32, whatever W is held in
-        self.A = nn.Parameter(new(len(self.rows) * rank, self.in_features))
-        self.B = nn.Parameter(new(self.out_features, rank))  # 0: at first nothing changes
-        nn.init.kaiming_uniform_(self.A, math.sqrt(5))
-        self.scale = alpha / rank
-
-    def blocks(self, dtype):
-        """(A, B) of each block of rows."""
-        return zip(self.A.to(dtype).chunk(len(self.rows)), self.B.to(dtype).split(self.rows))
-
-    def merged(self) -> Tensor:
-        """W + (alpha / r) B A, rounded once to W's precision."""
-        change = torch.cat([b @ a for a, b in self.blocks(torch.float32)])
-        return (self.weight + self.scale * change).to(self.weight.dtype)
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., inputs] to [.., outputs]; the adapters' products are in x's precision.
+        dtype = self.products or self.weight.dtype
+        x = x.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        out = F.linear(x, self.weight.to(dtype), bias)
+        if self.lora_A is not None:
+            change = F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
+            out = out + self.scale * change
+        return out
 
-        A scale of 0 (no LoRA, or within `without_lora`) leaves W x + b, whatever A and B hold.
-        """
-        out = super().forward(x)
-        if self.scale == 0:
-            return out
-        changes = [F.linear(F.linear(x, a), b) for a, b in self.blocks(x.dtype)]
-        return out + self.scale * torch.cat(changes, -1)
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in x's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class Layer(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + down(silu(gate) * up)."""
+class Attention(nn.Module):
+    """Projections to queries, keys and values, rotated by position; `attend` does the rest."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.c, self.heads = c, [c.heads, c.kv_heads, c.kv_heads]
-        self.attention_norm = nn.RMSNorm(c.hidden, c.eps)
-        self.mlp_norm = nn.RMSNorm(c.hidden, c.eps)
-        self.qkv = Linear(c.hidden, [heads * c.head_dim for heads in self.heads], c.qkv_bias)
-        self.o = Linear(c.heads * c.head_dim, [c.hidden], c.o_bias)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.eps), nn.RMSNorm(c.head_dim, c.eps)
-        self.gate_up = Linear(c.hidden, 2 * [c.intermediate], c.mlp_bias)
-        self.down = Linear(c.intermediate, [c.hidden], c.mlp_bias)
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(c.hidden, c.heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, c.hidden, c.o_bias)
+        if c.qk_norm:  # Qwen3
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+        self.qk_norm = c.qk_norm
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.c.head_dim))
-        q, k, v = qkv.split(self.heads, -2)  # [.., heads, D]
-        if self.c.qk_norm:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        x = x + self.o(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))  # [.., H]
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out.flatten(-2))
 
 
-# Our name: Hugging Face's; for a matrix that we hold fused, the names of its blocks.
-DECODER_NAMES = {
-    "embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
-    "layers": "model.layers", "attention_norm": "input_layernorm",
-    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "o": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "down": "mlp.down_proj",
-    "mlp_norm": "post_attention_layernorm", "gate_up": "mlp.gate_proj mlp.up_proj",
-}  # fmt: skip
+class MLP(nn.Module):
+    """down(silu(gate) * up)."""
+
+    def __init__(self, c: SimpleNamespace):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden, c.intermediate, c.mlp_bias)
+        self.up_proj = Linear(c.hidden, c.intermediate, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate, c.hidden, c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c: SimpleNamespace):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden, c.eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -272,10 +189,14 @@ class Decoder(nn.Module):
         self.raw = raw
         self.config = c = parse_config(raw, where)
         self.vocab_limit = c.vocabulary  # ids from here on are rows without a token: never sampled
-        self.embed = nn.Embedding(c.vocabulary, c.hidden)
-        self.norm = nn.RMSNorm(c.hidden, c.eps)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        self.lm_head = None if c.tied else nn.Linear(c.hidden, c.vocabulary, bias=False)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(c.vocabulary, c.hidden),
+                "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
+                "norm": RMSNorm(c.hidden, c.eps),
+            }
+        )
+        self.lm_head = None if c.tied else Linear(c.hidden, c.vocabulary, bias=False)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -284,31 +205,41 @@ class Decoder(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output matrix [V, H]."""
-        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+        """The output matrix [V, H]; a tied model's is its embedding."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def products(self) -> torch.dtype:
+        """The precision of matrix products, which `multiply_in` sets."""
+        return self.model.layers[0].mlp.up_proj.products or self.head.dtype
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..].
 
-        attend(layer, q, k, v) is the attention: it decides which token may look at which.
+        attend(layer, q, k, v) is the attention: it decides which token may look at which. The sum
+        that runs through the layers is float32 even where their products are bfloat16. So is the
+        sampler's, whose weights are a bfloat16 copy, and the two agree.
         """
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
-        x = self.embed(tokens)  # [.., H]
-        cos = torch.cat([angles.cos(), angles.cos()], -1).to(x.dtype)  # [.., 1, D]
-        sin = torch.cat([-angles.sin(), angles.sin()], -1).to(x.dtype)
-        for number, layer in enumerate(self.layers):
+        cos = torch.cat([angles.cos(), angles.cos()], -1)  # [.., 1, D]
+        sin = torch.cat([-angles.sin(), angles.sin()], -1)
+        x = self.model.embed_tokens(tokens)  # [.., H]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for number, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, cos, sin, partial(attend, number))
-        return self.norm(x)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """hidden [.., H] times the rows of `head` [V, H], in the precision of products."""
+        return F.linear(hidden.to(self.products), head.to(self.products))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side.
 
-        The plain definition, which the tests compare with transformers and with everything
-        faster. `generate` and `score_completions` call `run`, each with an attention of its own.
-
+        The plain definition, which the tests compare with transformers and with everything faster.
         At its real tokens a row has the logits that it would have alone, whatever ids the padding
         holds: padding is not seen and takes no position. Its logits are finite and mean nothing.
         """
@@ -323,104 +254,13 @@ class Decoder(nn.Module):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
         positions = positions.expand_as(tokens)
         x = self.run(tokens, positions, lambda _, q, k, v: attention(q, k, v, visible))
-        return F.linear(x, self.head)
-
-    def views(self) -> dict[str, Tensor]:
-        """Hugging Face's weight names, each with the part of our parameters that holds it.
-
-        With LoRA they are parts of the merged weights, and no longer of the parameters.
-        """
-        return checkpoint_views(self, DECODER_NAMES, merged_state(self))
+        return self.logits(x, self.head)
 
 
-def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
-    """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    directory = checkpoint_directory(directory)
-    raw = read_json(directory / "config.json")
-
-    def rename(name: str) -> str | None:
-        if name.endswith("rotary_emb.inv_freq"):
-            return None  # a buffer of old exports, computed here
-        # Exports of a base model lack the prefix.
-        return name if name.startswith(("model.", "lm_head.")) else "model." + name
-
-    tensors = renamed_weights(directory, rename)
-    head = tensors.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
-    make = partial(Decoder, raw, directory / "config.json")
-    decoder = filled(make, tensors, directory, device, dtype)
-    if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
-        raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
-    if tokenizer := tokenizer_beside(directory, raw["vocab_size"]):
-        decoder.vocab_limit = tokenizer.size
-    return decoder
-
-
-def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
-    """Writes a checkpoint that transformers opens unchanged, in the parameters' precision."""
-    directory = Path(directory)
-    tokenizer.save(directory)
-    write_json(directory / "config.json", config_with_dtype(decoder.raw, decoder.head.dtype))
-    write_safetensors(directory / "model.safetensors", decoder.views())
-
-
-# ---- LoRA: a few numbers to train beside frozen weights -------------------------------------
+# ---- Sampling: the prompt once, its completions many -----------------------------------------
 #
-# Instead of W (2,359,296 numbers for 1536 x 1536) an A and a B are trained (49,152 at rank 16), and
-# AdamW keeps moments of these alone. `Linear` above computes with them; rl.py decides whether to.
-
-
-def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
-    """Freezes the decoder and gives every matrix of its layers an adapter that can be trained.
-
-    A is drawn from torch's own generator, as PEFT draws it; B is 0. The frozen weights stay as they
-    were loaded, in bfloat16 say; the adapters are float32.
-    """
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"LoRA needs a rank of at least 1 and alpha > 0, not {rank} and {alpha}")
-    if rank > decoder.config.hidden:
-        size = decoder.config.hidden
-        raise ValueError(f"a LoRA rank of {rank} exceeds that of the weights, {size} at most")
-    decoder.requires_grad_(False)
-    for module in decoder.layers.modules():
-        if isinstance(module, Linear):
-            module.add_lora(rank, alpha)
-
-
-@contextmanager
-def without_lora(decoder: Decoder):
-    """Inside it the adapters are off."""
-    linears = [module for module in decoder.modules() if isinstance(module, Linear)]
-    scales = [linear.scale for linear in linears]
-    for linear in linears:
-        linear.scale = 0.0
-    try:
-        yield
-    finally:
-        for linear, scale in zip(linears, scales, strict=True):
-            linear.scale = scale
-
-
-@torch.no_grad()
-def merged_parameters(decoder: Decoder):
-    """(name, tensor) of an equivalent decoder without adapters, merged one matrix at a time."""
-    for name, parameter in decoder.named_parameters():
-        path, _, kind = name.rpartition(".")
-        linear = decoder.get_submodule(path)
-        if kind == "weight" and isinstance(linear, Linear) and linear.A is not None:
-            parameter = linear.merged()
-        if kind not in ("A", "B"):
-            yield name, parameter.detach()
-
-
-def merged_state(decoder: Decoder) -> dict[str, Tensor]:
-    """The state dict of the plain decoder that computes the same; without LoRA its own weights."""
-    return dict(merged_parameters(decoder))
-
-
-# ---- The twins: sampling and training on a prompt that is run once --------------------------
-#
-# `generate` and `token_logprobs`, the two that GRPO needs. Both take token ids and a Decoder, and
-# both bring `Decoder.run` an attention in which the G completions share their prompt's keys.
+# `generate` runs the prompts, then computes one token of every completion at a time. What makes it
+# faster still, rows that leave and CUDA graphs, stands below the line "not the method".
 
 
 class Ragged:
@@ -451,14 +291,6 @@ class Ragged:
         return grid.flatten(0, 1).index_select(0, self.cells)
 
 
-def check_ids(decoder: Decoder, prompts: list[list[int]], completions=()) -> None:
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("every prompt needs at least one token")
-    for ids in (*prompts, *(ids for group in completions for ids in group)):
-        if ids and not 0 <= min(ids) <= max(ids) < decoder.config.vocabulary:
-            raise ValueError(f"token ids must lie in 0..{decoder.config.vocabulary - 1}")
-
-
 @dataclass
 class Completion:
     """A sampled completion; `finished`: it ended by itself, and its EOS id is its last token."""
@@ -468,42 +300,31 @@ class Completion:
     finished: bool
 
 
-def exact_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T of [batch, n, D] and [batch, m, D], summed and kept in float32 even from bfloat16.
-
-    Real checkpoints have scores of several hundred, which bfloat16 would round to steps of 2: the
-    softmax, and so the sampler, would disagree with the trainer's attention, which does not round.
-    """
-    if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
-    return torch.bmm(q.float(), k.float().mT)
-
-
 class Cache:
     """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
 
-    The layout is [P, K, G], so that the G·R queries of a group that share a key-value head are
-    multiplied with the prompt's keys in one product. A cache that repeats the prompt would read it
-    G times.
+      shared  per layer (keys, values), each [P, K, T, D]    what the prompts left, read-only
+      own     [layers, 2, P, K, G, C, D]                     a slot for each completion token
+      hide    [P, T + C]       0 where a row may look, -inf at padding and slots not yet written
 
-    A completion has a slot for each token. A step reads the first `window` of them and hides those
-    not yet written. On a CPU the window is what is written, the least work; a CUDA graph needs
-    shapes that stay the same for many steps.
+    G stands behind K, so that the G R queries of a group that share a key-value head meet the
+    prompt's keys in one product; a cache that repeats the prompt would read it G times. A step
+    reads the first `window` slots: what is written, or a little more where shapes must not change.
     """
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P = decoder.config, prompts.shape[0]
         self.prompts = prompts
         self.scale = c.head_dim**-0.5
-        self.shared = []  # per layer: the prompts' keys and values, [P, K, T, D] each
+        self.shared: list[tuple[Tensor, Tensor]] = []
         shape = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
-        self.own = decoder.head.new_zeros(shape)
+        device = prompts.tokens.device
+        self.own = torch.zeros(shape, dtype=decoder.products, device=device)
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
-        self.slot = torch.zeros(1, dtype=torch.long, device=decoder.head.device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
         seen = F.pad(prompts.mask, (0, max_new_tokens))  # [P, T+C]
-        # Added to the scores: -inf hides padding and slots not yet written.
-        self.hide = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
+        self.hide = torch.zeros(seen.shape, device=device).masked_fill(~seen, -math.inf)
 
     def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The first pass: causal attention within each prompt, [N, heads, D]; fills `shared`."""
@@ -511,7 +332,7 @@ class Cache:
         self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
         return self.prompts.flat(attention(q, k, v))
 
-    def open(self, coarse: bool) -> None:
+    def next_slot(self, coarse: bool) -> None:
         """Opens the next slot of every completion; `coarse` windows are 128, 256, 512, ..."""
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
@@ -522,10 +343,9 @@ class Cache:
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
 
-        The new key and value go to `slot` of `own` [layer, key or value, P, K, G, C, D]. Then, in
-        one softmax, a row sees the prompt's keys, `shared[layer]`, and the first `window` slots of
-        its own; `hide` [P, T+C] is -inf at padding and unwritten slots. Heads as in `attention`.
-        Written as batched products because einsum, which reads better, is a tenth slower here.
+        One softmax over [scores against the prompt, scores against its own tokens] is exact:
+        attention does not care that its keys lie in two tensors. Batched products, because einsum,
+        which reads better, is a tenth slower here.
         """
         P, K, G, _, D = self.own.shape[2:]
         n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
@@ -543,76 +363,6 @@ class Cache:
         out = torch.bmm(for_prompt.reshape(P * K, G * R, T), values).view(P * K * G, R, D)
         out = torch.baddbmm(out, for_own, own_values)
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
-
-    def shrink(self, kept: Tensor, members: Tensor) -> None:
-        """Keeps the prompts of indices `kept` [P'] and in each the rows `members` [P', G']."""
-        self.hide = self.hide[kept]
-        self.shared = [(k[kept], v[kept]) for k, v in self.shared]
-        layers, two, _, K, _, C, D = self.own.shape
-        new = self.own.new_zeros(layers, two, len(kept), K, members.shape[1], C, D)
-        rows = members[:, None, :, None, None].expand(-1, K, -1, self.length, D)
-        for target, source in zip(new.flatten(0, 1), self.own.flatten(0, 1), strict=True):
-            target[..., : self.length, :] = source[kept][..., : self.length, :].gather(2, rows)
-        self.own = new
-
-
-class Recorded:
-    """The decode step as a CUDA graph: one launch in place of dozens per layer.
-
-    A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
-    number of rows (each Cache.shrink lowers it) or the cache's window changes. If that fails, the
-    steps from then on run without a graph.
-    """
-
-    devices = ("cuda",)  # the kinds of device that have graphs
-    newest = None  # the last graph, kept because the next one takes over its memory pool
-    side = None  # the stream to record on; one for all, since cuBLAS keeps a workspace for each
-
-    def __init__(self, step, cache: Cache):
-        self.step = step  # hidden = step(ids, positions)
-        self.cache = cache
-        Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
-        self.shape = self.graph = None
-        self.refused = False  # by CUDA
-
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
-        shape = len(ids), self.cache.window
-        if shape != self.shape and not self.refused:
-            self.shape = shape
-            self.record(ids, positions)
-        if self.refused:
-            return self.step(ids, positions)
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
-        self.graph.replay()
-        return self.hidden
-
-    def record(self, ids: Tensor, positions: Tensor) -> None:
-        """Records the step. `torch.cuda.graph` would first wait for the device and give all cached
-        memory back to it, at each of a rollout's recordings.
-        """
-        self.ids = ids.clone()
-        self.positions = positions.clone()
-        graph = torch.cuda.CUDAGraph()
-        main = torch.cuda.current_stream(ids.device)
-        pool = Recorded.newest.pool() if Recorded.newest else None
-        self.side.wait_stream(main)
-        try:
-            with torch.cuda.stream(self.side):
-                # Once unrecorded: libraries load and allocate then, which a recording forbids.
-                self.step(self.ids, self.positions)
-                # thread_local: NCCL's watchdog, another thread, may still call CUDA.
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-                try:
-                    self.hidden = self.step(self.ids, self.positions)
-                finally:
-                    graph.capture_end()
-            self.graph = Recorded.newest = graph
-        except RuntimeError as error:
-            self.refused = True
-            warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
-        main.wait_stream(self.side)
 
 
 COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature can overflow
@@ -647,13 +397,11 @@ def generate(
 ) -> list[list[Completion]]:  # fmt: skip
     """Samples `group_size` completions of each prompt, [P][G].
 
-    Every prompt runs once; then a step computes one token of every row, on CUDA as a graph. Rows
-    that have met an id of `eos_ids` leave the batch as soon as a quarter of it can go (on CUDA a
-    half; Cache.shrink). `seed` makes the noise repeatable (None draws from torch's own generator).
-    Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. A completion ends
-    with its first id of `eos_ids`, and is then finished, or after `max_new_tokens`. ValueError for
-    a group or a length below 1, a temperature below 0 or between 0 and COLDEST, and what
-    `check_ids` refuses.
+    Every prompt runs once; then a step computes one token of every row. A completion ends with its
+    first id of `eos_ids`, and is then finished, or after `max_new_tokens`; rows that have ended
+    leave the batch. `seed` makes the noise repeatable (None draws from torch's own generator).
+    Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. ValueError for a
+    group or a length below 1, a temperature below 0 or between 0 and COLDEST, and bad ids.
     """
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
@@ -662,12 +410,12 @@ def generate(
     check_ids(decoder, prompts)
     if not prompts:
         return []
-    P, G = len(prompts), group_size
-    head, device = decoder.head, decoder.head.device
+    P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     laid = Ragged(prompts, device)
     cache = Cache(decoder, laid, G, max_new_tokens)
+    run_step, pace = make_step(decoder, cache)
     hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
     hidden = hidden[laid.starts + laid.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
     positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
@@ -675,108 +423,54 @@ def generate(
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(P * G, max_new_tokens, device=device)
-    recorded = device.type in Recorded.devices
-    run_step = partial(decoder.run, attend=cache.read_next)
-    run_step = Recorded(run_step, cache) if recorded else run_step
-    # Leaving the batch copies the cache of those that stay, and calls for a new recording. These
-    # limits keep both rare.
-    small_enough = 0.5 if recorded else 0.75
     for step in range(max_new_tokens):
-        ids, chosen = sample(F.linear(hidden, head[: decoder.vocab_limit]), temperature, generator)
+        logits = decoder.logits(hidden, head[: decoder.vocab_limit])  # [rows, V]
+        ids, chosen = sample(logits, temperature, generator)
         tokens[writing, step], logprobs[writing, step] = ids, chosen
         done |= torch.isin(ids, eos).view_as(done)
-        # Reading `done` makes the host wait for all queued GPU work: so only now and then.
-        if device.type == "cpu" or step % 16 == 15:
-            unfinished = (~done).sum(1)  # [P] completions of each prompt
-            width = int(unfinished.max())
-            if width == 0:
-                break
-            alive = unfinished.nonzero()[:, 0]  # [P'] prompts with an unfinished completion
-            if len(alive) * width <= small_enough * done.numel():
-                # All groups keep one size: unfinished rows first, then finished ones to fill up.
-                members = done[alive].sort(dim=1, stable=True).indices[:, :width]
-                kept = (alive[:, None] * done.shape[1] + members).flatten()
-                cache.shrink(alive, members)
-                done = done.flatten()[kept].view_as(members)
-                ids, positions, writing = ids[kept], positions[kept], writing[kept]
-        if step + 1 < max_new_tokens:
-            cache.open(coarse=recorded)
-            hidden = run_step(ids, positions)
-            positions = positions + 1
-    stop = set(eos.tolist())  # a row may have gone on after its end: it is cut there
-    completions = []
-    for ids, chosen in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-        end = next((n for n, token in enumerate(ids, 1) if token in stop), None)
-        completions.append(Completion(ids[:end], chosen[:end], end is not None))
+        if step + 1 == max_new_tokens or (step % pace.look == pace.look - 1 and done.all()):
+            break
+        if step % pace.look == pace.look - 1 and (stay := unfinished(done, pace.keep)):
+            kept = shrink(cache, *stay)  # the rows that go on
+            done = done.flatten()[kept].view_as(stay[1])
+            ids, positions, writing = ids[kept], positions[kept], writing[kept]
+        cache.next_slot(pace.coarse)
+        hidden = run_step(ids, positions)
+        positions = positions + 1
+    completions = [
+        cut_at_eos(*row, {*eos.tolist()}) for row in zip(tokens.tolist(), logprobs.tolist())
+    ]
     return [completions[first : first + G] for first in range(0, P * G, G)]
 
 
-class HeadLogprobs(torch.autograd.Function):
-    """log softmax(x W^T / temperature)[target], [N], and the entropy, a chunk of rows at a time.
-
-    The logits of a whole batch [N, V] never exist: forward keeps each row's log-sum-exp, backward
-    computes a chunk's logits again. The entropy carries no gradient; it is for the log. Products
-    are in x's precision, the weight's gradient is summed in the weight's.
-    """
-
-    @staticmethod
-    def chunks(x: Tensor, weight: Tensor, temperature: float):
-        weight = weight.to(x.dtype)
-        size = max(128, 2**21 // len(weight))  # of float32 logits: 8 MiB, or 128 rows
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            yield rows, F.linear(x[rows], weight).float() / temperature  # [chunk, V]
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, temperature: float):
-        logprobs, entropy, lse = (torch.empty(len(x), device=x.device) for _ in range(3))
-        for rows, logits in HeadLogprobs.chunks(x, weight, temperature):
-            top = logits.amax(-1, keepdim=True)
-            powers = (logits - top).exp_()
-            total = powers.sum(-1)
-            lse[rows] = top[:, 0] + total.log()
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = lse[rows] - (powers * logits).sum(-1) / total
-        ctx.save_for_backward(x, weight, targets, lse)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        """The gradients of x [N, H] and weight [V, H], given that of the log-probabilities [N].
-
-        Temperature and targets have none, and the entropy's is not used.
-        """
-        x, weight, targets, lse = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # not in LoRA
-        matrix = weight.to(x.dtype)  # once, not once per chunk: a head can have 500 MB
-        for rows, logits in HeadLogprobs.chunks(x, matrix, ctx.temperature):
-            # grad * (onehot - softmax)
-            slope = (logits - lse[rows, None]).exp_() * -grad[rows, None]
-            slope.scatter_add_(1, targets[rows, None], grad[rows, None])
-            slope = (slope / ctx.temperature).to(x.dtype)  # [chunk, V]
-            grad_x[rows] = slope @ matrix
-            if grad_weight is None:
-                continue
-            if x.dtype == weight.dtype:
-                grad_weight.addmm_(slope.T, x[rows])  # without a second [V, H]
-            else:
-                grad_weight += slope.T @ x[rows]
-        return grad_x, grad_weight, None, None
+def cut_at_eos(tokens: list[int], logprobs: list[float], eos_ids: set[int]) -> Completion:
+    """The row up to its first EOS id; a finished row may have gone on while others were sampled."""
+    end = next((n for n, token in enumerate(tokens, 1) if token in eos_ids), None)
+    return Completion(tokens[:end], logprobs[:end], end is not None)
 
 
-def score_completions(decoder: Decoder, prompts, completions, temperature: float = 1.0):
-    """(logprobs, entropy, mask), each [P, G, C]: `token_logprobs`, and the entropy for the log.
+def check_ids(decoder: Decoder, prompts, completions=()) -> None:
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    for ids in (*prompts, *(ids for group in completions for ids in group)):
+        if ids and not 0 <= min(ids) <= max(ids) < decoder.config.vocabulary:
+            raise ValueError(f"token ids must lie in 0..{decoder.config.vocabulary - 1}")
 
-    Each prompt runs once, with gradient, beside its G completions. All tokens lie end to end; only
-    attention sees grids, where a completion's queries meet [prompt keys, its own keys].
 
-    The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf. Past a
-    completion's end all three are 0; for an empty completion that is everywhere. ValueError for a
-    temperature below COLDEST, groups of unequal size, more or fewer groups than prompts, and what
-    `check_ids` refuses.
+# ---- Training: the same tokens once more, with gradient --------------------------------------
+
+
+def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
+    """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
+
+    `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. Each prompt
+    runs once, with gradient, beside its G completions. All tokens lie end to end; only attention
+    sees grids, where a completion's queries meet [prompt keys, its own keys].
+
+    The temperature is the sampler's: without it the ratio of the loss would compare two different
+    policies. The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
+    ValueError for a temperature below COLDEST, groups of unequal size, more or fewer groups than
+    prompts, and bad ids.
     """
     if not COLDEST <= temperature < math.inf:
         raise ValueError(f"log-probabilities need a temperature above 0, at least {COLDEST}")
@@ -798,10 +492,10 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
         if L == 0:
             return out
-        # Here, unlike in the sampler's Cache, the prompt's keys are repeated for each completion:
+        # Unlike in the sampler's Cache, the prompt's keys are repeated for each completion:
         # autograd then sums their gradients over the group, which is what makes the shared prompt
-        # exact (Prefix Grouper, arXiv 2506.05433), and one fast kernel does the rest. What is not
-        # repeated is the work of the layers' matrices, which is most of the cost.
+        # exact (Prefix Grouper, arXiv 2506.05433). What is not repeated is the work of the layers'
+        # matrices, which is most of the cost.
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
@@ -813,48 +507,99 @@ def score_completions(decoder: Decoder, prompts, completions, temperature: float
     first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
     before = N + fed.starts[target.rows] + target.positions - 1
     x = x.index_select(0, torch.where(target.positions == 0, first, before))
-    if torch.is_autocast_enabled(device.type):  # HeadLogprobs' backward runs outside it
-        x = x.to(torch.get_autocast_dtype(device.type))
+    logprobs = head_logprobs(decoder, x, target.tokens, temperature)
+    return tuple(
+        grid.unflatten(0, (len(prompts), G)) for grid in (target.grid(logprobs), target.mask)
+    )
+
+
+def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(hidden W^T / temperature)[target], [N], some rows of logits at a time.
+
+    The logits of a whole batch would be the largest tensor of all: 8,192 tokens of a vocabulary of
+    152,000 take 5 GB in float32, and backward needs them more than once. So a chunk's logits are
+    computed, used and dropped, and computed again in backward.
+    """
     limit = decoder.vocab_limit
-    weight = decoder.head[:limit]
-    ids = target.tokens
-    logprobs, entropy = HeadLogprobs.apply(x, weight, ids.clamp(max=limit - 1), temperature)
-    logprobs = logprobs.masked_fill(ids >= limit, -math.inf)
-    grids = target.grid(logprobs), target.grid(entropy), target.mask
-    return tuple(grid.unflatten(0, (len(prompts), G)) for grid in grids)
+    head = decoder.head[:limit]  # cast within the chunk, so that its gradient is summed in float32
+
+    def chunk(x: Tensor, ids: Tensor, head: Tensor) -> Tensor:
+        logits = decoder.logits(x, head) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+    rows = max(128, pace_of(hidden.device).logits // limit)
+    pairs = zip(hidden.split(rows), targets.clamp(max=limit - 1).split(rows), strict=True)
+    run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([run(x, ids, head) for x, ids in pairs]).masked_fill(
+        targets >= limit, -math.inf
+    )
 
 
-def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
-    """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
-
-    `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0.
-    Differentiable in the decoder's parameters. ValueError at temperature 0.
-    """
-    logprobs, _, mask = score_completions(decoder, prompts, completions, temperature)
-    return logprobs, mask
-
-
-def micro_batches(sizes: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
-    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one.
-
-    `padded`: each counts as much as the largest of its batch, since padding takes memory too.
-    """
-    batches, room, cost = [], 0, 0
+def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one."""
+    batches, room = [], 0
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        if not padded:
-            cost = sizes[n]  # padded: the cost stays that of the batch's first and largest
-        if not batches or cost > room:
+        if not batches or sizes[n] > room:
             batches.append([])
-            room, cost = budget, sizes[n]
+            room = budget
         batches[-1].append(n)
-        room -= cost
+        room -= sizes[n]
     return batches
 
 
-# ---- The encoder: BERT, for the reward model and the dense retriever ------------------------
+# ---- LoRA: a few numbers to train beside frozen weights --------------------------------------
 #
-# Bidirectional and post-norm; it shares no layer with the decoder, only the reading of checkpoints
-# from "Files". retrieve.py pools its hidden states, reward.py puts a classifier on them.
+# Instead of W (2,359,296 numbers for 1536 x 1536) an A and a B are trained (49,152 at rank 16), and
+# AdamW keeps moments of these alone. `Linear` computes with them; rl.py decides whether to.
+
+
+def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
+    """Freezes the decoder and gives every matrix of its layers an adapter that can be trained.
+
+    A is drawn from torch's own generator, as PEFT draws it; B is 0, so at first nothing changes.
+    The frozen weights stay as they were loaded, in bfloat16 say; the adapters are float32.
+    """
+    if not 1 <= rank <= decoder.config.hidden or not alpha > 0:
+        most = f"1 to {decoder.config.hidden}, the rank of the weights"
+        raise ValueError(f"LoRA needs a rank of {most}, and alpha > 0, not {rank} and {alpha}")
+    decoder.requires_grad_(False)
+    for module in decoder.model.layers.modules():
+        if isinstance(module, Linear):
+            device = module.weight.device
+            module.lora_A = nn.Parameter(torch.empty(rank, module.in_features, device=device))
+            module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=device))
+            nn.init.kaiming_uniform_(module.lora_A, math.sqrt(5))
+            module.scale = alpha / rank
+
+
+def without_lora(decoder: Decoder) -> Decoder:
+    """A decoder of the same frozen weights, in the same memory, without the adapters."""
+    with torch.device("meta"):
+        plain = Decoder(decoder.raw)
+    weights = {name: p for name, p in decoder.state_dict().items() if ".lora_" not in name}
+    plain.load_state_dict(weights, assign=True)
+    plain.vocab_limit = decoder.vocab_limit
+    return multiply_in(plain, decoder.products).eval().requires_grad_(False)
+
+
+def merged_state(decoder: Decoder) -> dict[str, Tensor]:
+    """The state dict of a plain decoder that computes the same; without LoRA, the decoder's own.
+
+    W + (alpha / r) B A is float32: on the grid of a bfloat16 W most of the change would be lost.
+    """
+    state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
+    for path, module in decoder.named_modules():
+        if isinstance(module, Linear) and module.lora_A is not None:
+            change = module.scale * (module.lora_B.detach() @ module.lora_A.detach())
+            state[f"{path}.weight"] = module.weight.detach().float() + change
+    return state
+
+
+# ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
+#
+# Bidirectional and post-norm, under Hugging Face's names again. retrieve.py pools its hidden
+# states, reward.py puts a classifier on them.
 
 
 class EncoderLayer(nn.Module):
@@ -862,27 +607,33 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, hidden: int, heads: int, inner: int, eps: float, dropout: list[float]):
         super().__init__()
-        self.heads, self.dropout = heads, dropout  # dropout: of outputs, of attention weights
-        self.qkv, self.o = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.up, self.down = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden, eps), nn.LayerNorm(hidden, eps)
+        self.heads, self.rates = heads, dropout  # of outputs, of attention weights
+        projections = {name: Linear(hidden, hidden) for name in ("query", "key", "value")}
+
+        def closing(inputs: int) -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {"dense": Linear(inputs, hidden), "LayerNorm": nn.LayerNorm(hidden, eps)}
+            )
+
+        self.attention = nn.ModuleDict(
+            {"self": nn.ModuleDict(projections), "output": closing(hidden)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": Linear(hidden, inner)})
+        self.output = closing(inner)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        outputs, weights = self.dropout if self.training else (0.0, 0.0)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        outputs, weights = self.rates if self.training else (0.0, 0.0)
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
+            for projection in self.attention["self"].values()
+        )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=weights)
-        x = self.attention_norm(x + F.dropout(self.o(out.transpose(1, 2).flatten(2)), outputs))
-        return self.mlp_norm(x + F.dropout(self.down(F.gelu(self.up(x))), outputs))
-
-
-ENCODER_NAMES = {
-    "words": "embeddings.word_embeddings", "positions": "embeddings.position_embeddings",
-    "segments": "embeddings.token_type_embeddings", "norm": "embeddings.LayerNorm",
-    "layers": "encoder.layer", "o": "attention.output.dense",
-    "qkv": "attention.self.query attention.self.key attention.self.value",
-    "attention_norm": "attention.output.LayerNorm", "up": "intermediate.dense",
-    "down": "output.dense", "mlp_norm": "output.LayerNorm", "pooler": "pooler.dense",
-}  # fmt: skip
+        out = out.transpose(1, 2).flatten(2)  # [B, T, H]
+        inner = [lambda x: x, lambda x: F.gelu(self.intermediate.dense(x))]
+        for block, into in zip((self.attention.output, self.output), inner, strict=True):
+            out = F.dropout(block.dense(into(out)), outputs)
+            x = out = block.LayerNorm(x + out)
+        return x
 
 
 class Encoder(nn.Module):
@@ -901,16 +652,19 @@ class Encoder(nn.Module):
         eps, inner = number("layer_norm_eps", 1e-12, float), number("intermediate_size")
         keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         self.dropout = [number(key, 0.1, float, least=0) for key in keys]
-        self.raw = {"type_vocab_size": 2} | raw
-        self.hidden, self.tokenizer = hidden, None
+        self.raw, self.hidden, self.tokenizer = {"type_vocab_size": 2} | raw, hidden, None
         self.max_length = number("max_position_embeddings")
-        self.words = nn.Embedding(number("vocab_size"), hidden)
-        self.positions = nn.Embedding(self.max_length, hidden)
-        self.segments = nn.Embedding(number("type_vocab_size", 2), hidden)
-        self.norm = nn.LayerNorm(hidden, eps)
+        sizes = {
+            "word_embeddings": number("vocab_size"),
+            "position_embeddings": self.max_length,
+            "token_type_embeddings": number("type_vocab_size", 2),
+        }
+        tables: dict[str, nn.Module] = {n: nn.Embedding(size, hidden) for n, size in sizes.items()}
+        self.embeddings = nn.ModuleDict(tables | {"LayerNorm": nn.LayerNorm(hidden, eps)})
         shape, count = (hidden, heads, inner, eps, self.dropout), number("num_hidden_layers")
-        self.layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
-        self.pooler = nn.Linear(hidden, hidden) if pooler else None  # for reward.py's classifier
+        layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.pooler = nn.ModuleDict({"dense": Linear(hidden, hidden)}) if pooler else None
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -925,17 +679,467 @@ class Encoder(nn.Module):
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
         segments = torch.zeros_like(tokens) if segments is None else segments
         tokens, segments = tokens.masked_fill(~mask, 0), segments.masked_fill(~mask, 0)
-        x = self.norm(self.words(tokens) + self.positions(positions) + self.segments(segments))
+        x = self.embeddings.word_embeddings(tokens) + self.embeddings.position_embeddings(positions)
+        x = self.embeddings.LayerNorm(x + self.embeddings.token_type_embeddings(segments))
         x = F.dropout(x, self.dropout[0], self.training)
         itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         visible = mask[:, None, None, :] | itself  # [B, 1, T, T]; padding sees itself too
-        for layer in self.layers:
+        for layer in self.encoder.layer:
             x = layer(x, visible)
         return x
 
-    def views(self) -> dict[str, Tensor]:
-        """BERT's weight names, each with the part of our parameters that holds it."""
-        return checkpoint_views(self, ENCODER_NAMES, dict(self.named_parameters()))
+
+# ---- Text: chat formats, control tokens, the tokenizer ---------------------------------------
+#
+# The `tokenizers` library splits text. Here is the border between text and control tokens: a format
+# is split at its control tokens, whose ids are put in directly, and whatever fills it is encoded as
+# text, so that no profile and no answer can open a turn, end one, or close the reasoning.
+
+# What a turn looks like in each known format; {role} is the role's name, {} the message.
+CHATML = "<|im_start|>{role}\n{}<|im_end|>\n"
+LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
+R1 = "<｜User｜>{}<｜Assistant｜>{}<｜end▁of▁sentence｜>"  # its bars are wide ones, U+FF5C
+BEGINS = {CHATML: "", LLAMA3: "<|begin_of_text|>", R1: "<｜begin▁of▁sentence｜>"}
+CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
+THINK = re.compile(r"(</?think>)")
+THOUGHT = {"<think>", "</think>"}
+LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\r?\n)([^<>{}'\"]+)<\|im_end\|>")
+OPENS_THINKING = re.compile(r"(?:<｜Assistant｜>|assistant\\n)<think>\\n")
+
+
+def as_text(text: str) -> str:
+    """The text with U+FFFD for half of a surrogate pair, which is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tokenizer:
+    """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
+
+    Ids of ordinary text equal transformers'. Control tokens come from formats alone, never from
+    what a text spells: <think> and </think> are among them.
+    """
+
+    def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
+        self.files = files or {"tokenizer.json": backend.to_str()}
+        settings = json.loads(self.files.get("tokenizer_config.json", "{}"))
+        self.template = chat_template(self.files, settings)
+        known = backend.get_vocab(with_added_tokens=True)
+        self.size = max(known.values(), default=-1) + 1
+        self.format = chat_format(known, self.template)
+        ends = CONTROL.findall(self.format or "")[-1:]  # a format's end of turn always ends
+        self.eos_ids = frozenset([*eos_ids, *(known[name] for name in ends)])
+        self.end_id = known[ends[0]] if ends else min(self.eos_ids, default=None)
+        # The library encodes what is special as text, if asked; some control tokens do not say
+        # that they are (R1's "<｜User｜>").
+        content = json.loads(backend.to_str())
+        for token in content["added_tokens"]:
+            name = token["content"]
+            named = CONTROL.fullmatch(name) or THINK.fullmatch(name) or token["id"] in self.eos_ids
+            token["special"] = token["special"] or bool(named)
+        self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+        self.backend = Backend.from_str(json.dumps(content))
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()  # tokenizer.json may switch on either
+        self.backend.no_padding()
+        bos = settings.get("bos_token")
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        self.bos = bos if bos in self.control and "bos_token" in self.template else ""
+        think = OPENS_THINKING.search(self.template) or (self.format == R1 and not self.template)
+        self.opening = "<think>\n" if self.format and think else ""  # said for the assistant
+
+    def split(self, text: str, second: str | None = None, special: bool = False):
+        """The `tokenizers` library's Encoding of a text or a pair; ValueError if it has none."""
+        try:
+            return self.backend.encode(text, second, add_special_tokens=special)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
+        return self.split(as_text(text)).ids
+
+    def fill(self, form: str, *texts: str) -> list[int]:
+        """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
+        ids, texts = [], iter(texts)
+        for piece in CONTROL.split(form):
+            if piece in self.control:
+                ids.append(self.control[piece])
+            elif "{}" not in piece:  # ours as a whole: its <think> is the token, if there is one
+                self.backend.encode_special_tokens = False
+                ids += self.split(piece).ids
+                self.backend.encode_special_tokens = True
+            else:
+                for part in THINK.split(piece) if "<think>" in self.control else [piece]:
+                    text = re.sub(r"\{\}", lambda _: next(texts), part)
+                    ids += [self.control[part]] if part in self.control else self.encode(text)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
+        hidden = {i for name, i in self.control.items() if name not in THOUGHT}
+        return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
+
+        A chat format brings its own BOS, so none is added. Without a format, messages are plain
+        text with the tokenizer's BOS, and a warning says so. ValueError for a message of another
+        kind, or a chat template that is none of the known ones.
+        """
+        roles = ("system", "user", "assistant")
+        for m in messages:
+            if m.get("role") not in roles or not isinstance(m.get("content"), str):
+                raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
+        turns = [(m["role"], m["content"]) for m in messages]
+        if self.format is None:
+            if self.template:
+                raise ValueError(
+                    "the checkpoint's chat template is none of those known here: ChatML (Qwen, "
+                    "SmolLM2), Llama 3, R1-Distill. Take another model, or delete the template to "
+                    "have the format that the tokens show, or plain text"
+                )
+            warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
+            return self.split("".join(f"{as_text(t)}\n\n" for _, t in turns), special=True).ids
+        form, texts = render_chat(turns, self.format, self.template, self.control)
+        return self.fill(self.bos * (not BEGINS[self.format]) + form + self.opening, *texts)
+
+    def encode_pair(self, first: str, second: str | None, max_length: int):
+        """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
+        without a second text those of [CLS] first [SEP].
+        """
+        self.backend.enable_truncation(max_length)
+        second = None if second is None else as_text(second)
+        encoding = self.split(as_text(first), second, special=True)
+        self.backend.no_truncation()
+        return encoding.ids, encoding.type_ids
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The beginning of `text` that its first `tokens` tokens spell, in whole characters."""
+        offsets = self.split(as_text(text)).offsets
+        return as_text(text)[: offsets[tokens][0]] if tokens < len(offsets) else text
+
+    def save(self, directory) -> None:
+        for name, content in self.files.items():
+            write_text(Path(directory) / name, content)
+
+
+def chat_template(files: dict, settings: dict) -> str:
+    """The checkpoint's chat template, a program in Jinja's language that is not run here, or ""."""
+    found = files.get("chat_template.jinja", settings.get("chat_template"))
+    if isinstance(found, list):  # several: [{"name", "template"}]
+        found = next((t.get("template") for t in found if t.get("name") == "default"), "")
+    return found if isinstance(found, str) else ""
+
+
+def chat_format(known, template: str) -> str | None:
+    """The format whose control tokens are all `known`, and named by the template if there is one.
+
+    A few constants tell what a known template renders. Nothing is guessed from another one.
+    """
+    if any(mark in template for mark in FOREIGN):
+        return None
+    for form in (R1, CHATML, LLAMA3):
+        names = CONTROL.findall(BEGINS[form] + form)
+        named = not template or all(name in template for name in CONTROL.findall(form)[:2])
+        if named and all(name in known for name in names):
+            return form
+    return None
+
+
+def render_chat(turns: list[tuple], kind: str, template: str, control) -> tuple[str, list[str]]:
+    """(form, texts) for `Tokenizer.fill`: the turns, and the beginning of the assistant's."""
+    if "<think>" in control:  # as R1's and Qwen3's templates: only an answer's reasoning is news
+        turns = [(r, t.rpartition("</think>")[2] if r == "assistant" else t) for r, t in turns]
+    if kind == LLAMA3:
+        turns = [(role, text.strip()) for role, text in turns]
+        if "Cutting Knowledge Date" in template or (not template and "<|eom_id|>" in control):
+            system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
+            turns = [("system", LLAMA_DATES + system), *turns]
+    elif kind == CHATML and (not turns or turns[0][0] != "system"):
+        if default := default_system(template, control):
+            turns = [("system", default), *turns]
+    head, _, end = kind.partition("{}")
+    heads = {role: head.replace("{role}", role) for role in ("system", "user", "assistant")}
+    ends = dict.fromkeys(heads, end)
+    if kind == R1:
+        systems = [turn for turn in turns if turn[0] == "system"][-1:]  # one, bare, comes first
+        turns = systems + [turn for turn in turns if turn[0] != "system"]
+        user, assistant, eos = CONTROL.findall(R1)
+        heads = {"system": "", "user": user, "assistant": assistant}
+        ends = {"system": "", "user": "", "assistant": eos}
+    form, texts = BEGINS[kind], []
+    for role, text in turns:
+        ours = role == "system" and not any(
+            name in text for name in (*control.keys() - THOUGHT, "{}")
+        )
+        form += heads[role] + (text if ours else "{}") + ends[role]
+        texts += [] if ours else [text]
+    return form + heads["assistant"], texts
+
+
+def default_system(template: str, known) -> str:
+    """What a ChatML model is told where a chat has no system message; "" for nothing.
+
+    The template's own words; without a template, those of the family that the tokens show.
+    """
+    if template:
+        found = DEFAULT_SYSTEM.search(template)
+        return found[1] if found else ""
+    if "<tool_call>" in known and "<think>" not in known:
+        return QWEN_SYSTEM
+    return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
+
+
+# ==== Below: not the method =====================================================================
+#
+# Speed, files, and what the five commands share. Nothing here changes what is computed above.
+
+# ---- Faster: rows that leave the batch, and what runs only on CUDA ---------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What is fastest depends on the device: a GPU's host should wait for it rarely."""
+
+    look: int  # steps between looks at who has finished; on a GPU each look waits for it
+    keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
+    coarse: bool  # cache windows in powers of 2, since a CUDA graph needs shapes that last
+    logits: int  # how many numbers a chunk of logits may have
+
+
+PACES = {"cuda": Pace(16, 0.5, True, 2**27), "cpu": Pace(1, 0.75, False, 2**21)}
+CUDA_GRAPHS = True  # False: every decode step is launched kernel by kernel
+# cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def pace_of(device: torch.device) -> Pace:
+    return PACES.get(device.type, PACES["cpu"])
+
+
+def unfinished(done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
+    """(prompts [P'], members [P', G']) of what is not `done` [P, G], if at most `keep` of it stays.
+
+    All groups keep one size: unfinished rows first, then finished ones to fill up.
+    """
+    left = (~done).sum(1)  # [P] completions of each prompt
+    alive, width = left.nonzero()[:, 0], int(left.max())
+    if len(alive) * width > keep * done.numel():
+        return None
+    return alive, done[alive].sort(dim=1, stable=True).indices[:, :width]
+
+
+def shrink(cache: Cache, alive: Tensor, members: Tensor) -> Tensor:
+    """Keeps the prompts of indices `alive` [P'] and in each the rows `members` [P', G'].
+
+    Returns the indices of the kept rows, [P' G'], in the batch as it was.
+    """
+    kept = (alive[:, None] * cache.own.shape[4] + members).flatten()
+    cache.hide = cache.hide[alive]
+    cache.shared = [(k[alive], v[alive]) for k, v in cache.shared]
+    layers, two, _, K, _, C, D = cache.own.shape
+    new = cache.own.new_zeros(layers, two, len(alive), K, members.shape[1], C, D)
+    rows = members[:, None, :, None, None].expand(-1, K, -1, cache.length, D)
+    for target, source in zip(new.flatten(0, 1), cache.own.flatten(0, 1), strict=True):
+        target[..., : cache.length, :] = source[alive][..., : cache.length, :].gather(2, rows)
+    cache.own = new
+    return kept
+
+
+def make_step(decoder: Decoder, cache: Cache):
+    """(step, pace): step(ids, positions) are the final hidden states of one new token per row."""
+    step, device = partial(decoder.run, attend=cache.read_next), cache.own.device
+    if device.type == "cuda" and CUDA_GRAPHS:
+        step = Recorded(step, cache)
+    return step, pace_of(device)
+
+
+def exact_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T of [batch, n, D] and [batch, m, D], summed and kept in float32 even from bfloat16.
+
+    Real checkpoints have scores of several hundred, which bfloat16 would round to steps of 2: the
+    softmax, and so the sampler, would disagree with the trainer's attention, which does not round.
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
+    return torch.bmm(q.float(), k.float().mT)
+
+
+def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once per query head: on CUDA, enable_gqa with a mask has a slow kernel only,
+    which stores all scores."""
+    return tuple(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+
+
+class Recorded:
+    """The decode step as a CUDA graph: one launch in place of dozens per layer.
+
+    A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
+    number of rows or the cache's window changes. If CUDA refuses, steps run without a graph.
+    """
+
+    newest = None  # the last graph, kept because the next one takes over its memory pool
+    side = None  # the stream to record on; one for all, since cuBLAS keeps a workspace for each
+
+    def __init__(self, step, cache: Cache):
+        self.step, self.cache = step, cache
+        self.shape = self.graph = None
+        self.refused = False
+        Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
+        shape = len(ids), self.cache.window
+        if shape != self.shape and not self.refused:
+            self.shape = shape
+            self.record(ids, positions)
+        if self.refused:
+            return self.step(ids, positions)
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.hidden
+
+    def record(self, ids: Tensor, positions: Tensor) -> None:
+        """Records the step. `torch.cuda.graph` would first wait for the device and give all cached
+        memory back to it, at each of a rollout's recordings.
+        """
+        self.ids, self.positions = ids.clone(), positions.clone()
+        graph = torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream(ids.device)
+        pool = Recorded.newest.pool() if Recorded.newest else None
+        self.side.wait_stream(main)
+        try:
+            with torch.cuda.stream(self.side):
+                # Once unrecorded: libraries load and allocate then, which a recording forbids.
+                self.step(self.ids, self.positions)
+                # thread_local: NCCL's watchdog, another thread, may still call CUDA.
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    self.hidden = self.step(self.ids, self.positions)
+                finally:
+                    graph.capture_end()
+            self.graph = Recorded.newest = graph
+        except RuntimeError as error:
+            self.refused = True
+            warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
+        main.wait_stream(self.side)
+
+
+# ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
+
+
+def read_number(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
+    """The number raw[key] of a config, or the default where it is absent or null."""
+    value = default if raw.get(key) is None else raw[key]
+    good = isinstance(value, int | kind) and not isinstance(value, bool)
+    if not good or not least <= value < 1e18:
+        wanted = "an integer" if kind is int else "a number"
+        bound = "above 0" if least > 0 else "of at least 0"
+        raise ValueError(f"{where}: {key!r} must be {wanted} {bound}, not {value!r}")
+    return kind(value)
+
+
+def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
+    """What the forward pass needs of Hugging Face's config.json; ValueError for what it lacks.
+
+    Knows the old layout of the rotary settings (rope_theta, rope_scaling) and that of
+    transformers 5 (rope_parameters). Defaults are transformers' own; rope_theta has one only for
+    Llama, whose first models had no such setting.
+    """
+
+    def need(condition, message: str) -> None:
+        if not condition:
+            raise ValueError(f"{where}: {message}")
+
+    number = partial(read_number, raw, where)
+    family, kinds = raw.get("model_type"), raw.get("layer_types") or []
+    need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
+    need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
+    need(isinstance(kinds, list), "layer_types must be a list")
+    windows = any(kind != "full_attention" for kind in kinds)
+    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and not kinds:
+        # From layer max_window_layers on they slide; Llama has no such setting.
+        windows = number("max_window_layers", 28, least=0) < number("num_hidden_layers")
+        windows = windows and family != "llama"
+    need(not windows, "sliding-window attention is not implemented")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
+    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
+    theta = raw.get("rope_theta") or (10000.0 if family == "llama" else None)
+    rope = {"rope_theta": theta} | rope
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
+    share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+    need(share == 1, "partial rotary embeddings are not implemented")
+    context = "original_max_position_embeddings"
+    outside = raw.get(context)  # which of the two counts depends on the version of transformers
+    need(kind != "llama3" or outside in (None, rope.get(context)), f"{context} has two values")
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", context) if kind == "llama3" else ()
+    hidden, heads, bias = number("hidden_size"), number("num_attention_heads"), "attention_bias"
+    config = SimpleNamespace(
+        vocabulary=number("vocab_size"),
+        hidden=hidden,
+        intermediate=number("intermediate_size"),
+        layers=number("num_hidden_layers"),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
+        eps=number("rms_norm_eps", 1e-6, float),
+        tied=bool(raw.get("tie_word_embeddings")),  # the output head is the embedding
+        # Qwen2 has biases though its config.json does not say so.
+        qkv_bias=bool(raw.get(bias)) or family == "qwen2",
+        o_bias=bool(raw.get(bias)) and family != "qwen2",
+        mlp_bias=bool(raw.get("mlp_bias")) and family == "llama",
+        qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
+        theta=read_number(rope, where, "rope_theta", kind=float),
+        scaling=[read_number(rope, where, key, kind=float) for key in llama3],
+        context=number("max_position_embeddings", 2**60),
+    )
+    even = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
+    need(even, "heads must be a multiple of key-value heads, head_dim must be even")
+    return config
+
+
+def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
+    """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
+    directory = checkpoint_directory(directory)
+    raw = read_json(directory / "config.json")
+
+    def rename(name: str) -> str | None:
+        if name.endswith("rotary_emb.inv_freq"):
+            return None  # a buffer of old exports, computed here
+        # Exports of a base model lack the prefix.
+        return name if name.startswith(("model.", "lm_head.")) else "model." + name
+
+    tensors = read_checkpoint(directory, rename)
+    embedding = tensors.get("model.embed_tokens.weight")
+    if raw.get("tie_word_embeddings") and (head := tensors.pop("lm_head.weight", None)) is not None:
+        if embedding is None or not torch.equal(head, embedding):
+            raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
+    make = partial(Decoder, raw, directory / "config.json")
+    decoder = load_weights(make, tensors, directory, device, dtype)
+    if (directory / "tokenizer.json").is_file():
+        decoder.vocab_limit = size_of_tokenizer(directory, raw["vocab_size"])
+    return decoder
+
+
+def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
+    """Writes a checkpoint that transformers opens unchanged, LoRA merged in."""
+    state = merged_state(decoder)
+    save_checkpoint(state, decoder.raw, tokenizer, directory)
+
+
+def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
+    """Tokenizer, config.json and, last, the weights: where they are, all is there."""
+    dtype = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
+    key = "dtype" if "dtype" in raw else "torch_dtype"
+    tokenizer.save(directory)
+    write_json(Path(directory) / "config.json", raw | {key: str(dtype).removeprefix("torch.")})
+    write_safetensors(Path(directory) / "model.safetensors", state)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
@@ -949,304 +1153,52 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
         name = name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight")
         return name.replace("Norm.beta", "Norm.bias")
 
-    tensors = renamed_weights(directory, rename)
+    tensors = read_checkpoint(directory, rename)
     pooler = "pooler.dense.weight" in tensors
     make = partial(Encoder, raw, directory / "config.json", pooler)
-    encoder = filled(make, tensors, directory, device, dtype)
-    encoder.tokenizer = tokenizer_beside(directory, encoder.words.num_embeddings)
+    encoder = load_weights(make, tensors, directory, device, dtype)
+    if (directory / "tokenizer.json").is_file():
+        size_of_tokenizer(directory, raw["vocab_size"])
+        encoder.tokenizer = load_tokenizer(directory)
     return encoder
 
 
-# ---- The tokenizer and its chat formats -----------------------------------------------------
-#
-# Texts and conversations become token ids, and back. The `tokenizers` library does the splitting;
-# here are the chat formats, the EOS ids, and the border between text and control tokens.
-
-# Not a character, by Unicode's definition: reserved for a program's own use. It precedes the name
-# of a control token where a chat format means the token, and nowhere else: `as_text` removes it
-# from all that comes from data or from the policy, so that no text can open a turn or end one.
-MARK = "\ufdd0"
-
-# The bars of R1's tokens are wide ones, U+FF5C.
-R1 = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
-CHATML = ("<|im_start|>", "<|im_end|>")
-LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
-
-# A chat template is a program, and it is not run. It is only searched for what it says beyond the
-# format: a system turn in a string, in a variable, or as plain text, and whether it opens <think>.
-QUOTED = r"(?P<text>(?:\\.|(?!(?P=mark))[^\\])+?)"  # the inside of a string, up to its mark
-SYSTEM_TURN = rf"""(?P<mark>['"])<\|im_start\|>system(?:\\n|\n){QUOTED}<\|im_end\|>"""
-SYSTEM_VARIABLE = rf"""set (?:default_)?system_message = (?P<mark>['"]){QUOTED}(?P=mark)"""
-PLAIN_TURN = r"""<\|im_start\|>system\n(?P<text>[^{}'"]+?)<\|im_end\|>"""
-UNUSED = r"\{#.*?#\}|\{%-? if tools\b.*?\{%-? (?:elif|else|endif)\b"  # comments; where tools are
-THINK_OPENED = (
-    r"(?:<｜Assistant｜>|assistant(?:<\|end_header_id\|>\\n)?(?:\\n|\n){1,2})<think>(?:\\n|\n)"
-)
-
-
-def as_text(text: str) -> str:
-    """The text with U+FFFD for what is no character: half of a surrogate pair, and MARK."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.replace(MARK, "\ufffd")
-
-
-@cache
-def read_template(template: str) -> tuple[str, bool]:
-    """(the system message that it inserts where a chat has none, whether it opens <think>)."""
-    used = re.sub(UNUSED, "", template, flags=re.DOTALL)
-    opens = re.search(THINK_OPENED, used) is not None
-    for pattern in (SYSTEM_TURN, SYSTEM_VARIABLE):
-        if found := re.search(pattern, used, re.DOTALL):  # its escapes are read as Jinja does
-            text = found["text"].encode("ascii", "backslashreplace").decode("unicode-escape")
-            return as_text(text), opens
-    found = re.search(PLAIN_TURN, used)
-    return found["text"] if found else "", opens
-
-
-def default_system(known, template: str) -> str:
-    """The system message that a ChatML model expects where a chat has none; "" for no such turn.
-
-    That of its template; without one, that of the family that the tokens show.
-    """
-    if template:
-        return read_template(template)[0]
-    if "<think>" in known:
-        return ""  # Qwen3, which has the other tokens of Qwen2.5
-    if "<tool_call>" in known:
-        return QWEN_SYSTEM
-    return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
-
-
-def chat_format(known) -> tuple[str, ...] | None:
-    """R1, CHATML or LLAMA3: the format whose control tokens are all among the `known` ones."""
-    return next((names for names in (R1, CHATML, LLAMA3) if {*names} <= known.keys()), None)
-
-
-def opening_of(known, template: str) -> str:
-    """What the prompt says for the assistant: R1 and other reasoning models begin to think."""
-    kind = chat_format(known)
-    opened = read_template(template)[1] if template else kind is R1
-    return "<think>\n" if kind and opened else ""
-
-
-def without_old_reasoning(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Qwen3's rule: only what answers the last question keeps its reasoning."""
-    tool = ("<tool_response>", "</tool_response>")  # such a message asks nothing
-    asked = []
-    for n, (role, text) in enumerate(turns):
-        if role == "user" and not (text.startswith(tool[0]) and text.endswith(tool[1])):
-            asked.append(n)
-    last = asked[-1] if asked else len(turns) - 1
-    found = []
-    for n, (role, content) in enumerate(turns):
-        if role == "assistant":
-            thought = ""
-            if "</think>" in content:
-                thought = content.partition("</think>")[0].rpartition("<think>")[2].strip("\n")
-                content = content.rpartition("</think>")[2].lstrip("\n")
-            if n > last and (thought or n == len(turns) - 1):
-                content = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
-        found.append((role, content))
-    return found
-
-
-def render_chat(messages: list[dict], known, template: str = "") -> str | None:
-    """The chat as text, ready for the assistant's turn; None if the `known` tokens show no format.
-
-    The format is recognised by the special tokens that only its family has; the checkpoint's
-    template, if there is one, says what differs within a family.
-    """
-    turns = [(m["role"], m["content"]) for m in messages]
-    kind, said = chat_format(known), opening_of(known, template)
-    if kind is None:
-        return None
-    if kind is R1:
-        bos, eos, user, assistant = (MARK + name for name in R1)
-        text = bos + next((content for role, content in reversed(turns) if role == "system"), "")
-        for role, content in turns:
-            if role == "user":
-                text += user + content
-            elif role == "assistant":
-                text += assistant + content.split("</think>")[-1] + eos
-        return text + assistant + said
-    opened = bool(turns) and turns[0][0] == "system"  # the chat begins with a system message
-    if kind is CHATML:
-        begin, head, end = "", f"{MARK}<|im_start|>{{}}\n", f"{MARK}<|im_end|>\n"
-        if "<think>" in known and (not template or "</think>" in template):  # Qwen3
-            turns = without_old_reasoning(turns)
-        default = default_system(known, template)
-        if default and not opened:
-            turns = [("system", default), *turns]
-    else:  # LLAMA3
-        head = f"{MARK}<|start_header_id|>{{}}{MARK}<|end_header_id|>\n\n"
-        begin, end = f"{MARK}<|begin_of_text|>", f"{MARK}<|eot_id|>"
-        turns = [(role, content.strip()) for role, content in turns]
-        if "<|eom_id|>" in known:  # Llama 3.1 and later always open with two dates
-            system = turns.pop(0)[1] if opened else ""
-            turns = [("system", LLAMA_DATES + system), *turns]
-    text = "".join(head.format(role) + content + end for role, content in turns)
-    return begin + text + head.format("assistant") + said
-
-
-class Tokenizer:
-    """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
-
-    Control tokens come from the chat format and from the [CLS] and [SEP] of a pair, never from
-    what a text spells. Apart from that, ids equal transformers'.
-    """
-
-    def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
-        backend.no_truncation()  # tokenizer.json may switch on either
-        backend.no_padding()
-        self.backend = backend
-        self.files = files or {"tokenizer.json": backend.to_str()}
-        self.vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.size = max(self.vocabulary.values(), default=-1) + 1
-        self.eos_ids = frozenset(eos_ids)
-        added = backend.get_added_tokens_decoder().items()
-        think = ("<think>", "</think>")  # the policy has to write them; we read them
-        # An added token that ends a text is special, even if tokenizer.json does not say so.
-        special = {i: t.content for i, t in added if t.special or i in self.eos_ids}
-        self.skipped = {i for i, content in special.items() if content not in think}
-        # R1's "<｜User｜>" opens a turn, but its tokenizer.json does not call it special.
-        markers = {*R1, *CHATML, *LLAMA3}
-        self.control = {t.content for i, t in added if i in self.skipped or t.content in markers}
-        self.opening = opening_of(self.vocabulary, self.template)  # ends the prompt
-
-    @property
-    def end_id(self) -> int:
-        """The EOS id that ends an assistant's turn in the chat format, else the lowest one."""
-        if not self.eos_ids:
-            raise ValueError("the tokenizer knows no EOS token")
-        ends = (self.vocabulary.get(name) for name in (CHATML[1], LLAMA3[3], R1[1]))
-        return min([i for i in ends if i in self.eos_ids] or self.eos_ids)
-
-    @cached_property
-    def template(self) -> str:
-        """The checkpoint's chat template, a program in Jinja's language; "" if it has none."""
-        if "chat_template.jinja" in self.files:
-            found = self.files["chat_template.jinja"]
-            return found if isinstance(found, str) else found.decode("utf-8", "replace")
-        found = json.loads(self.files.get("tokenizer_config.json", "{}")).get("chat_template")
-        if isinstance(found, list):  # several: [{"name", "template"}]
-            named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
-            found = named[0].get("template") if named else ""
-        return found if isinstance(found, str) else ""
-
-    @cached_property
-    def reader(self) -> Backend:
-        """The backend that encodes. In it the name of every control token begins with MARK, so no
-        text can spell one. Their ids stay, and so does everything else.
-        """
-        tokenizer = json.loads(self.backend.to_str())
-        model = tokenizer["model"]
-        added = tokenizer["added_tokens"]
-
-        def rename(name):
-            return MARK + name if name in self.control else name
-
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {rename(name): i for name, i in model["vocab"].items()}
-        else:  # Unigram's pieces with their scores
-            model["vocab"] = [[rename(name), score] for name, score in model["vocab"]]
-        if "merges" in model:  # BPE's: a pair may neither make nor use what has another name now
-            model["merges"] = [
-                pair for pair in model["merges"] if not self.control & {*pair, "".join(pair)}
-            ]
-        if model.get("unk_token"):
-            model["unk_token"] = rename(model["unk_token"])
-        tokenizer["added_tokens"] = [t | {"content": rename(t["content"])} for t in added]
-        return Backend.from_str(json.dumps(tokenizer))
-
-    def split(self, text: str, second: str | None = None, special: bool = False):
-        """The `tokenizers` library's Encoding of a text or a pair; ValueError if it has none."""
-        try:
-            return self.reader.encode(text, second, add_special_tokens=special)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
-        return self.split(as_text(text)).ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
-        ids = [i for i in ids if i not in self.skipped]
-        return self.backend.decode(ids, skip_special_tokens=False)
-
-    def chat(self, messages: list[dict]) -> list[int]:
-        """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
-
-        A chat format brings its own BOS, so none is added. A tokenizer that shows none of the
-        formats gets the contents as plain text, with its BOS, and a warning.
-        """
-        roles = ("system", "user", "assistant")
-        for m in messages:
-            fields = m if isinstance(m, dict) else {}
-            if fields.get("role") not in roles or not isinstance(fields.get("content"), str):
-                raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
-        messages = [m | {"content": as_text(m["content"])} for m in messages]
-        text = render_chat(messages, self.vocabulary, self.template)
-        if text is not None:
-            return self.split(text).ids
-        names = "R1-Distill, ChatML (Qwen, SmolLM) and Llama 3"
-        warnings.warn(
-            f"the tokenizer shows no chat format known here ({names}): messages are sent as plain "
-            "text, which an instruct model of another format may not answer well",
-            stacklevel=1,  # this line: so Python shows it once, whoever calls
-        )
-        plain = "".join(m["content"] + "\n\n" for m in messages)
-        return self.split(plain, special=True).ids
-
-    def encode_pair(self, first: str, second: str | None, max_length: int):
-        """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
-        without a second text those of [CLS] first [SEP].
-        """
-        self.reader.enable_truncation(max_length)
-        second = None if second is None else as_text(second)
-        encoding = self.split(as_text(first), second, special=True)
-        self.reader.no_truncation()
-        return encoding.ids, encoding.type_ids
-
-    def cut(self, text: str, tokens: int) -> str:
-        """A beginning of `text`, of whole characters, that takes at most `tokens` tokens."""
-        text = as_text(text)
-        if tokens <= 0:
-            return ""  # the loop would keep a text that has no tokens at all
-        while True:  # what is left may split into other, more tokens
-            offsets = self.split(text).offsets
-            if len(offsets) <= tokens:
-                return text
-            text = text[: offsets[tokens][0]]  # where the first token too many begins
-
-    def save(self, directory) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            with replacing(Path(directory) / name) as temporary:
-                content = content.encode() if isinstance(content, str) else content
-                temporary.write_bytes(content)
-
-
 def checkpoint_directory(directory) -> Path:
-    """The path, if there is such a directory; else an error that says how to get the files."""
+    """The path, if it is a directory; else an error that says how to get the files."""
     path = Path(directory)
     if not path.is_dir():
-        named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))  # like a model on the hub
-        folder = f"models/{path.name}"
-        get = f"hf download {directory} --local-dir {folder}"
-        hint = f"; if it is a model of the Hugging Face hub: {get}, then give {folder}"
-        raise FileNotFoundError(f"{directory}: no such directory{hint if named else ''}")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))  # like a model on the hub
+        get = f"hf download {directory} --local-dir models/{path.name}"
+        hint = f"; if it is a model of the Hugging Face hub: {get}, then give models/{path.name}"
+        raise FileNotFoundError(f"{directory}: no such directory{hint if hub else ''}")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds a PEFT adapter: save PEFT's merge_and_unload() first")
     return path
 
 
-# Files other programs may want beside a trained checkpoint: they are copied unchanged.
-TOKENIZER_FILES = (
+def size_of_tokenizer(directory: Path, vocabulary: int) -> int:
+    """How many ids the checkpoint's tokenizer has; ValueError if the model has fewer."""
+    size = load_tokenizer(directory).size
+    if size > vocabulary:
+        raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {vocabulary}")
+    return size
+
+
+def load_weights(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
+    """make() with these weights as copies of the given type; ValueError where they do not fit."""
+    with torch.device("meta"):  # no memory yet
+        module = make()
+    weights = {name: x.to(device, dtype, copy=True) for name, x in tensors.items()}
+    try:
+        module.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # torch names every weight that is missing, left over, misshapen
+        raise ValueError(f"{directory}: {error}") from None
+    return module.eval().requires_grad_(True)
+
+
+TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-    "chat_template.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 
 
@@ -1254,10 +1206,9 @@ def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     directory = checkpoint_directory(directory)
     path = directory / "tokenizer.json"
+    text = read_text(path)
     try:
-        backend = Backend.from_str(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise
+        backend = Backend.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
     if not backend.get_vocab_size():
@@ -1266,8 +1217,7 @@ def load_tokenizer(directory) -> Tokenizer:
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = directory / f"{kind}.json"
         content = read_json(file) if file.is_file() else {}
-        ids = content.get("eos_token_id")
-        token = content.get("eos_token")
+        ids, token = content.get("eos_token_id"), content.get("eos_token")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
@@ -1275,132 +1225,13 @@ def load_tokenizer(directory) -> Tokenizer:
         known = backend.token_to_id(token) if isinstance(token, str) else None
         eos_ids += ids if known is None else [*ids, known]
     found = (directory / name for name in TOKENIZER_FILES)
-    files = {file.name: file.read_bytes() for file in found if file.is_file()}
-    return Tokenizer(backend, eos_ids, files)
-
-
-# ---- Files: never half-written, never trusted -----------------------------------------------
-#
-# Text, JSON and safetensors, in and out. Every file is replaced as a whole, and whatever is wrong
-# with one that is read becomes an error that names it.
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
-
-    A reader, or a run that was killed, finds the old file or the new one, never a part of one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk's error names no file
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path, kind: type = dict):
-    """The JSON of a file whose top level is a `kind`; ValueError names the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); is the download complete?") from None
-    if not isinstance(value, kind):
-        name = "list" if kind is list else "object"
-        raise ValueError(f"{path}: the top level is not a JSON {name}")
-    return value
-
-
-def read_lines(path) -> list[dict]:
-    """The records of a JSON Lines file; ValueError names file and line.
-
-    What follows the last line break, nothing or the half line of a killed process, is left out.
-    """
-    records = []
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # b"", or half a line
-                break
-            raise ValueError(f"{path}: line {number} is not valid JSON ({error})") from None
-        if not isinstance(records[-1], dict):
-            raise ValueError(f"{path}: line {number} is not a JSON object")
-    return records
-
-
-def to_lines(records: list[dict]) -> str:
-    """The records as JSON Lines, which `read_lines` reads."""
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def write_lines(path, records: list[dict]) -> None:
-    write_text(path, to_lines(records))
-
-
-def append(path, records: list[dict]) -> None:
-    """Adds whole lines to a JSON Lines file: all of them, or on a full disk none."""
-    text = memoryview(to_lines(records).encode())
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            while text:  # a nearly full disk takes only a part
-                text = text[file.write(text) :]
-            os.fsync(file.fileno())
-        except OSError as error:
-            file.truncate(before)
-            raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def read_steps(path) -> list[dict]:
-    """The records of a JSON Lines file of which each says its step."""
-    lines = read_lines(path)
-    if not all(isinstance(line.get("step"), int) for line in lines):
-        raise ValueError(f"{path}: a line does not say its step")
-    return lines
-
-
-def rewind(path, steps: int) -> list[dict]:
-    """Drops the lines of steps after `steps`, and a half-written one; returns what is left."""
-    lines = read_steps(path) if path.is_file() else []
-    kept = [line for line in lines if line["step"] <= steps]
-    write_lines(path, kept)
-    return kept
-
-
-def check_room(path, size: int) -> None:
-    """OSError if the disk has no room for `size` more bytes: the old file stays until the new is
-    whole, so replacing a file needs its size once more."""
-    free = shutil.disk_usage(Path(path).parent).free
-    if size > free:
-        need = f"needs {size / 1e6:,.0f} MB of free disk, {free / 1e6:,.0f} MB are left"
-        raise OSError(errno.ENOSPC, f"not written, it {need}", str(path))
+    return Tokenizer(backend, eos_ids, {f.name: read_text(f) for f in found if f.is_file()})
 
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U32": torch.uint32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
-    "U64": torch.uint64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
 
@@ -1409,9 +1240,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
     Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
     data_offsets}} in UTF-8, without a byte order mark; the bytes, which the ranges must tile: no
-    hole, no overlap, nothing after them (`_ranges` checks that and all entries). A range may begin
-    at any byte; a tensor may be empty. Writing to a tensor does not change the file, writing a new
-    file in its place does not change the tensors. Faulty bytes, also a repeated name or endless
+    hole, no overlap, nothing after them. A range may begin at any byte; a tensor may be empty.
+    Writing to a tensor does not change the file. Faulty bytes, also a repeated name or endless
     nesting, are a ValueError that names the file; a path without a file a FileNotFoundError.
     """
 
@@ -1427,15 +1257,11 @@ def read_safetensors(path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > size:
+            if size < 8 or start > min(size, 100_000_008):  # the format's own limit
                 raise ValueError("the file ends before its header; is the download complete?")
-            if start > 8 + 100_000_000:  # the format's own limit
-                raise ValueError("its header is longer than 100 MB")
             text = file.read(start - 8).decode("utf-8")
             header = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-            if not isinstance(header, dict):
-                raise ValueError("the header is not a JSON object")
-            ranges = _ranges(header, size - start)
+            ranges = check_ranges(header, size - start)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
@@ -1448,8 +1274,10 @@ def read_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 
-def _ranges(header: dict, size: int) -> dict[str, tuple]:
+def check_ranges(header, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), all checked against each other and the buffer's size."""
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -1460,7 +1288,7 @@ def _ranges(header: dict, size: int) -> dict[str, tuple]:
         entry = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{name}: unknown dtype {dtype!r}")
+            raise ValueError(f"{name}: dtype {dtype!r} is not read here")
         for numbers in (shape, offsets):
             if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(f"{name}: shape and data_offsets must be lists of numbers >= 0")
@@ -1483,18 +1311,13 @@ def _ranges(header: dict, size: int) -> dict[str, tuple]:
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
     """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    metadata = {"format": "pt"} if metadata is None else metadata
-    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-        raise ValueError(f"{path}: metadata must map strings to strings")
-    header, offset = {"__metadata__": metadata}, 0
+    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
     # Large elements first: then each tensor begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         x, begin = tensors[name], offset
         if name in header or x.dtype not in codes or name != as_text(name):
             raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
-        if x.layout != torch.strided:
-            raise ValueError(f"{path}: cannot write {name!r}, which is {x.layout}")
         offset += x.numel() * x.element_size()
         header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}
         header[name]["data_offsets"] = [begin, offset]
@@ -1503,333 +1326,299 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            flat = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
             if len(flat):  # an empty tensor cannot be viewed as bytes
                 file.write(flat.view(torch.uint8).numpy())
 
 
-def read_checkpoint(directory) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: `model.safetensors`, or exactly the shards its index names."""
-    directory = Path(directory)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return read_safetensors(single)
-    if not index.is_file():
-        hint = ""
-        if list(directory.glob("pytorch_model*.bin")):
-            hint = "; a pickled pytorch_model.bin is not opened here: save it as safetensors first"
-        raise FileNotFoundError(f"{directory}: no {single.name} and no {index.name}{hint}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-        raise ValueError(f"{index}: no weight_map from names to files")
+def read_checkpoint(directory, rename) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, `model.safetensors` or exactly the shards its index names, under
+    the names that rename(name) gives them; without those that get None.
+    """
+    index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if not (directory / files[0]).is_file() and index.is_file():
+        shards = read_json(index).get("weight_map")
+        files = sorted({*shards.values()}) if isinstance(shards, dict) else [None]
+        # A plain name: so no way out of the directory.
+        if not all(isinstance(f, str) and re.fullmatch(r"[\w.-]+\.safetensors", f) for f in files):
+            raise ValueError(f"{index}: no weight_map from names to plain .safetensors file names")
+    elif not (directory / files[0]).is_file():
+        hint = "; a pickled .bin is not opened here" if list(directory.glob("*.bin")) else ""
+        raise FileNotFoundError(f"{directory}: no {files[0]} and no {index.name}{hint}")
     tensors = {}
-    for shard in sorted(set(shards.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # so no way out of the directory
-            raise ValueError(f"{index}: shard {shard!r} is not a plain .safetensors file name")
-        found = read_safetensors(directory / shard)
-        odd = {name for name, file in shards.items() if file == shard} ^ found.keys()
-        if odd:
-            raise ValueError(f"{directory / shard}: differs from {index.name} in {min(odd)}")
-        tensors |= found
+    for file in files:
+        for old, tensor in read_safetensors(directory / file).items():
+            name = rename(old)
+            if name in tensors:
+                raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
+            if len(files) > 1 and shards.get(old) != file:
+                raise ValueError(f"{directory / file}: {index.name} does not place {old} in it")
+            if name is not None:
+                tensors[name] = tensor
     return tensors
 
 
-def renamed_weights(directory, rename) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the names that rename(name) gives them; without those that get
-    None. ValueError if two get the same.
-    """
-    tensors = {}
-    for old, tensor in read_checkpoint(directory).items():
-        name = rename(old)
-        if name in tensors:
-            raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
-        if name is not None:
-            tensors[name] = tensor
-    return tensors
+# ---- Files: never half-written, never trusted ------------------------------------------------
 
 
-def tokenizer_beside(directory: Path, vocabulary: int) -> "Tokenizer | None":
-    """The checkpoint's tokenizer, if it has one; ValueError if that has ids beyond the model's."""
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.size > vocabulary:
-        raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {vocabulary}")
-    return tokenizer
+def first_only(write):
+    """Of several processes only the first one writes."""
 
+    @wraps(write)
+    def call(*arguments, **named):
+        return write(*arguments, **named) if world()[0] == 0 else None
 
-def config_with_dtype(raw: dict, dtype: torch.dtype) -> dict:
-    """A config.json that names the precision of its weights, under the key that it had for it."""
-    key = "dtype" if "dtype" in raw else "torch_dtype"
-    return raw | {key: str(dtype).removeprefix("torch.")}
-
-
-def checkpoint_views(module: nn.Module, names: dict[str, str], state) -> dict[str, Tensor]:
-    """A checkpoint's weight names, each with the part of a tensor of `state` that holds it.
-
-    `names` translates each step of a parameter's path. A fused matrix has several names, one for
-    each block of its rows: `rows` of our Linear says where to cut; BERT's blocks are equal.
-    """
-    found = {}
-    for path, parameter in state.items():
-        *outer, own, kind = path.split(".")
-        prefix = "".join(f"{names.get(step, step)}." for step in outer)
-        fused = names[own].split()
-        linear = module.get_submodule(".".join([*outer, own]))
-        blocks = parameter.detach().split(getattr(linear, "rows", len(parameter) // len(fused)))
-        found |= {f"{prefix}{name}.{kind}": b for name, b in zip(fused, blocks, strict=True)}
-    return found
-
-
-def filled(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
-    """make() with a checkpoint's weights: copied into `views`, which share the module's memory."""
-    with torch.device("meta"):
-        module = make()
-    shapes = {name: list(view.shape) for name, view in module.views().items()}
-    missing, left = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
-    for problem, names in (("lacks", missing), ("has weights that do not belong here:", left)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            names = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{directory}: the checkpoint {problem} {names}{more}")
-    for name, wanted in shapes.items():
-        found = tensors[name]
-        if list(found.shape) != wanted or not found.is_floating_point():
-            kind = f"{found.dtype} {list(found.shape)}"
-            asked = f"config.json asks for floating point {wanted}"
-            raise ValueError(f"{directory}: {name} is {kind}, {asked}")
-    module = module.to(dtype).to_empty(device=device).eval()  # only now it takes memory
-    for name, view in module.views().items():
-        view.copy_(tensors[name])
-        if not torch.stack(view.aminmax()).isfinite().all():  # else it would sample garbage
-            raise ValueError(f"{directory}: {name} holds NaN or infinity; is the file damaged?")
-    return module
-
-
-def read_number(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
-    """The number raw[key] of a config, or the default where it is absent or null."""
-    value = default if raw.get(key) is None else raw[key]
-    good = isinstance(value, int | kind) and not isinstance(value, bool)
-    if not good or not least <= value < 1e18:
-        wanted = "an integer" if kind is int else "a number"
-        bound = "above 0" if least > 0 else "of at least 0"
-        raise ValueError(f"{where}: {key!r} must be {wanted} {bound}, not {value!r}")
-    return kind(value)
-
-
-# ---- Results: a directory knows what made it ------------------------------------------------
-#
-# Every command that leaves files keeps its options beside them, with a fingerprint of the code and
-# of the inputs. Started again, it resumes what is its own and refuses what is another's.
-
-
-PATHS = {"model", "data", "encoder", "reward_model"}  # compared by content, not by spelling
-
-
-def beside(path: str) -> str:
-    """A path beside this file, relative to the working directory."""
-    return os.path.relpath(Path(__file__).resolve().parent / path)
-
-
-def fingerprint(*paths) -> str:
-    """Twelve hex digits of files' contents; of a directory, its .json, .jinja, .safetensors files.
-
-    A Python file counts by its syntax tree: comments and layout may change, docstrings may not.
-    Versions of Python that write a tree differently give other digits.
-    """
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(
-                f for f in path.iterdir() if f.suffix in (".json", ".jinja", ".safetensors")
-            )
-        for file in files:
-            digest.update(file.name.encode())
-            if file.suffix == ".py":
-                digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
-            else:
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:12]
-
-
-def recipe(o, inputs: dict[str, list]) -> dict:
-    """What makes a result: the command's options, its code, and its inputs by their contents."""
-    chapter = Path(inspect.getsourcefile(type(o)))
-    found = {name: fingerprint(*paths) for name, paths in inputs.items()}
-    code = code_of(chapter)
-    return dataclasses.asdict(o) | {"command": chapter.name, "code": code, "inputs": found}
-
-
-@cache  # what runs is what was loaded, though the file may be edited since
-def code_of(chapter: Path) -> dict[str, str]:
-    """The fingerprints of a chapter and those that it builds on."""
-    chapters = CHAPTERS[: CHAPTERS.index(chapter.name) + 1]
-    return {name: fingerprint(chapter.with_name(name)) for name in chapters}
-
-
-def differences(theirs: dict, mine: dict, ignored=()) -> dict[str, tuple]:
-    """{what: (theirs, mine)} of two recipes, code and inputs file by file."""
-    changed = {}
-    for name in mine.keys() - {*ignored, *PATHS, "out", "overwrite", "force", "preset"}:
-        old, new = theirs.get(name), mine[name]
-        if name in ("code", "inputs"):
-            old = old or {}
-            for part in sorted(old.keys() | new.keys()):
-                if old.get(part) != new.get(part):
-                    changed[part] = (old.get(part), new.get(part))
-        elif old != new:
-            changed[name] = (old, new)
-    return dict(sorted(changed.items()))
-
-
-def open_result(o, inputs: dict[str, list], record="config.json") -> Path:
-    """The directory o.out, made or opened again; ValueError if it holds another result.
-
-    `inputs` names the files and directories that the result depends on. A path counts by what it
-    leads to, so a result may be moved. Options in `o.free` do not change the result. Those in
-    `o.adjustable`, and with --force the code, may change too: `adopt` records that.
-    """
-    out, mine = Path(o.out), recipe(o, inputs)
-    whole = out.resolve()  # what --overwrite replaces is the directory, not a link to it
-    old = whole.with_name(f".{whole.name}.overwritten.tmp")
-    config = out / record
-    theirs = read_json(config) if config.is_file() else {}
-    if "out" in theirs:  # a model's config.json, for one, is not ours, and not ours to delete
-        if theirs.get("command") != mine["command"]:
-            command = theirs.get("command", "another program")
-            raise ValueError(f"{out} holds a result of {command}: choose another --out")
-        accepted = {*getattr(o, "free", ()), *getattr(o, "adjustable", ())}
-        changed = differences(theirs, mine, accepted)
-        if getattr(o, "force", False):
-            changed = {name: both for name, both in changed.items() if name not in CHAPTERS}
-        if changed and o.overwrite:
-            for path in (path for paths in inputs.values() for path in paths):
-                if Path(path).resolve().is_relative_to(whole):
-                    text = f"{path} lies in {out}, which --overwrite would delete"
-                    raise ValueError(f"{text}: choose another --out")
-            shutil.rmtree(old, ignore_errors=True)
-            whole.rename(old)  # so that a crash leaves no half-deleted result
-            whole.mkdir()
-        elif changed:
-            raise ValueError(f"{out} holds another result: {explain(changed)}")
-    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no result: choose another --out")
-    shutil.rmtree(old, ignore_errors=True)  # before anything is written: it may fill the disk
-    if not config.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(config, mine)
-    for left in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
-        left.unlink()
-    return out
-
-
-def adopt(o, names) -> None:
-    """Records what has changed of `names`, options or chapters, in a resumed run's config.json.
-
-    The run calls it when it goes to work with them: a command that is refused, or that has nothing
-    to do, leaves the record as it was.
-    """
-    config = Path(o.out) / "config.json"
-    theirs = read_json(config)
-    changed = differences(theirs, recipe(o, inputs={}), {"inputs"})
-    changed = {name: both for name, both in changed.items() if name in names}
-    if changed:
-        new = {name: now for name, (_, now) in changed.items()}
-        code = theirs["code"] | {name: new.pop(name) for name in CHAPTERS if name in new}
-        changes = [*theirs.get("changes", []), changed]
-        write_json(config, theirs | new | {"code": code, "changes": changes})
-        words = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
-        print(f"{o.out} is resumed with {words}")
-
-
-def explain(changed: dict[str, tuple]) -> str:
-    """A sentence on how a directory's recipe differs, and what to do."""
-    words = []
-    for name, (old, new) in changed.items():
-        if name in CHAPTERS:
-            words.append(f"{name} has been edited since, or runs under another version of Python")
-        elif name in PATHS:
-            words.append(f"--{name.replace('_', '-')} leads to other files")
-        else:
-            words.append(f"{name} {old!r} -> {new!r}")
-    return f"{', '.join(words)}. Choose another --out, or --overwrite to start anew"
+    return call
 
 
 @contextmanager
-def alone(out):
-    """Holds a directory for this process; the system releases it however the process ends."""
+def replacing(path):
+    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
+
+    A reader, or a run that was killed, finds the old file or the new one, never a part of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    out = Path(out).resolve()  # a link to a directory leads to the same lock
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.parent / f".{out.name}.lock"  # beside it, where --overwrite does not reach
-    if out.is_dir() and not os.access(out.parent, os.W_OK):
-        lock = out / ".lock"  # a volume mounted into a directory that is not ours
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is working in {out}") from None
-        yield
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-# ---- Several processes, which torchrun starts -----------------------------------------------
+@first_only
+def write_text(path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_text(path) -> str:
+    """A file's text; ValueError names a file that is not UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+
+
+def read_json(path, kind: type = dict):
+    """The JSON of a file whose top level is a `kind`; ValueError names the file."""
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); is the download complete?") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: the top level is not a JSON {kind.__name__}")
+    return value
+
+
+def read_lines(path) -> list[dict]:
+    """The records of a JSON Lines file, without the half line that a killed process may leave."""
+    return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
+
+
+@first_only
+def append(path, records: list[dict]) -> None:
+    """Adds records to a JSON Lines file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+# ---- Several processes, which torchrun starts ------------------------------------------------
 #
-# Every process runs the same program. What only one of them may do goes through `on_first`, what
-# all must know through `gather`; without torchrun both are plain calls.
+# Every process computes the same, but for what `complete` (eval.py) and `update` (rl.py) share
+# out. Without torchrun there is one.
 
 
-def rank_and_world_size() -> tuple[int, int]:
+def world() -> tuple[int, int]:
     """Which process this is, counted from 0, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(value) -> list:
-    """The value of every process, by rank. All must come here, and each waits for all."""
-    values = [value] * rank_and_world_size()[1]
+    """The value of every process. All must come here, and each waits for all."""
+    values = [value] * world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def on_first(make):
-    """make() in the first process alone; the others wait for its value."""
-    return gather(make() if rank_and_world_size()[0] == 0 else None)[0]
+def wait() -> None:
+    """Until every process has come here."""
+    gather(None)
 
 
 @contextmanager
 def processes():
-    """Joins the processes that torchrun has started, if it has; a lost one ends them all."""
+    """Joins the processes that torchrun has started, if it has."""
     if not dist.is_torchelastic_launched():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(hours=1))  # the first may train a reward model
+    dist.init_process_group()
     if dist.get_rank():
-        sys.stdout = io.StringIO()  # only one prints
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "by peer" not in str(error):  # gloo's words
-            raise
-        reason = str(error).strip().split("\n")[0]
-        text = "another process of the run has ended; the same command resumes from what is saved"
-        raise ValueError(f"{text} ({reason})") from error
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only one prints
+    yield
     dist.destroy_process_group()
 
 
-# ---- Device and precision -------------------------------------------------------------------
+# ---- Options and commands --------------------------------------------------------------------
 #
-# Where a model lives, and in which precision it multiplies: the same in every command.
-
+# Each command's options are a dataclass. Defaults < a preset, or the options that a run recorded <
+# what is given on the command line.
 
 Precision = Literal["auto", "float32", "bfloat16"]
+SHIPPED = Path(__file__).resolve().parent / "toy"
+PRESETS = {  # what differs from the defaults, which are the toy's; a command takes what it knows
+    "toy": {},
+    "small": {  # models like SmolLM2-135M
+        "k": 3, "max_prompt_tokens": 288, "encoder": None, "reward_lr": 5e-5,
+        "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4, "temperature": 0.7, "lr": 6e-5,
+        "personalization": 0.0, "save_every": 5, "tokens_per_micro_batch": 4096,
+    },
+    "paper": {  # what the paper and the authors' code say
+        "k": 5, "encoder": None, "max_new_tokens": 768, "pairs_per_query": 10, "reward_lr": 5e-5,
+        "limit": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4, "temperature": 0.7,
+        "lr": 1e-6, "beta": 0.04, "checkpointing": True, "eval_every": 500, "save_every": 100,
+    },
+}  # fmt: skip
+# Options of a run that may change when it is resumed: they cost time or memory, or say where.
+FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
+FREE |= {"out", "resume", "overwrite", "force", "preset"}
+
+
+def option(default, help: str, least: float | None = None):
+    """A field of an options dataclass: its default, its help, the least value allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+
+
+def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
+    """What was given on the command line, by field name, and "debug"."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind, inner = hints[field.name], get_args(hints[field.name])
+        how = {"type": inner[0] if inner else kind}  # X of "X | None"
+        if get_origin(kind) is Literal:
+            how = {"choices": inner}
+        elif kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        text = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return vars(parser.parse_args(arguments))
+
+
+def resolve(options: type, given: dict):
+    """The options: defaults, then a preset or what a run recorded, then what was given."""
+    names = {field.name for field in dataclasses.fields(options)}
+    base = {}
+    if run := given.get("run"):  # eval.py scores a run's checkpoint under the run's own options
+        base = read_json(Path(run) / "config.json") | {"model": str(Path(run) / "checkpoint")}
+        base = {name: value for name, value in base.items() if name not in FREE | {"limit"}}
+    elif (
+        given.get("resume")
+        and (file := Path(given.get("out", options.out)) / "config.json").is_file()
+    ):
+        base = read_json(file)
+        changed = {n for n in given.keys() - FREE if given[n] != base.get(n)}
+        if changed or given.get("steps", math.inf) < base.get("steps", 0):
+            words = ", ".join(
+                f"--{n.replace('_', '-')} {base.get(n)}" for n in sorted(changed or {"steps"})
+            )
+            raise ValueError(
+                f"{file.parent} was made with {words}: resume it so, or choose another --out"
+            )
+    elif "preset" in names:
+        shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
+        if not (preset := given.get("preset", "toy" if shipped else None)):
+            raise ValueError(
+                "--model is not the toy's: say which recipe fits it. --preset small is for models "
+                "like SmolLM2-135M, paper is the paper's for 1.5 B parameters, toy the defaults"
+            )
+        base = PRESETS[preset] | {"preset": preset}
+    values = {name: value for name, value in base.items() if name in names}
+    return options(**values | {name: given[name] for name in given.keys() & names})
+
+
+def check_options(o) -> None:
+    """ValueError for a number below its least."""
+    for field in dataclasses.fields(o):
+        value, least = getattr(o, field.name), field.metadata.get("least")
+        if least is not None and value is not None and not least <= value < math.inf:
+            name = field.name.replace("_", "-")
+            raise ValueError(f"--{name} must be a number of at least {least}, not {value}")
+
+
+def command(main, options: type, description: str) -> None:
+    """Runs main(options); a mistake in what it was given is one line and exit status 2."""
+    given = parse_flags(options, description)
+    # Data may hold what a terminal cannot show; and a log is read while it grows.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        o = resolve(options, given)
+        check_options(o)
+        main(o)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if given.get("debug"):
+            raise
+        hint = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            hint = (
+                "\nless memory: --checkpointing, a lower --tokens-per-micro-batch, --lora-rank 16"
+            )
+        print(f"error: {printable(str(error))}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def new_directory(o, record="config.json") -> Path:
+    """The directory o.out for a new result, with the options in `record`; ValueError if it is not
+    empty. With --overwrite it is emptied first, if it holds a result of one of the commands.
+    """
+    out = Path(o.out)
+    if out.is_dir() and any(out.iterdir()):
+        known = any(
+            (out / file).is_file() and "overwrite" in read_json(out / file)
+            for file in ("config.json", "options.json")
+        )
+        if not known:
+            raise ValueError(
+                f"{out} is not empty and holds no result of this project: choose another --out"
+            )
+        if not o.overwrite:
+            also = "--resume to go on with it, " if hasattr(o, "resume") else ""
+            raise ValueError(
+                f"{out} holds a result already: {also}--overwrite to delete it, or another --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / record, dataclasses.asdict(o))
+    return out
+
+
+def progress(iterable=None, title=None, **more) -> tqdm:
+    """tqdm's bar, on a terminal only, in the first process."""
+    return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
+
+
+def printable(text: str) -> str:
+    """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text
+    )
 
 
 def pick_device(name: str) -> str:
@@ -1838,289 +1627,66 @@ def pick_device(name: str) -> str:
         mps = torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        found = torch.empty(0, device=name)
-        found.tolist()  # "meta" is a device that holds no data
-        return str(found.device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise
+        torch.empty(0, device=name).tolist()
+        return name
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
 
 
-def product_dtype(precision: str, device) -> torch.dtype:
+def product_dtype(precision: str, device: str) -> torch.dtype:
     """The precision of matrix products; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    low = precision == "bfloat16" or (precision == "auto" and str(device).startswith("cuda"))
+    low = precision == "bfloat16" or (precision == "auto" and device.startswith("cuda"))
     return torch.bfloat16 if low else torch.float32
 
 
-def products(precision: str, device) -> torch.autocast:
-    """A context in which matrix products are computed in that precision."""
-    low = product_dtype(precision, device) == torch.bfloat16
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low)
+def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, whose matrix products are computed in `dtype` from here on."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.products = dtype
+    return module
 
 
 def load_policy(o) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model, to sample from, in the precision that the options ask for.
-
-    The same weights sample the same in every command: rl.py's copy for sampling is rounded alike.
-    """
+    """The checkpoint o.model to sample from, its matrices and products in --precision's type."""
     device = pick_device(o.device)
-    dtype = product_dtype(o.precision, device)
-    return load_decoder(o.model, device, dtype), load_tokenizer(o.model)
+    decoder = load_decoder(o.model, device)
+    longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
+    if longest > decoder.config.context:
+        most = f"the model was made for {decoder.config.context} tokens"
+        raise ValueError(f"{most}, not {longest} (--max-prompt-tokens and --max-new-tokens)")
+    return for_sampling(decoder, product_dtype(o.precision, device)), load_tokenizer(o.model)
 
 
-# ---- The command line, shared by all chapters -----------------------------------------------
-#
-# Each command's options are a dataclass; a field's comment is its help. Progress, stopping and
-# errors look the same everywhere.
+def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """The decoder with its matrices in the precision of products, so that none is cast in a step.
 
-
-# Control characters show as pictures of themselves (U+2400 is NUL's); what would reorder the text
-# around it, or is no character, as the replacement character.
-ODD = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"} | {
-    n: "\ufffd"
-    for first, last in ((0x7F, 0x9F), (0x202A, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF))
-    for n in range(first, last + 1)
-}
-
-
-def printable(text: str) -> str:
-    """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
-    return text.translate(ODD)
-
-
-class Progress(tqdm):
-    """tqdm's bar on a terminal; in a log file or a pipe, a line a minute at most."""
-
-    def __init__(self, iterable=None, desc=None, total=None, **more):
-        self.in_lines = not sys.stderr.isatty()
-        if self.in_lines:
-            more |= {"mininterval": 60, "maxinterval": 60, "miniters": 1, "delay": 59}
-            more |= {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"}
-        if rank_and_world_size()[0] > 0:
-            more["disable"] = True
-        super().__init__(iterable, desc, total, leave=False, **more)
-
-    def display(self, msg=None, pos=None):
-        if not self.in_lines:
-            return super().display(msg, pos)
-        if msg is None:  # "" asks to wipe a bar away
-            print(self, file=sys.stderr, flush=True)
-        return False
-
-    def set_postfix(self, **shown):
-        super().set_postfix(refresh=not self.in_lines, **shown)
-
-    def close(self):
-        if hasattr(self, "start_t"):  # set last: Ctrl-C may come while tqdm builds the bar
-            super().close()
-
-    @classmethod
-    def write(cls, s, file=None, end="\n", nolock=False):
-        super().write(s, file, end, nolock)
-        (file or sys.stdout).flush()
-
-
-class Lasting:
-    """A stream that outlives its reader: after Ctrl-C, `| tee` ends before the run has saved."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, act, *what) -> None:
-        try:
-            act(*what)
-        except OSError:  # nobody reads, or its disk is full: what the run saves matters more
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-
-
-class Stop:
-    """Ctrl-C and SIGTERM end the process, with status 130 and 143; nothing that is saved is lost.
-
-    Within a training loop they wait until the step is finished and saved; a second one does not.
+    Norms and biases stay float32, as in training.
     """
-
-    def __init__(self):
-        self.signal, self.in_loop = None, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, _frame) -> None:
-        if self.signal is not None or not self.in_loop:
-            self.leave(number)
-        self.signal = number
-        print("\nstopping after this step (again: at once)", file=sys.stderr)
-
-    def leave(self, number) -> None:
-        print("\nstopped; the same command resumes from what is saved", file=sys.stderr)
-        sys.exit(128 + number)
-
-
-def presets_of(options: type) -> dict[str, dict]:
-    """{preset: {field: value}}, gathered from the `presets` of the class and those it extends."""
-    found: dict[str, dict] = {}
-    for kind in reversed(options.__mro__):
-        for name, values in vars(kind).get("presets", {}).items():
-            found.setdefault(name, {}).update(values)
-    return found
-
-
-def parse_options(options: type, description: str, arguments: list[str] | None = None):
-    """(options, debug): a dataclass as flags; the comment beside a field is the flag's help.
-
-    Where there are `presets`, the values of the one that is asked for, or of the one that
-    `choose_preset` finds for the model, take the place of the defaults.
-    """
-    classes = [c for c in options.__mro__[::-1] if dataclasses.is_dataclass(c)]
-    source = "".join(map(inspect.getsource, classes))
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        None, "%(prog)s [options]", description, formatter_class=layout
-    )
-    groups = {}  # one for each chapter that brings options
-    for kind in classes:
-        title = f"options of {Path(inspect.getsourcefile(kind)).name}"
-        groups |= {name: title for name in kind.__annotations__ if name not in groups}
-    shown = {title: parser.add_argument_group(title) for title in dict.fromkeys(groups.values())}
-    for name, kind in typing.get_type_hints(options).items():
-        default, inner = getattr(options, name), typing.get_args(kind)
-        if typing.get_origin(kind) is typing.Literal:
-            how = {"choices": inner}
-        elif kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": inner[0] if inner else kind}  # X of "X | None"
-        text = f"{comments[name]} (default: {default})".replace("%", "%%")
-        flag = "--" + name.replace("_", "-")
-        shown[groups[name]].add_argument(flag, default=default, help=text, **how)
-    parser.error = lambda text: parser.exit(2, f"error: {text} (--help lists the options)\n")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parsed = vars(parser.parse_args(arguments))
-    if "preset" in parsed:
-        if parsed["preset"] == "auto":
-            try:
-                parsed["preset"] = options.choose_preset(parsed["model"])
-            except (ValueError, OSError) as error:
-                parser.exit(2, f"error: {error}\n")
-        preset = parsed["preset"]
-        parser.set_defaults(**presets_of(options).get(preset, {}))
-        # Once more, over the preset's defaults: a flag that was given wins.
-        parsed = vars(parser.parse_args(arguments)) | {"preset": preset}
-    debug = parsed.pop("debug")
-    return options(**parsed), debug
-
-
-ABOVE_0 = math.ulp(0.0)  # in `bounds`: any number above 0
-
-
-def check_bounds(o) -> None:
-    """ValueError for an option below what its class says in `bounds`, {least value: names}.
-
-    No value may reach 2^62: torch takes seeds below 2^64, and small numbers are added to them.
-    """
-    for kind in type(o).__mro__:
-        for least, names in vars(kind).get("bounds", {}).items():
-            for name in names.split():
-                value = getattr(o, name)
-                if value is None or least <= value < 2**62:
-                    continue
-                wanted = "above 0" if least == ABOVE_0 else f"at least {least}"
-                if value >= 2**62:
-                    wanted = "below 2^62"
-                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory, or the machine's, was too small."""
-    known = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # MPS, CPU, cuBLAS
-    said = isinstance(error, RuntimeError) and any(text in str(error) for text in known)
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def advice_on_memory(options: type) -> str:
-    """Which of a command's flags make it need less memory, without changing what it computes."""
-    flags = {
-        "checkpointing": "take --checkpointing",
-        "tokens_per_micro_batch": "lower --tokens-per-micro-batch",
-        "batch_size": "lower --batch-size",
-    }
-    known = [text for name, text in flags.items() if hasattr(options, name)]
-    return "out of memory: " + (" or ".join(known) or "take a smaller model")
-
-
-def in_one_line(error: Exception) -> str:
-    """What is printed of an error: its text, or for a file the name and the system's words."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror}"  # without the number in front
-    return "error: " + printable(text)
-
-
-def command(main, options: type, description: str) -> None:
-    """Runs main(options); a mistake in what it was given is one line and exit status 2."""
-    for name in ("stdout", "stderr"):  # a scheduler may have started it without them
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
-    # Data may hold what a terminal cannot show; and a log is read while it grows.
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    chosen, debug = parse_options(options, description)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
-    try:
-        check_bounds(chosen)
-        main(chosen)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        full = is_out_of_memory(error)
-        if debug or not (full or isinstance(error, ValueError | OSError)):
-            raise
-        print(
-            f"error: {advice_on_memory(options)}" if full else in_one_line(error), file=sys.stderr
-        )
-        sys.exit(2)
-    if dist.is_torchelastic_launched():
-        # A thread of gloo may drop a Python object late. If the interpreter is shutting down by
-        # then, the process aborts, though all its work is done; so leave without a shutdown.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    for parameter in decoder.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.to(dtype)
+    return multiply_in(decoder, dtype).requires_grad_(False)
 
 
 @dataclass
 class Options:
-    bounds = {0: "temperature seed", 1: "group_size max_new_tokens"}  # noqa: RUF012
-    model: str = beside("toy/policy")  # checkpoint directory of the language model
-    prompt: str = "Hello."  # what the user says
-    group_size: int = 1  # completions to sample
-    max_new_tokens: int = 256  # longest completion, in tokens
-    temperature: float = 0.7  # 0 is greedy
-    seed: int = 0  # of the sampling noise
-    device: str = "auto"  # auto, cuda, mps or cpu
-    precision: Precision = "auto"  # of matrix products; auto: bfloat16 on CUDA
+    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the language model")
+    prompt: str = option("Hello.", "what the user says")
+    group_size: int = option(1, "completions to sample", 1)
+    max_new_tokens: int = option(256, "longest completion, in tokens", 1)
+    temperature: float = option(0.7, "0 is greedy", 0)
+    seed: int = option(0, "of the sampling noise", 0)
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
 
 
 def main(o: Options) -> None:
     decoder, tokenizer = load_policy(o)
+    prompt = tokenizer.chat([{"role": "user", "content": o.prompt}])
+    sampled = dict(group_size=o.group_size, max_new_tokens=o.max_new_tokens, seed=o.seed)
     groups = generate(
-        decoder,
-        [tokenizer.chat([{"role": "user", "content": o.prompt}])],
-        group_size=o.group_size,
-        max_new_tokens=o.max_new_tokens,
-        temperature=o.temperature,
-        eos_ids=tokenizer.eos_ids,
-        seed=o.seed,
+        decoder, [prompt], temperature=o.temperature, eos_ids=tokenizer.eos_ids, **sampled
     )
     for completion in groups[0]:
         print(printable(tokenizer.opening + tokenizer.decode(completion.tokens)))

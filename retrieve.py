@@ -2,15 +2,12 @@
 
 A LaMP record asks for one text (a headline, a title, a tweet) and comes with the user's profile:
 what the same user wrote before. Personalized RAG (retrieval-augmented generation) ranks the profile
-by the query and puts the best k items before the question. This file goes all the way, from LaMP's
-JSON to the token ids of the prompt:
+by the query and puts the best k items before the question. This is a prompt of the toy, the items
+shortened; after the last line the policy begins to write, <think> first:
 
-  load_lamp        {split}_questions.json and {split}_outputs.json  ->  Example
-  retrieve         none | random | recency | bm25 | dense           ->  the best k profile items
-  build_messages   items + instruction + query in a token budget    ->  chat messages
-  make_prompts     all of this for many examples                    ->  token ids
-
-BM25 is Okapi, as rank_bm25 computes it and as the authors used it: whitespace tokens, case kept,
+PROMPT_EXAMPLE
+The paper gives these parts and their order; the wording is ours. BM25 is Okapi, as rank_bm25
+computes it and as the authors used it: whitespace tokens, case kept,
 
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
@@ -25,15 +22,15 @@ import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-import prlm  # before torch, so that Ctrl-C ends its long import without a traceback
-from prlm import Encoder, Precision, Progress, Ragged, Tokenizer, beside, read_json
-
-# isort: split
 import numpy as np
 import torch
+
+import prlm
+from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
 
 # ---- Tasks and records -----------------------------------------------------------------------
 
@@ -82,7 +79,7 @@ TASKS = {
 }
 TaskName = Literal[tuple(TASKS)]
 Split = Literal["train", "dev", "test"]
-Retriever = Literal["none", "random", "recency", "bm25", "dense"]
+Retriever = Literal["none", "random", "recency", "bm25", "lucene", "dense"]
 
 
 def task_of(name: str) -> Task:
@@ -103,109 +100,7 @@ class Example:
     target: str | None
 
 
-def load_lamp(directory, task: str, split: str) -> list[Example]:
-    """The records of a split ("train" | "dev" | "test"), in file order.
-
-    `directory` is the task's folder or its parent (LaMP_4, or LaMP_4_time as the authors name
-    it); the files are in it or in a folder named after the split. Outputs are joined by id; only
-    the test split may lack them. ValueError names the file and the record.
-    """
-    task_of(task)  # ValueError for an unknown one
-    path = _find(Path(directory), task, split)
-    targets = _load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
-    examples = [_example(r, n, task, path) for n, r in enumerate(read_json(path, list))]
-    ids = Counter(e.id for e in examples)
-    for id, count in ids.most_common(1):  # none, where there are no records
-        if count > 1:
-            raise ValueError(f"{path}: record id {id!r} occurs {count} times")
-    if targets is None:
-        return examples
-    odd = sorted(ids.keys() ^ targets.keys())
-    if odd:
-        where = "has no output" if odd[0] in ids else "has an output but no question"
-        raise ValueError(f"{path}: record {odd[0]!r} {where} ({len(odd)} such records)")
-    return [replace(example, target=targets[example.id]) for example in examples]
-
-
-def load_examples(o, split: str, limit: int = 0) -> list[Example]:
-    """The first `limit` records, 0 for all, of the split that the options name; at least one."""
-    examples = load_lamp(o.data, o.task, split)[: limit or None]
-    if not examples:
-        raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
-    return examples
-
-
-def _find(directory: Path, task: str, split: str) -> Path:
-    if split not in get_args(Split):
-        raise ValueError(f"split {split!r} is none of train, dev, test")
-    name = f"{split}_questions.json"
-    folder = task.replace("-", "_")
-    parents = [directory, directory / folder, directory / f"{folder}_time"]
-    for path in (p / sub / name for p in parents for sub in (split, "")):
-        if path.is_file():
-            return path
-    where = f"in it, in {folder}/, in {folder}_time/, or in {split}/ in any of them"
-    raise FileNotFoundError(f"{directory}: no {name} {where}")
-
-
-def lamp_files(directory, task: str, *splits: str) -> list[Path]:
-    """The files that `load_lamp` reads of these splits."""
-    found = [_find(Path(directory), task, split) for split in splits]
-    outputs = [p.with_name(p.name.replace("questions", "outputs")) for p in found]
-    return [path for path in (*found, *outputs) if path.is_file()]
-
-
-def _load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
-    if not path.is_file():
-        if split == "test":  # LaMP withholds them
-            return None
-        raise FileNotFoundError(f"{path}: no such file, and only the test split may lack outputs")
-    content = read_json(path)
-    if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
-        raise ValueError(f"{path}: it holds {content['task']}, not {task}")
-    golds = content.get("golds")
-    if not isinstance(golds, list):
-        raise ValueError(f"{path}: no list of golds")
-    targets = {}
-    for number, gold in enumerate(golds):
-        gold = gold if isinstance(gold, dict) else {}
-        if type(gold.get("id")) not in (str, int) or not isinstance(gold.get("output"), str):
-            raise ValueError(f"{path}: gold {number} needs an id and an output (a string)")
-        if str(gold["id"]) in targets:
-            raise ValueError(f"{path}: id {gold['id']!r} has two outputs")
-        targets[str(gold["id"])] = gold["output"]
-    return targets
-
-
-def _example(record, number: int, task: str, path: Path) -> Example:
-    kind = TASKS[task]
-    if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
-        raise ValueError(f"{path}: record {number} has no id")
-    where = f"{path}: record {record['id']!r}"
-    text = record.get("input")
-    profile = record.get("profile")
-    if not isinstance(text, str) or not isinstance(profile, list):
-        raise ValueError(f"{where} needs an input (a string) and a profile (a list)")
-    for name, other in TASKS.items():
-        if name != task and text.startswith(other.prefix):
-            raise ValueError(f"{where} belongs to {name}, not to {task}")
-    for position, item in enumerate(profile):
-        item = item if isinstance(item, dict) else {}
-        if not all(isinstance(item.get(key), str) for key in kind.fields):
-            names = " and ".join(kind.fields)
-            raise ValueError(f"{where}: profile item {position} needs {names} (strings)")
-    user = record.get("user_id")
-    return Example(
-        id=str(record["id"]),
-        user_id=str(record["id"] if user is None else user),
-        task=task,
-        query=text.removeprefix(kind.prefix),
-        profile=profile,
-        target=None,
-    )
-
-
-# ---- Retrieval -------------------------------------------------------------------------------
+# ---- Retrieval (the paper's retrieval section) -----------------------------------------------
 
 
 class BM25:
@@ -256,55 +151,6 @@ class BM25:
         return scores
 
 
-class Dense:
-    """Ranks by the cosine of BERT embeddings; the profiles asked for last are kept embedded.
-
-    `pooling` "mean" averages the hidden states of the real tokens (the authors' choice), "cls"
-    takes the first one (as bge models were trained). `query_prefix` is the instruction that some
-    models expect before a query.
-    """
-
-    most = 1000  # profiles to keep: 300 items of 768 numbers each would be 1 GB
-
-    def __init__(self, encoder: Encoder, pooling="mean", query_prefix="", batch_size=32):
-        if pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling {pooling!r} is neither mean nor cls")
-        if encoder.tokenizer is None:
-            raise ValueError("the encoder's directory has no tokenizer.json")
-        self.encoder = encoder
-        self.pooling = pooling
-        self.query_prefix = query_prefix
-        self.batch_size = batch_size
-        self.profiles = {}  # the texts of a profile -> their vectors, the oldest first
-
-    @torch.no_grad()
-    def embed(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors [N, H], batched by length."""
-        limit = min(512, self.encoder.max_length)
-        device = self.encoder.norm.weight.device
-        rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
-        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            ids = Ragged([rows[n] for n in batch], device)
-            hidden = self.encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
-            mean = (hidden * ids.mask[..., None]).sum(1) / ids.lengths.clamp(min=1)[:, None]
-            pooled = mean if self.pooling == "mean" else hidden[:, 0]
-            vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
-        return vectors
-
-    def scores(self, query: str, texts: list[str]) -> np.ndarray:
-        """Cosine similarity of the query to each text [N]."""
-        key = tuple(texts)  # by text: LaMP's item ids are not unique across records
-        vectors = self.profiles.pop(key, None)
-        vectors = self.embed(texts) if vectors is None else vectors
-        self.profiles[key] = vectors  # as the newest
-        if len(self.profiles) > self.most:
-            del self.profiles[next(iter(self.profiles))]
-        return vectors @ self.embed([self.query_prefix + query])[0]
-
-
 def show(item: dict, task: str) -> str:
     """A profile item as the corpus and the prompt show it.
 
@@ -315,29 +161,15 @@ def show(item: dict, task: str) -> str:
     return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in fields)
 
 
-def parse_date(item: dict, example: Example) -> tuple[int, ...]:
-    """(2016, 3, 14) of "2016-03-14", with or without a time; (2014,) of a year."""
-    date = item.get("date")
-    found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(date))
-    if not found:
-        where = f"record {example.id!r}, profile item {item.get('id')!r}: the date is {date!r}"
-        raise ValueError(f"{where}; recency needs dates like 2016-03-14, as LaMP's time split has")
-    return tuple(map(int, found[0].split("-")))
-
-
 def retrieve(
-    example: Example, k: int, retriever: str = "bm25", seed: int = 0,
-    dense: Dense | None = None, idf: str = "okapi", lowercase: bool = False,
-) -> list[dict]:  # fmt: skip
+    example: Example, k: int, retriever: str = "bm25", seed: int = 0, dense: "Dense | None" = None
+) -> list[dict]:
     """The best k items of the user's own profile, best first; fewer if the profile is shorter.
 
-    Items that tie, at 0 too, keep the profile's order. Recency puts the newest first; random is
-    the same draw for the same seed and record. BM25 splits texts at whitespace, case kept;
-    `lowercase` takes ROUGE's words instead, the runs of [a-z0-9] in the lowercased text.
-
-    Returns the profile's own dictionaries. BM25 and dense rank the texts of `show`, recency the
-    dates of `parse_date`; a random choice is also in random order. `dense.scores` is asked once,
-    with the stripped query. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
+    Items that tie, at 0 too, keep the profile's order. BM25, with Okapi's idf or "lucene"'s, splits
+    the items' texts (`show`) at whitespace, case kept; dense ranks the same texts by `dense.scores`;
+    recency puts the newest first; random is the same draw for the same seed and record. Returns the
+    profile's own dictionaries. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -351,17 +183,16 @@ def retrieve(
     if retriever == "recency":
         dates = [parse_date(item, example) for item in profile]
         order = sorted(range(len(profile)), key=lambda n: dates[n], reverse=True)  # stable
-    else:
-        texts = [show(item, example.task) for item in profile]
-        if retriever == "bm25":
-            words = (lambda text: re.findall("[a-z0-9]+", text.lower())) if lowercase else str.split
-            scores = BM25([words(t) for t in texts], idf=idf).scores(words(example.query))
-        elif dense is None:
+        return [profile[n] for n in order[:k]]
+    texts = [show(item, example.task) for item in profile]
+    if retriever == "dense":
+        if dense is None:
             raise ValueError("the dense retriever needs an encoder: --encoder DIRECTORY")
-        else:
-            scores = dense.scores(example.query.strip(), texts)
-        order = np.argsort(-scores, kind="stable")
-    return [profile[n] for n in order[:k]]
+        scores = dense.scores(example.query.strip(), texts)
+    else:
+        idf = "okapi" if retriever == "bm25" else "lucene"
+        scores = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
+    return [profile[n] for n in np.argsort(-scores, kind="stable")[:k]]
 
 
 # ---- The personalized prompt -----------------------------------------------------------------
@@ -382,22 +213,23 @@ def instruction(task: str, personal: bool) -> str:
     start = WITH_PROFILE + kind.request
     if not personal:
         start = kind.request[0].upper() + kind.request[1:]
-    form = ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
-    return start + form
-
-
-def answer_block(task: str, answer: str) -> str:
-    """An answer in the form that the prompt asks for; line breaks in it become blanks, since
-    `extract_answer` reads one line.
-    """
-    answer = re.sub(r"\s*\n\s*", " ", answer)
-    return f"<answer>\n{{'{task_of(task).answer}': '{answer}'}}\n</answer>"
+    return start + ANSWER_FORMAT.format(answer=kind.answer, placeholder=kind.placeholder)
 
 
 def question(task: str, query: str) -> str:
     """The query in the form of an item, up to where the answer would be: 'text': '…' 'title':"""
     first, *rest = TASKS[task].fields.values()
     return f"'{first}': '{query.strip()}'" + "".join(f" '{name}':" for name in rest)
+
+
+def answer_block(task: str) -> str:
+    """The form of an answer that the prompt asks for, with {} for its text."""
+    return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
+
+
+def one_line(answer: str) -> str:
+    """The answer without line breaks, since `extract_answer` reads one line."""
+    return re.sub(r"\s*\n\s*", " ", answer.strip())
 
 
 def build_messages(
@@ -408,168 +240,249 @@ def build_messages(
 
     The user message has one item per line, as `show` gives it, then `instruction`, then `question`.
     With a tokenizer and a budget, `tokenizer.chat` of the messages has at most `max_prompt_tokens`
-    ids; a prompt that fits is left as it is. Otherwise the query has priority: it is cut only if it
-    is too long without any item. The items share the rest evenly, and what a short one leaves goes
-    to those after it. `_cut_item` shortens a long one; one that loses all of itself is left out.
-    Without items the prompt does not speak of profiles. ValueError names the budget and what the
-    bare instruction takes, if that is more.
-
-    To share evenly, each item in turn may take what is left, line break included, divided by the
-    number of items left, itself included. No text is cut more than its share asks for, but for a
-    few tokens, since where two pieces meet, tokens can merge or split. A text may have 100,000
-    words, so a cut takes off all that is too much at once, not token by token.
+    ids. One rule: every field, of the items and of the query, is cut to the same number of tokens,
+    the largest that fits. So a short title stays whole beside a long text, and what one field
+    leaves unused goes to the others. With 0 there are no items, and no word of profiles. ValueError
+    if even the bare instruction is too long.
     """
+    fields = TASKS[example.task].fields
 
-    def messages(shown: list[str], query: str) -> list[dict]:
-        request = instruction(example.task, bool(shown))
-        user = "\n".join([*shown, request, question(example.task, query)])
-        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+    def messages(most: int | None) -> list[dict]:
+        def cut(text: str) -> str:
+            return text.strip() if most is None else tokenizer.cut(text.strip(), most)
 
-    full = messages([show(item, example.task) for item in items], example.query)
-    if tokenizer is None or max_prompt_tokens is None:
-        return full
+        shown = [] if most == 0 else items
+        lines = [show({key: cut(item[key]) for key in fields}, example.task) for item in shown]
+        lines += [
+            instruction(example.task, bool(shown)),
+            question(example.task, cut(example.query)),
+        ]
+        user = {"role": "user", "content": "\n".join(lines)}
+        return [{"role": "system", "content": SYSTEM}, user]
 
-    def excess(chat: list[dict]) -> int:
-        return len(tokenizer.chat(chat)) - max_prompt_tokens
+    def length(most: int | None) -> int:
+        return len(tokenizer.chat(messages(most)))
 
-    if excess(full) <= 0:
-        return full
-    bare = excess(messages([], ""))
-    if bare > 0:
-        need = f"the bare instruction takes {max_prompt_tokens + bare}"
+    if tokenizer is None or max_prompt_tokens is None or length(None) <= max_prompt_tokens:
+        return messages(None)
+    if length(0) > max_prompt_tokens:
+        need = f"the bare instruction takes {length(0)}"
         raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, but {need}: raise it")
-    # Where two pieces meet, tokens can merge or split, so a cut is checked on the whole prompt.
-    query = example.query
-    room = -bare
-    while excess(messages([], query)) > 0:
-        query = tokenizer.cut(example.query.strip(), room)
-        room -= 1
-    room = -excess(messages([], query))  # for the items
-    while True:
-        cut = []
-        left = room
-        for n, item in enumerate(items):
-            text = _cut_item(item, example.task, tokenizer, left // (len(items) - n) - 1)
-            left -= len(tokenizer.encode(text)) + 1 if text else 0  # 1 for the line break
-            cut.append(text)
-        chat = messages([text for text in cut if text], query)
-        if excess(chat) <= 0:
-            return chat
-        room -= excess(chat)
+    low, high = 0, max_prompt_tokens  # `low` fits, and nothing above `high` does
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if length(middle) <= max_prompt_tokens else (low, middle - 1)
+    return messages(low)
 
 
-def _cut_item(item: dict, task: str, tokenizer: Tokenizer, room: int) -> str:
-    """The item in at most `room` tokens: first its text is cut, then its title, then all of it."""
-    item = {key: item[key].strip() for key in TASKS[task].fields}
-    for key in item:
-        while (excess := len(tokenizer.encode(show(item, task))) - room) > 0 and item[key]:
-            item[key] = tokenizer.cut(item[key], len(tokenizer.encode(item[key])) - excess)
-    return show(item, task) if excess <= 0 else ""
-
-
-# ---- The command ----------------------------------------------------------------------------
-
-
-@dataclass
-class PromptOptions:
-    presets = {  # noqa: RUF012  what differs from the defaults, which are the toy's
-        "toy": {},
-        "small": {"k": 3, "max_prompt_tokens": 288, "encoder": None},
-        "paper": {"k": 5, "encoder": None},
-    }
-    free = {"device"}  # noqa: RUF012  may change: greedy results stay the same up to rounding
-    bounds = {0: "k seed", 1: "max_prompt_tokens"}  # noqa: RUF012  {least value: names}
-    model: str = beside("toy/policy")  # checkpoint directory of the policy
-    data: str = beside("toy/lamp")  # directory with LaMP's files
-    task: TaskName = "LaMP-4"  # an entry of TASKS in retrieve.py
-    preset: Literal["auto", "toy", "small", "paper"] = "auto"  # other defaults, by the model
-    retriever: Retriever = "bm25"  # how profile items are ranked
-    k: int = 4  # profile items in the prompt
-    lowercase: bool = False  # BM25 on lowercased [a-z0-9]+ words, not on whitespace-separated ones
-    idf: Literal["okapi", "lucene"] = "okapi"  # BM25's word weight
-    encoder: str | None = beside("toy/encoder")  # BERT checkpoint for dense retrieval and judge
-    pooling: Literal["mean", "cls"] = "mean"  # how the dense retriever sums up a text
-    query_prefix: str = ""  # what the dense retriever puts before a query (bge models expect it)
-    max_prompt_tokens: int = 512  # longest prompt; where it would be longer, items are cut
-    reasoning: bool = True  # without it the prompt closes the reasoning: answer at once
-    seed: int = 0  # of everything random
-    device: str = "auto"  # auto, cuda, mps or cpu
-    precision: Precision = "auto"  # of the policy's matrix products; auto: bfloat16 on CUDA
-
-    @staticmethod
-    def choose_preset(model: str) -> str:
-        """The preset of --preset auto, by the model's config.json.
-
-        "toy" for the shipped policy and what was trained from it, "small" below a hidden size of
-        1,024 (about half a billion parameters), "paper" from there on.
-        """
-        shape = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-        toy, own = {}, {}  # no config.json: both stay empty, so "toy"; loading then fails
-        if (Path(model) / "config.json").is_file():
-            own = read_json(Path(model) / "config.json")
-            toy = read_json(beside("toy/policy/config.json"))
-        if all(own.get(key) == toy.get(key) for key in shape):
-            return "toy"
-        size = own.get("hidden_size")
-        return "small" if isinstance(size, int) and size < 1024 else "paper"
-
-
-def encoder_of(o: PromptOptions) -> str:
-    """The BERT checkpoint that the options name; ValueError if they name none."""
-    if o.encoder is None:
-        what = "the dense retriever and the BERT judge need"
-        raise ValueError(f"{what} --encoder DIRECTORY, a BERT checkpoint (the toy's fits the toy)")
-    return o.encoder
-
-
-def make_ranker(o: PromptOptions):
-    """rank(example, k) with the retriever that the options ask for."""
-    dense = None
-    if o.retriever == "dense":
-        encoder = prlm.load_encoder(encoder_of(o), prlm.pick_device(o.device))
-        dense = Dense(encoder, pooling=o.pooling, query_prefix=o.query_prefix)
-    how = dict(seed=o.seed, dense=dense, idf=o.idf, lowercase=o.lowercase)
-    return lambda example, k: retrieve(example, k, o.retriever, **how)
-
-
-def assistant_start(o: PromptOptions, tokenizer: Tokenizer) -> str:
-    """How a prompt begins the assistant's turn; `chat` itself brings `tokenizer.opening`."""
-    return tokenizer.opening if o.reasoning else CLOSED
-
-
-def make_prompts(o: PromptOptions, tokenizer: Tokenizer, examples, rank=None) -> list[list[int]]:
-    """The token ids of each example's personalized prompt; `rank` is make_ranker(o), if at hand."""
-    rank = rank or make_ranker(o)
-    said = tokenizer.encode(assistant_start(o, tokenizer).removeprefix(tokenizer.opening))
+def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
+    """The token ids of each example's personalized prompt, with `k` items (default o.k)."""
+    rank = make_ranker(o)
+    said = [] if o.reasoning else tokenizer.fill(CLOSED.removeprefix(tokenizer.opening))
     budget = o.max_prompt_tokens - len(said)
     prompts = []
-    for example in Progress(examples, "prompts", delay=1):
-        messages = build_messages(example, rank(example, o.k), tokenizer, budget)
+    for example in prlm.progress(examples, "prompts", delay=1):
+        items = rank(example, o.k if k is None else k)
+        messages = build_messages(example, items, tokenizer, budget)
         prompts.append(tokenizer.chat(messages) + said)
     return prompts
 
 
+def assistant_start(o: "PromptOptions", tokenizer: Tokenizer) -> str:
+    """What a prompt has said for the assistant already: it belongs to the completion's text."""
+    return tokenizer.opening if o.reasoning else CLOSED
+
+
+# ==== Below: not the method =====================================================================
+
+
+def load_lamp(directory, task: str, split: str) -> list[Example]:
+    """The records of a split ("train" | "dev" | "test"), in file order.
+
+    `directory` is the task's folder or its parent (LaMP_4, or LaMP_4_time as the authors name it);
+    the files are in it or in a folder named after the split. Outputs are joined by id; only the
+    test split may lack them. ValueError names the file and the record.
+    """
+    task_of(task)  # ValueError for an unknown one
+    path = find_questions(Path(directory), task, split)
+    targets = load_outputs(path.with_name(f"{split}_outputs.json"), task, split)
+    records = enumerate(prlm.read_json(path, list))
+    examples = [check_record(record, n, task, path) for n, record in records]
+    ids = Counter(example.id for example in examples)
+    if repeated := [id for id, count in ids.items() if count > 1]:
+        raise ValueError(f"{path}: several records have the id {repeated[0]!r}")
+    if targets is None:
+        return examples
+    if odd := sorted(ids.keys() ^ targets.keys()):
+        where = "has no output" if odd[0] in ids else "has an output but no question"
+        raise ValueError(f"{path}: record {odd[0]!r} {where} ({len(odd)} such records)")
+    return [replace(example, target=targets[example.id]) for example in examples]
+
+
+def find_questions(directory: Path, task: str, split: str) -> Path:
+    if split not in get_args(Split):
+        raise ValueError(f"split {split!r} is none of train, dev, test")
+    name, folder = f"{split}_questions.json", task.replace("-", "_")
+    parents = [directory, directory / folder, directory / f"{folder}_time"]
+    for path in (parent / sub / name for parent in parents for sub in (split, "")):
+        if path.is_file():
+            return path
+    where = f"in it, in {folder}/, in {folder}_time/, or in {split}/ in any of them"
+    raise FileNotFoundError(f"{directory}: no {name} {where}")
+
+
+def load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
+    """{record id: the text that the user wrote}; None where the test split withholds them."""
+    if not path.is_file():
+        if split == "test":
+            return None
+        raise FileNotFoundError(f"{path}: no such file, and only the test split may lack outputs")
+    content = prlm.read_json(path)
+    if str(content.get("task", task)).replace("_", "-") != task:
+        raise ValueError(f"{path}: it holds {content['task']}, not {task}")
+    golds = content.get("golds")
+    if not isinstance(golds, list):
+        raise ValueError(f"{path}: no list of golds")
+    targets = {}
+    for number, gold in enumerate(golds):
+        gold = gold if isinstance(gold, dict) else {}
+        if type(gold.get("id")) not in (str, int) or not isinstance(gold.get("output"), str):
+            raise ValueError(f"{path}: gold {number} needs an id and an output (a string)")
+        if str(gold["id"]) in targets:
+            raise ValueError(f"{path}: id {gold['id']!r} has two outputs")
+        targets[str(gold["id"])] = gold["output"]
+    return targets
+
+
+def check_record(record, number: int, task: str, path: Path) -> Example:
+    """The record as an Example without a target; ValueError says what it lacks."""
+    if not isinstance(record, dict) or type(record.get("id")) not in (str, int):
+        raise ValueError(f"{path}: record {number} has no id")
+    kind, where = TASKS[task], f"{path}: record {record['id']!r}"
+    text, profile = record.get("input"), record.get("profile")
+    if not isinstance(text, str) or not isinstance(profile, list):
+        raise ValueError(f"{where} needs an input (a string) and a profile (a list)")
+    for name, other in TASKS.items():
+        if name != task and text.startswith(other.prefix):
+            raise ValueError(f"{where} belongs to {name}, not to {task}")
+    for position, item in enumerate(profile):
+        item = item if isinstance(item, dict) else {}
+        if not all(isinstance(item.get(key), str) for key in kind.fields):
+            names = " and ".join(kind.fields)
+            raise ValueError(f"{where}: profile item {position} needs {names} (strings)")
+    user = record.get("user_id", record["id"])
+    query = text.removeprefix(kind.prefix)
+    return Example(str(record["id"]), str(user), task, query, profile, None)
+
+
+def load_examples(o, split: str) -> list[Example]:
+    """The records of a split that the options name, at least one; --limit takes the first ones."""
+    examples = load_lamp(o.data, o.task, split)[: o.limit or None]
+    if not examples:
+        raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
+    if not any(re.search("[a-z0-9]", (e.target or "x").lower()) for e in examples):
+        print("warning: ROUGE counts words of a-z and 0-9, and no target has any: all scores are 0")
+    return examples
+
+
+def parse_date(item: dict, example: Example) -> tuple[int, ...]:
+    """(2016, 3, 14) of "2016-03-14", with or without a time; (2014,) of a year."""
+    found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(item.get("date")))
+    if not found:
+        where = f"{example.task}, record {example.id!r}: a profile item has the date"
+        raise ValueError(f"{where} {item.get('date')!r}; recency needs dates like 2016-03-14")
+    return tuple(map(int, found[0].split("-")))
+
+
+class Dense:
+    """Ranks by the cosine of BERT embeddings; the profiles asked for last are kept embedded.
+
+    `pooling` "mean" averages the hidden states of the real tokens (the authors' choice), "cls"
+    takes the first one (as bge models were trained). `query_prefix` is the instruction that some
+    models expect before a query.
+    """
+
+    def __init__(self, encoder: Encoder, pooling="mean", query_prefix=""):
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling {pooling!r} is neither mean nor cls")
+        if encoder.tokenizer is None:
+            raise ValueError("the encoder's directory has no tokenizer.json")
+        self.encoder, self.pooling, self.query_prefix = encoder, pooling, query_prefix
+        # By text, since LaMP's item ids are not unique; 300 items of 768 numbers, each, are 1 GB.
+        self.embed_profile = lru_cache(1000)(self.embed)
+
+    @torch.no_grad()
+    def embed(self, texts: tuple[str, ...]) -> np.ndarray:
+        """Unit vectors [N, H], batched by length."""
+        limit = min(512, self.encoder.max_length)
+        device = self.encoder.embeddings.LayerNorm.weight.device
+        rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+        vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
+        for batch in (order[start : start + 32] for start in range(0, len(order), 32)):
+            ids = Ragged([rows[n] for n in batch], device)
+            hidden = self.encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
+            mean = (hidden * ids.mask[..., None]).sum(1) / ids.lengths.clamp(min=1)[:, None]
+            pooled = mean if self.pooling == "mean" else hidden[:, 0]
+            vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
+        return vectors
+
+    def scores(self, query: str, texts: list[str]) -> np.ndarray:
+        """Cosine similarity of the query to each text [N]."""
+        return self.embed_profile(tuple(texts)) @ self.embed((self.query_prefix + query,))[0]
+
+
+@cache
+def load_dense(directory: str | None, device: str) -> Dense:
+    if directory is None:
+        raise ValueError("the dense retriever needs --encoder DIRECTORY, a BERT checkpoint")
+    return Dense(prlm.load_encoder(directory, device))
+
+
+def make_ranker(o: "PromptOptions"):
+    """rank(example, k) with the retriever that the options ask for."""
+    dense = None
+    if o.retriever == "dense":
+        dense = load_dense(o.encoder, prlm.pick_device(o.device))
+    return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense)
+
+
+@dataclass
+class PromptOptions:
+    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the policy")
+    data: str = option(str(SHIPPED / "lamp"), "directory with LaMP's files")
+    task: TaskName = option("LaMP-4", "an entry of TASKS in retrieve.py")
+    preset: Literal["toy", "small", "paper"] = option("toy", "other defaults: PRESETS in prlm.py")
+    limit: int = option(0, "only the first records of each split; 0 takes all", 0)
+    retriever: Retriever = option("bm25", "how profile items are ranked")
+    k: int = option(4, "profile items in the prompt", 0)
+    encoder: str | None = option(str(SHIPPED / "encoder"), "BERT checkpoint: dense, and the judge")
+    max_prompt_tokens: int = option(512, "longest prompt; a longer one has all fields cut", 1)
+    reasoning: bool = option(True, "without it the prompt closes the reasoning: answer at once")
+    seed: int = option(0, "of everything random", 0)
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
+
+
 @dataclass
 class Options(PromptOptions):
-    bounds = {0: "show"}  # noqa: RUF012
-    split: Split = "dev"  # which of LaMP's files
-    show: int = 1  # prompts to print
-    out: str | None = None  # write every record's whole ranking to this file, {id: [item ids]}
+    split: Split = option("dev", "which of LaMP's files")
+    show: int = option(1, "prompts to print", 0)
+    out: str | None = option(None, "file for every record's whole ranking, {id: [item ids]}")
 
 
 def main(o: Options) -> None:
-    examples, rank = load_lamp(o.data, o.task, o.split), make_ranker(o)
-    tokenizer = prlm.load_tokenizer(o.model) if o.show else None
-    for example in examples[: o.show]:
-        (prompt,) = make_prompts(o, tokenizer, [example], rank)
+    examples, rank = load_examples(o, o.split), make_ranker(o)
+    tokenizer = prlm.load_tokenizer(o.model)
+    shown = examples[: o.show]
+    for example, prompt in zip(shown, make_prompts(o, tokenizer, shown), strict=True):
         record = f"record {prlm.printable(example.id)}: {len(prompt)} tokens"
         print(f"--- {record}, target {example.target!r}")
         print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
     if o.out:
-        ranking = {}
-        for example in Progress(examples, f"rank by {o.retriever}"):
-            items = rank(example, len(example.profile))
-            ranking[example.id] = [str(item.get("id", "")) for item in items]
+        ranking = {
+            e.id: [str(item.get("id", "")) for item in rank(e, len(e.profile))] for e in examples
+        }
         prlm.write_json(o.out, ranking)
         print(f"{o.out}: {len(ranking)} ranked profiles")
 
