@@ -35,10 +35,10 @@ import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -50,23 +50,20 @@ from tqdm import tqdm
 
 # ---- The decoder -----------------------------------------------------------------------------
 #
-# A stack of equal layers between an embedding and an output matrix. Modules have Hugging Face's
-# names, so that the state dict is the checkpoint; `parse_config` reads config.json.
+# Modules have Hugging Face's names, so that the state dict is the checkpoint; `c` is config.json.
 
 
-def rope_frequencies(config: SimpleNamespace) -> Tensor:
+def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
-    Without scaling `config.scaling` is empty; llama3's is [factor, low, high, original context].
-    The frequency of a pair that turns (2 pi radians) fewer than `low` times within the original
-    context is divided by `factor`; that of a pair with more than `high` turns is kept; in between
-    the two are blended, linearly in the turns. float32.
+    With llama3's scaling, the frequency of a pair that turns (2 pi radians) fewer than `low` times
+    within the original context is divided by `factor`; that of a pair with more than `high` turns
+    is kept; in between the two are blended, linearly in the turns. float32.
     """
-    # On the CPU even where `load_weights` builds everything else without memory.
-    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
-    frequencies = 1.0 / config.theta**exponents
-    if config.scaling:
-        factor, low, high, context = config.scaling
+    exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
+    frequencies = 1.0 / c.rope["rope_theta"] ** exponents
+    if c.rope["rope_type"] == "llama3":
+        factor, low, high, context = (c.rope[name] for name in LLAMA3_ROPE)
         turns = context * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / factor
@@ -76,9 +73,8 @@ def rope_frequencies(config: SimpleNamespace) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
 
-    `cos` and `sin` [.., D] hold each angle twice, for channel i and for channel i + D/2. `sin`
-    carries the minus sign of the first half, so that rolling by half, which gives (x2, x1), is all
-    that is left to do for each query and key.
+    `cos` and `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half,
+    so that rolling by half, which gives (x2, x1), is all that is left to do.
     """
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
@@ -92,7 +88,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
-        k, v = repeat_heads(q, k, v)
+        # On CUDA, enable_gqa with a mask has only a slow kernel, which stores all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
 
@@ -114,8 +111,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.products or self.weight.dtype
-        x = x.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
         out = F.linear(x, self.weight.to(dtype), bias)
         if self.lora_A is not None:
             change = F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
@@ -135,22 +131,22 @@ class Attention(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden, c.heads * c.head_dim, c.qkv_bias)
-        self.k_proj = Linear(c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.v_proj = Linear(c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = Linear(c.heads * c.head_dim, c.hidden, c.o_bias)
-        if c.qk_norm:  # Qwen3
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
-        self.qk_norm = c.qk_norm
+        self.head_dim, self.qk_norm = c.head_dim, c.model_type == "qwen3"
+        queries, keys = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim)
+        self.q_proj = Linear(c.hidden_size, queries, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, keys, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, keys, c.qkv_bias)
+        self.o_proj = Linear(queries, c.hidden_size, c.o_bias)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -158,9 +154,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.gate_proj = Linear(c.hidden, c.intermediate, c.mlp_bias)
-        self.up_proj = Linear(c.hidden, c.intermediate, c.mlp_bias)
-        self.down_proj = Linear(c.intermediate, c.hidden, c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -171,9 +167,9 @@ class Layer(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden, c.eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
@@ -188,15 +184,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.raw = raw
         self.config = c = parse_config(raw, where)
-        self.vocab_limit = c.vocabulary  # ids from here on are rows without a token: never sampled
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(c.vocabulary, c.hidden),
-                "layers": nn.ModuleList(Layer(c) for _ in range(c.layers)),
-                "norm": RMSNorm(c.hidden, c.eps),
-            }
-        )
-        self.lm_head = None if c.tied else Linear(c.hidden, c.vocabulary, bias=False)
+        self.vocab_limit = c.vocab_size  # ids from here on are rows without a token: never sampled
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -206,25 +200,30 @@ class Decoder(nn.Module):
     @property
     def head(self) -> Tensor:
         """The output matrix [V, H]; a tied model's is its embedding."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight
 
     @property
     def products(self) -> torch.dtype:
         """The precision of matrix products, which `multiply_in` sets."""
         return self.model.layers[0].mlp.up_proj.products or self.head.dtype
 
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """hidden [.., H] times the rows of `head` [V, H], in the precision of products."""
+        return F.linear(hidden.to(self.products), head.to(self.products))
+
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..].
 
         attend(layer, q, k, v) is the attention: it decides which token may look at which. The sum
-        that runs through the layers is float32 even where their products are bfloat16. So is the
-        sampler's, whose weights are a bfloat16 copy, and the two agree.
+        that runs through the layers is float32 even where products are bfloat16: so the sampler,
+        whose weights may be a bfloat16 copy, agrees with the trainer, whose weights are float32.
         """
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         cos = torch.cat([angles.cos(), angles.cos()], -1)  # [.., 1, D]
         sin = torch.cat([-angles.sin(), angles.sin()], -1)
-        x = self.model.embed_tokens(tokens)  # [.., H]
+        x = self.model.embed_tokens(tokens).to(self.products)  # [.., H], as a copy would round it
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for number, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
@@ -232,16 +231,11 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, partial(attend, number))
         return self.model.norm(x)
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """hidden [.., H] times the rows of `head` [V, H], in the precision of products."""
-        return F.linear(hidden.to(self.products), head.to(self.products))
-
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side.
 
         The plain definition, which the tests compare with transformers and with everything faster.
-        At its real tokens a row has the logits that it would have alone, whatever ids the padding
-        holds: padding is not seen and takes no position. Its logits are finite and mean nothing.
+        At its real tokens a row has the logits that it would have alone; the others mean nothing.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = None  # causal
@@ -252,15 +246,11 @@ class Decoder(nn.Module):
             # Padding sees itself: a query that sees nothing would be NaN.
             visible |= torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        positions = positions.expand_as(tokens)
-        x = self.run(tokens, positions, lambda _, q, k, v: attention(q, k, v, visible))
+        x = self.run(tokens, positions.expand_as(tokens), lambda _, *qkv: attention(*qkv, visible))
         return self.logits(x, self.head)
 
 
 # ---- Sampling: the prompt once, its completions many -----------------------------------------
-#
-# `generate` runs the prompts, then computes one token of every completion at a time. What makes it
-# faster still, rows that leave and CUDA graphs, stands below the line "not the method".
 
 
 class Ragged:
@@ -313,12 +303,10 @@ class Cache:
     """
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
-        c, P = decoder.config, prompts.shape[0]
-        self.prompts = prompts
-        self.scale = c.head_dim**-0.5
-        self.shared: list[tuple[Tensor, Tensor]] = []
-        shape = (c.layers, 2, P, c.kv_heads, group_size, max_new_tokens, c.head_dim)
-        device = prompts.tokens.device
+        c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
+        self.prompts, self.shared, self.scale = prompts, [], c.head_dim**-0.5
+        groups = (P, c.num_key_value_heads, group_size)
+        shape = (c.num_hidden_layers, 2, *groups, max_new_tokens, c.head_dim)
         self.own = torch.zeros(shape, dtype=decoder.products, device=device)
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
@@ -415,7 +403,7 @@ def generate(
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     laid = Ragged(prompts, device)
     cache = Cache(decoder, laid, G, max_new_tokens)
-    run_step, pace = make_step(decoder, cache)
+    run_step, pace = make_step(decoder, cache), pace_of(device)
     hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
     hidden = hidden[laid.starts + laid.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
     positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
@@ -430,9 +418,8 @@ def generate(
         done |= torch.isin(ids, eos).view_as(done)
         if step + 1 == max_new_tokens or (step % pace.look == pace.look - 1 and done.all()):
             break
-        if step % pace.look == pace.look - 1 and (stay := unfinished(done, pace.keep)):
-            kept = shrink(cache, *stay)  # the rows that go on
-            done = done.flatten()[kept].view_as(stay[1])
+        if step % pace.look == pace.look - 1 and (stay := leave(cache, done, pace.keep)):
+            kept, done = stay
             ids, positions, writing = ids[kept], positions[kept], writing[kept]
         cache.next_slot(pace.coarse)
         hidden = run_step(ids, positions)
@@ -453,8 +440,8 @@ def check_ids(decoder: Decoder, prompts, completions=()) -> None:
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     for ids in (*prompts, *(ids for group in completions for ids in group)):
-        if ids and not 0 <= min(ids) <= max(ids) < decoder.config.vocabulary:
-            raise ValueError(f"token ids must lie in 0..{decoder.config.vocabulary - 1}")
+        if ids and not 0 <= min(ids) <= max(ids) < decoder.config.vocab_size:
+            raise ValueError(f"token ids must lie in 0..{decoder.config.vocab_size - 1}")
 
 
 # ---- Training: the same tokens once more, with gradient --------------------------------------
@@ -469,16 +456,14 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
 
     The temperature is the sampler's: without it the ratio of the loss would compare two different
     policies. The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
-    ValueError for a temperature below COLDEST, groups of unequal size, more or fewer groups than
-    prompts, and bad ids.
+    ValueError for a temperature below COLDEST, groups of unequal size, and bad ids.
     """
     if not COLDEST <= temperature < math.inf:
         raise ValueError(f"log-probabilities need a temperature above 0, at least {COLDEST}")
     if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
         raise ValueError("each prompt needs one group of completions, and all groups one size")
     check_ids(decoder, prompts, completions)
-    device = decoder.head.device
-    G = len(completions[0]) if completions else 0
+    device, G = decoder.head.device, len(completions[0]) if completions else 0
     rows = [list(ids) for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
     fed = Ragged([ids[:-1] for ids in rows], device)  # the last token predicts nothing
@@ -507,33 +492,29 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
     before = N + fed.starts[target.rows] + target.positions - 1
     x = x.index_select(0, torch.where(target.positions == 0, first, before))
-    logprobs = head_logprobs(decoder, x, target.tokens, temperature)
-    return tuple(
-        grid.unflatten(0, (len(prompts), G)) for grid in (target.grid(logprobs), target.mask)
-    )
+    logprobs = target.grid(head_logprobs(decoder, x, target.tokens, temperature))
+    return logprobs.unflatten(0, (len(prompts), G)), target.mask.unflatten(0, (len(prompts), G))
 
 
 def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(hidden W^T / temperature)[target], [N], some rows of logits at a time.
 
-    The logits of a whole batch would be the largest tensor of all: 8,192 tokens of a vocabulary of
-    152,000 take 5 GB in float32, and backward needs them more than once. So a chunk's logits are
-    computed, used and dropped, and computed again in backward.
+    A whole batch's logits would be the largest tensor of all: for 8,192 tokens and 152,000 words
+    5 GB in float32, and backward needs several. So a chunk's are computed, used, dropped, and
+    computed again in backward.
     """
     limit = decoder.vocab_limit
-    head = decoder.head[:limit]  # cast within the chunk, so that its gradient is summed in float32
 
     def chunk(x: Tensor, ids: Tensor, head: Tensor) -> Tensor:
-        logits = decoder.logits(x, head) / temperature
+        logits = decoder.logits(x, head) / temperature  # cast here: its gradient sums in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
-    rows = max(128, pace_of(hidden.device).logits // limit)
-    pairs = zip(hidden.split(rows), targets.clamp(max=limit - 1).split(rows), strict=True)
+    size, head = max(128, pace_of(hidden.device).logits // limit), decoder.head[:limit]
+    pairs = zip(hidden.split(size), targets.clamp(max=limit - 1).split(size), strict=True)
     run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([run(x, ids, head) for x, ids in pairs]).masked_fill(
-        targets >= limit, -math.inf
-    )
+    logprobs = torch.cat([run(x, ids, head) for x, ids in pairs])
+    return logprobs.masked_fill(targets >= limit, -math.inf)
 
 
 def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -551,24 +532,22 @@ def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
 # ---- LoRA: a few numbers to train beside frozen weights --------------------------------------
 #
 # Instead of W (2,359,296 numbers for 1536 x 1536) an A and a B are trained (49,152 at rank 16), and
-# AdamW keeps moments of these alone. `Linear` computes with them; rl.py decides whether to.
+# AdamW keeps moments of these alone. `Linear` computes with them.
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
-    """Freezes the decoder and gives every matrix of its layers an adapter that can be trained.
+    """Freezes the decoder and gives every matrix of its layers a float32 adapter to train.
 
     A is drawn from torch's own generator, as PEFT draws it; B is 0, so at first nothing changes.
-    The frozen weights stay as they were loaded, in bfloat16 say; the adapters are float32.
     """
-    if not 1 <= rank <= decoder.config.hidden or not alpha > 0:
-        most = f"1 to {decoder.config.hidden}, the rank of the weights"
-        raise ValueError(f"LoRA needs a rank of {most}, and alpha > 0, not {rank} and {alpha}")
+    if not 1 <= rank <= decoder.config.hidden_size or not alpha > 0:
+        raise ValueError(f"LoRA needs 1 <= rank <= {decoder.config.hidden_size} and alpha > 0")
     decoder.requires_grad_(False)
     for module in decoder.model.layers.modules():
         if isinstance(module, Linear):
-            device = module.weight.device
-            module.lora_A = nn.Parameter(torch.empty(rank, module.in_features, device=device))
-            module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=device))
+            how = {"device": module.weight.device, "dtype": torch.float32}
+            module.lora_A = nn.Parameter(torch.empty(rank, module.in_features, **how))
+            module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, **how))
             nn.init.kaiming_uniform_(module.lora_A, math.sqrt(5))
             module.scale = alpha / rank
 
@@ -577,7 +556,7 @@ def without_lora(decoder: Decoder) -> Decoder:
     """A decoder of the same frozen weights, in the same memory, without the adapters."""
     with torch.device("meta"):
         plain = Decoder(decoder.raw)
-    weights = {name: p for name, p in decoder.state_dict().items() if ".lora_" not in name}
+    weights = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     plain.load_state_dict(weights, assign=True)
     plain.vocab_limit = decoder.vocab_limit
     return multiply_in(plain, decoder.products).eval().requires_grad_(False)
@@ -597,43 +576,50 @@ def merged_state(decoder: Decoder) -> dict[str, Tensor]:
 
 
 # ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
-#
-# Bidirectional and post-norm, under Hugging Face's names again. retrieve.py pools its hidden
-# states, reward.py puts a classifier on them.
+
+
+BERT = {"model_type": ["bert"], "hidden_act": ["gelu"], "is_decoder": [False]}
+BERT |= {"position_embedding_type": ["absolute"]}
+BERT_DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
+BERT_DEFAULTS |= {"attention_probs_dropout_prob": 0.1}
+
+
+class Block(nn.ModuleDict):
+    """norm(x + dropout(W y + b)): how both halves of a BERT layer end."""
+
+    def __init__(self, inputs: int, c: SimpleNamespace):
+        norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        super().__init__({"dense": Linear(inputs, c.hidden_size), "LayerNorm": norm})
+        self.rate = c.hidden_dropout_prob
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.LayerNorm(x + F.dropout(self.dense(y), self.rate, self.training))
 
 
 class EncoderLayer(nn.Module):
-    """One post-norm block: x = norm(x + attention(x)), then x = norm(x + mlp(x))."""
+    """One post-norm layer: x = norm(x + attention(x)), then x = norm(x + mlp(x))."""
 
-    def __init__(self, hidden: int, heads: int, inner: int, eps: float, dropout: list[float]):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.heads, self.rates = heads, dropout  # of outputs, of attention weights
-        projections = {name: Linear(hidden, hidden) for name in ("query", "key", "value")}
-
-        def closing(inputs: int) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {"dense": Linear(inputs, hidden), "LayerNorm": nn.LayerNorm(hidden, eps)}
-            )
-
-        self.attention = nn.ModuleDict(
-            {"self": nn.ModuleDict(projections), "output": closing(hidden)}
+        self.heads, self.rate, H = (
+            c.num_attention_heads,
+            c.attention_probs_dropout_prob,
+            c.hidden_size,
         )
-        self.intermediate = nn.ModuleDict({"dense": Linear(hidden, inner)})
-        self.output = closing(inner)
+        qkv = nn.ModuleDict({name: Linear(H, H) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": qkv, "output": Block(H, c)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(H, c.intermediate_size)})
+        self.output = Block(c.intermediate_size, c)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        outputs, weights = self.rates if self.training else (0.0, 0.0)
         q, k, v = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
             for projection in self.attention["self"].values()
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=weights)
-        out = out.transpose(1, 2).flatten(2)  # [B, T, H]
-        inner = [lambda x: x, lambda x: F.gelu(self.intermediate.dense(x))]
-        for block, into in zip((self.attention.output, self.output), inner, strict=True):
-            out = F.dropout(block.dense(into(out)), outputs)
-            x = out = block.LayerNorm(x + out)
-        return x
+        rate = self.rate if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
+        x = self.attention.output(x, out.transpose(1, 2).flatten(2))  # [B, T, H]
+        return self.output(x, F.gelu(self.intermediate.dense(x)))
 
 
 class Encoder(nn.Module):
@@ -641,30 +627,25 @@ class Encoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json", pooler: bool = True):
         super().__init__()
-        assumed = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-        for key, wanted in {"model_type": "bert", **assumed}.items():
-            if (assumed | raw).get(key) != wanted:
-                raise ValueError(f"{where}: {key} {raw.get(key)!r} is not {wanted}")
-        number = partial(read_number, raw, where)
-        hidden, heads = number("hidden_size"), number("num_attention_heads")
-        if hidden % heads:
-            raise ValueError(f"{where}: hidden_size is no multiple of num_attention_heads")
-        eps, inner = number("layer_norm_eps", 1e-12, float), number("intermediate_size")
-        keys = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        self.dropout = [number(key, 0.1, float, least=0) for key in keys]
-        self.raw, self.hidden, self.tokenizer = {"type_vocab_size": 2} | raw, hidden, None
-        self.max_length = number("max_position_embeddings")
-        sizes = {
-            "word_embeddings": number("vocab_size"),
-            "position_embeddings": self.max_length,
-            "token_type_embeddings": number("type_vocab_size", 2),
+        self.raw = raw = {"type_vocab_size": 2} | raw
+        self.config = c = read_config(raw, where, BERT, BERT_DEFAULTS)
+        self.tokenizer, self.hidden, self.max_length = (
+            None,
+            c.hidden_size,
+            c.max_position_embeddings,
+        )
+        tables = {
+            "word": c.vocab_size,
+            "position": self.max_length,
+            "token_type": c.type_vocab_size,
         }
-        tables: dict[str, nn.Module] = {n: nn.Embedding(size, hidden) for n, size in sizes.items()}
-        self.embeddings = nn.ModuleDict(tables | {"LayerNorm": nn.LayerNorm(hidden, eps)})
-        shape, count = (hidden, heads, inner, eps, self.dropout), number("num_hidden_layers")
-        layers = nn.ModuleList(EncoderLayer(*shape) for _ in range(count))
+        parts = {f"{n}_embeddings": nn.Embedding(size, self.hidden) for n, size in tables.items()}
+        norm = nn.LayerNorm(self.hidden, c.layer_norm_eps)
+        self.embeddings = nn.ModuleDict(parts | {"LayerNorm": norm})
+        layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
-        self.pooler = nn.ModuleDict({"dense": Linear(hidden, hidden)}) if pooler else None
+        dense = Linear(self.hidden, self.hidden)
+        self.pooler = nn.ModuleDict({"dense": dense}) if pooler else None
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -674,14 +655,14 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        segments = torch.zeros_like(tokens) if segments is None else segments
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         if tokens.numel() and positions.max() >= self.max_length:
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
-        segments = torch.zeros_like(tokens) if segments is None else segments
+        words, positions_of, kinds, norm = self.embeddings.values()
         tokens, segments = tokens.masked_fill(~mask, 0), segments.masked_fill(~mask, 0)
-        x = self.embeddings.word_embeddings(tokens) + self.embeddings.position_embeddings(positions)
-        x = self.embeddings.LayerNorm(x + self.embeddings.token_type_embeddings(segments))
-        x = F.dropout(x, self.dropout[0], self.training)
+        x = norm(words(tokens) + positions_of(positions) + kinds(segments))
+        x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
         itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         visible = mask[:, None, None, :] | itself  # [B, 1, T, T]; padding sees itself too
         for layer in self.encoder.layer:
@@ -691,24 +672,21 @@ class Encoder(nn.Module):
 
 # ---- Text: chat formats, control tokens, the tokenizer ---------------------------------------
 #
-# The `tokenizers` library splits text. Here is the border between text and control tokens: a format
-# is split at its control tokens, whose ids are put in directly, and whatever fills it is encoded as
-# text, so that no profile and no answer can open a turn, end one, or close the reasoning.
+# A format is split at its control tokens, whose ids are put in directly, and whatever fills it is
+# encoded as text: no profile and no answer can open a turn, end one, or close the reasoning.
 
-# What a turn looks like in each known format; {role} is the role's name, {} the message.
+# What a turn looks like; {role} is the role's name, {} the message. R1's bars are wide, U+FF5C.
 CHATML = "<|im_start|>{role}\n{}<|im_end|>\n"
 LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
-R1 = "<｜User｜>{}<｜Assistant｜>{}<｜end▁of▁sentence｜>"  # its bars are wide ones, U+FF5C
+R1 = "<｜User｜>{}<｜Assistant｜>{}<｜end▁of▁sentence｜>"
 BEGINS = {CHATML: "", LLAMA3: "<|begin_of_text|>", R1: "<｜begin▁of▁sentence｜>"}
 CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
 THINK = re.compile(r"(</?think>)")
-THOUGHT = {"<think>", "</think>"}
-LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\r?\n)([^<>{}'\"]+)<\|im_end\|>")
 OPENS_THINKING = re.compile(r"(?:<｜Assistant｜>|assistant\\n)<think>\\n")
+LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
 def as_text(text: str) -> str:
@@ -724,25 +702,23 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
+        content = json.loads(backend.to_str())
         self.files = files or {"tokenizer.json": backend.to_str()}
         settings = json.loads(self.files.get("tokenizer_config.json", "{}"))
         self.template = chat_template(self.files, settings)
         known = backend.get_vocab(with_added_tokens=True)
         self.size = max(known.values(), default=-1) + 1
         self.format = chat_format(known, self.template)
-        ends = CONTROL.findall(self.format or "")[-1:]  # a format's end of turn always ends
-        self.eos_ids = frozenset([*eos_ids, *(known[name] for name in ends)])
-        self.end_id = known[ends[0]] if ends else min(self.eos_ids, default=None)
-        # The library encodes what is special as text, if asked; some control tokens do not say
-        # that they are (R1's "<｜User｜>").
-        content = json.loads(backend.to_str())
-        for token in content["added_tokens"]:
-            name = token["content"]
-            named = CONTROL.fullmatch(name) or THINK.fullmatch(name) or token["id"] in self.eos_ids
-            token["special"] = token["special"] or bool(named)
+        end = [known[name] for name in CONTROL.findall(self.format or "")[-1:]]  # of a turn
+        self.eos_ids = frozenset([*eos_ids, *end])
+        self.end_id = min(end or self.eos_ids, default=None)
+        for t in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
+            named = CONTROL.fullmatch(t["content"]) or THINK.fullmatch(t["content"])
+            t["special"] |= bool(named) or t["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+        self.hidden = {i for name, i in self.control.items() if not THINK.fullmatch(name)}
         self.backend = Backend.from_str(json.dumps(content))
-        self.backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = True  # as text
         self.backend.no_truncation()  # tokenizer.json may switch on either
         self.backend.no_padding()
         bos = settings.get("bos_token")
@@ -780,32 +756,31 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
-        hidden = {i for name, i in self.control.items() if name not in THOUGHT}
-        return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        ids = [i for i in ids if i not in self.hidden]
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
 
-        A chat format brings its own BOS, so none is added. Without a format, messages are plain
-        text with the tokenizer's BOS, and a warning says so. ValueError for a message of another
-        kind, or a chat template that is none of the known ones.
+        A chat format brings its own BOS. Where there is none, messages are plain text with the
+        tokenizer's BOS, and a warning says so. ValueError for a message of another kind, or a chat
+        template that is none of the known ones.
         """
         roles = ("system", "user", "assistant")
         for m in messages:
             if m.get("role") not in roles or not isinstance(m.get("content"), str):
                 raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
         turns = [(m["role"], m["content"]) for m in messages]
-        if self.format is None:
-            if self.template:
-                raise ValueError(
-                    "the checkpoint's chat template is none of those known here: ChatML (Qwen, "
-                    "SmolLM2), Llama 3, R1-Distill. Take another model, or delete the template to "
-                    "have the format that the tokens show, or plain text"
-                )
-            warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
-            return self.split("".join(f"{as_text(t)}\n\n" for _, t in turns), special=True).ids
-        form, texts = render_chat(turns, self.format, self.template, self.control)
-        return self.fill(self.bos * (not BEGINS[self.format]) + form + self.opening, *texts)
+        if self.format:
+            form, texts = render_chat(turns, self.format, self.template, self.control)
+            return self.fill(self.bos * (not BEGINS[self.format]) + form + self.opening, *texts)
+        if self.template:
+            raise ValueError(
+                "the checkpoint's chat template is none of those known: ChatML (Qwen, SmolLM2), "
+                "Llama 3, R1-Distill. Without it, messages have the format that the tokens show"
+            )
+        warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
+        return self.split("".join(f"{as_text(t)}\n\n" for _, t in turns), special=True).ids
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
@@ -819,8 +794,9 @@ class Tokenizer:
 
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of `text` that its first `tokens` tokens spell, in whole characters."""
-        offsets = self.split(as_text(text)).offsets
-        return as_text(text)[: offsets[tokens][0]] if tokens < len(offsets) else text
+        text = as_text(text)
+        offsets = self.split(text).offsets
+        return text[: offsets[tokens][0]] if tokens < len(offsets) else text
 
     def save(self, directory) -> None:
         for name, content in self.files.items():
@@ -828,7 +804,7 @@ class Tokenizer:
 
 
 def chat_template(files: dict, settings: dict) -> str:
-    """The checkpoint's chat template, a program in Jinja's language that is not run here, or ""."""
+    """The checkpoint's chat template, in Jinja's language, or ""."""
     found = files.get("chat_template.jinja", settings.get("chat_template"))
     if isinstance(found, list):  # several: [{"name", "template"}]
         found = next((t.get("template") for t in found if t.get("name") == "default"), "")
@@ -837,15 +813,13 @@ def chat_template(files: dict, settings: dict) -> str:
 
 def chat_format(known, template: str) -> str | None:
     """The format whose control tokens are all `known`, and named by the template if there is one.
-
-    A few constants tell what a known template renders. Nothing is guessed from another one.
+    A template of anything else has none: nothing is guessed.
     """
-    if any(mark in template for mark in FOREIGN):
-        return None
     for form in (R1, CHATML, LLAMA3):
-        names = CONTROL.findall(BEGINS[form] + form)
-        named = not template or all(name in template for name in CONTROL.findall(form)[:2])
-        if named and all(name in known for name in names):
+        names = CONTROL.findall(form)
+        named = not template or all(name in template for name in names[:2])
+        foreign = any(mark in template for mark in FOREIGN)
+        if named and not foreign and all(n in known for n in CONTROL.findall(BEGINS[form]) + names):
             return form
     return None
 
@@ -854,55 +828,36 @@ def render_chat(turns: list[tuple], kind: str, template: str, control) -> tuple[
     """(form, texts) for `Tokenizer.fill`: the turns, and the beginning of the assistant's."""
     if "<think>" in control:  # as R1's and Qwen3's templates: only an answer's reasoning is news
         turns = [(r, t.rpartition("</think>")[2] if r == "assistant" else t) for r, t in turns]
+    system = next((text for role, text in turns if role == "system"), None)
     if kind == LLAMA3:
         turns = [(role, text.strip()) for role, text in turns]
         if "Cutting Knowledge Date" in template or (not template and "<|eom_id|>" in control):
-            system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-            turns = [("system", LLAMA_DATES + system), *turns]
-    elif kind == CHATML and (not turns or turns[0][0] != "system"):
-        if default := default_system(template, control):
-            turns = [("system", default), *turns]
+            turns = [turn for turn in turns if turn[0] != "system"]
+            turns = [("system", LLAMA_DATES + (system or "").strip()), *turns]
+    elif kind == CHATML and system is None and (found := DEFAULT_SYSTEM.search(template)):
+        turns = [("system", found[1]), *turns]
     head, _, end = kind.partition("{}")
     heads = {role: head.replace("{role}", role) for role in ("system", "user", "assistant")}
     ends = dict.fromkeys(heads, end)
-    if kind == R1:
-        systems = [turn for turn in turns if turn[0] == "system"][-1:]  # one, bare, comes first
-        turns = systems + [turn for turn in turns if turn[0] != "system"]
+    if kind == R1:  # a bare system message, and an end only after the assistant's
         user, assistant, eos = CONTROL.findall(R1)
         heads = {"system": "", "user": user, "assistant": assistant}
         ends = {"system": "", "user": "", "assistant": eos}
     form, texts = BEGINS[kind], []
+    names = [name for name in control if not THINK.fullmatch(name)]
     for role, text in turns:
-        ours = role == "system" and not any(
-            name in text for name in (*control.keys() - THOUGHT, "{}")
-        )
+        ours = role == "system" and not any(name in text for name in (*names, "{}"))
         form += heads[role] + (text if ours else "{}") + ends[role]
         texts += [] if ours else [text]
     return form + heads["assistant"], texts
 
 
-def default_system(template: str, known) -> str:
-    """What a ChatML model is told where a chat has no system message; "" for nothing.
-
-    The template's own words; without a template, those of the family that the tokens show.
-    """
-    if template:
-        found = DEFAULT_SYSTEM.search(template)
-        return found[1] if found else ""
-    if "<tool_call>" in known and "<think>" not in known:
-        return QWEN_SYSTEM
-    return SMOLLM_SYSTEM if "<gh_stars>" in known else ""
-
-
 # ==== Below: not the method =====================================================================
-#
-# Speed, files, and what the five commands share. Nothing here changes what is computed above.
 
 # ---- Faster: rows that leave the batch, and what runs only on CUDA ---------------------------
 
 
-@dataclass(frozen=True)
-class Pace:
+class Pace(NamedTuple):
     """What is fastest depends on the device: a GPU's host should wait for it rarely."""
 
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
@@ -911,18 +866,24 @@ class Pace:
     logits: int  # how many numbers a chunk of logits may have
 
 
-PACES = {"cuda": Pace(16, 0.5, True, 2**27), "cpu": Pace(1, 0.75, False, 2**21)}
+ON_CPU, ON_CUDA = Pace(1, 0.75, False, 2**21), Pace(16, 0.5, True, 2**27)
 CUDA_GRAPHS = True  # False: every decode step is launched kernel by kernel
 # cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def pace_of(device: torch.device) -> Pace:
-    return PACES.get(device.type, PACES["cpu"])
+    return ON_CUDA if device.type == "cuda" else ON_CPU
 
 
-def unfinished(done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
-    """(prompts [P'], members [P', G']) of what is not `done` [P, G], if at most `keep` of it stays.
+def make_step(decoder: Decoder, cache: Cache):
+    """step(ids, positions): the final hidden states of one new token per row."""
+    step = partial(decoder.run, attend=cache.read_next)
+    return Recorded(step, cache) if cache.own.is_cuda and CUDA_GRAPHS else step
+
+
+def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
+    """(indices of the rows that stay, `done` [P', G'] of them), if at most `keep` of [P, G] stay.
 
     All groups keep one size: unfinished rows first, then finished ones to fill up.
     """
@@ -930,270 +891,241 @@ def unfinished(done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
     alive, width = left.nonzero()[:, 0], int(left.max())
     if len(alive) * width > keep * done.numel():
         return None
-    return alive, done[alive].sort(dim=1, stable=True).indices[:, :width]
-
-
-def shrink(cache: Cache, alive: Tensor, members: Tensor) -> Tensor:
-    """Keeps the prompts of indices `alive` [P'] and in each the rows `members` [P', G'].
-
-    Returns the indices of the kept rows, [P' G'], in the batch as it was.
-    """
-    kept = (alive[:, None] * cache.own.shape[4] + members).flatten()
+    members = done[alive].sort(dim=1, stable=True).indices[:, :width]  # [P', G']
     cache.hide = cache.hide[alive]
     cache.shared = [(k[alive], v[alive]) for k, v in cache.shared]
     layers, two, _, K, _, C, D = cache.own.shape
-    new = cache.own.new_zeros(layers, two, len(alive), K, members.shape[1], C, D)
+    new = cache.own.new_zeros(layers, two, len(alive), K, width, C, D)
     rows = members[:, None, :, None, None].expand(-1, K, -1, cache.length, D)
     for target, source in zip(new.flatten(0, 1), cache.own.flatten(0, 1), strict=True):
         target[..., : cache.length, :] = source[alive][..., : cache.length, :].gather(2, rows)
     cache.own = new
-    return kept
-
-
-def make_step(decoder: Decoder, cache: Cache):
-    """(step, pace): step(ids, positions) are the final hidden states of one new token per row."""
-    step, device = partial(decoder.run, attend=cache.read_next), cache.own.device
-    if device.type == "cuda" and CUDA_GRAPHS:
-        step = Recorded(step, cache)
-    return step, pace_of(device)
+    kept = (alive[:, None] * done.shape[1] + members).flatten()
+    return kept, done.flatten()[kept].view_as(members)
 
 
 def exact_scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T of [batch, n, D] and [batch, m, D], summed and kept in float32 even from bfloat16.
 
     Real checkpoints have scores of several hundred, which bfloat16 would round to steps of 2: the
-    softmax, and so the sampler, would disagree with the trainer's attention, which does not round.
+    sampler would disagree with the trainer's attention, which does not round.
     """
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
     return torch.bmm(q.float(), k.float().mT)
 
 
-def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values once per query head: on CUDA, enable_gqa with a mask has a slow kernel only,
-    which stores all scores."""
-    return tuple(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-
-
 class Recorded:
     """The decode step as a CUDA graph: one launch in place of dozens per layer.
 
     A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
-    number of rows or the cache's window changes. If CUDA refuses, steps run without a graph.
+    number of rows or the cache's window changes.
     """
 
-    newest = None  # the last graph, kept because the next one takes over its memory pool
-    side = None  # the stream to record on; one for all, since cuBLAS keeps a workspace for each
+    newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
 
     def __init__(self, step, cache: Cache):
-        self.step, self.cache = step, cache
-        self.shape = self.graph = None
-        self.refused = False
+        self.step, self.cache, self.shape = step, cache, None
         Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
         shape = len(ids), self.cache.window
-        if shape != self.shape and not self.refused:
-            self.shape = shape
-            self.record(ids, positions)
-        if self.refused:
-            return self.step(ids, positions)
+        if shape != self.shape:
+            self.shape, self.ids, self.positions = shape, ids.clone(), positions.clone()
+            self.record()
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         self.graph.replay()
         return self.hidden
 
-    def record(self, ids: Tensor, positions: Tensor) -> None:
-        """Records the step. `torch.cuda.graph` would first wait for the device and give all cached
-        memory back to it, at each of a rollout's recordings.
-        """
-        self.ids, self.positions = ids.clone(), positions.clone()
-        graph = torch.cuda.CUDAGraph()
-        main = torch.cuda.current_stream(ids.device)
-        pool = Recorded.newest.pool() if Recorded.newest else None
+    def record(self) -> None:
+        """By hand: `torch.cuda.graph` would first give all cached memory back to the device."""
+        self.graph = torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream(self.ids.device)
         self.side.wait_stream(main)
-        try:
-            with torch.cuda.stream(self.side):
-                # Once unrecorded: libraries load and allocate then, which a recording forbids.
-                self.step(self.ids, self.positions)
-                # thread_local: NCCL's watchdog, another thread, may still call CUDA.
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-                try:
-                    self.hidden = self.step(self.ids, self.positions)
-                finally:
-                    graph.capture_end()
-            self.graph = Recorded.newest = graph
-        except RuntimeError as error:
-            self.refused = True
-            warnings.warn(f"no CUDA graph, sampling is slower: {error}", stacklevel=2)
+        with torch.cuda.stream(self.side):
+            # Once unrecorded: libraries load and allocate then, which a recording forbids.
+            self.step(self.ids, self.positions)
+            # thread_local: NCCL's watchdog, another thread, may still call CUDA.
+            pool = Recorded.newest.pool() if Recorded.newest else None
+            self.graph.capture_begin(pool, capture_error_mode="thread_local")
+            self.hidden = self.step(self.ids, self.positions)
+            self.graph.capture_end()
+        Recorded.newest = self.graph
         main.wait_stream(self.side)
 
 
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+RATES = ("rms_norm_eps", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
-def read_number(raw: dict, where, key: str, default=None, kind: type = int, least=1e-30):
-    """The number raw[key] of a config, or the default where it is absent or null."""
-    value = default if raw.get(key) is None else raw[key]
-    good = isinstance(value, int | kind) and not isinstance(value, bool)
-    if not good or not least <= value < 1e18:
-        wanted = "an integer" if kind is int else "a number"
-        bound = "above 0" if least > 0 else "of at least 0"
-        raise ValueError(f"{where}: {key!r} must be {wanted} {bound}, not {value!r}")
-    return kind(value)
+
+def read_config(raw: dict, where, fixed: dict, defaults: dict) -> SimpleNamespace:
+    """config.json, where absent or null with transformers' default; ValueError for what is
+    impossible, or not in `fixed`.
+    """
+    given = {key: value for key, value in raw.items() if value is not None}
+    c = SimpleNamespace(**{key: values[0] for key, values in fixed.items()} | defaults | given)
+    for key, values in fixed.items():
+        if (given.get(key, values[0]) if key != "model_type" else raw.get(key)) not in values:
+            raise ValueError(f"{where}: {key} {raw.get(key)!r} is none of {values}")
+    heads = given.get("num_attention_heads")
+    c.num_key_value_heads = given.get("num_key_value_heads", heads)
+    if (
+        "head_dim" not in vars(c)
+        and type(heads) is int
+        and type(c.hidden_size) is int
+        and heads > 0
+    ):
+        c.head_dim = c.hidden_size // heads
+    for key in (*SIZES, *RATES):
+        value, size = getattr(c, key, 0 if key in RATES else None), key in SIZES
+        good = type(value) is int and 0 < value < 2**50 if size else type(value) in (int, float)
+        if not good or (not size and not 0 <= value < 1):
+            raise ValueError(f"{where}: {key} cannot be {value!r}")
+    if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
+        raise ValueError(f"{where}: heads must be a multiple of key-value heads, head_dim even")
+    return c
 
 
 def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
-    """What the forward pass needs of Hugging Face's config.json; ValueError for what it lacks.
+    """What the decoder needs of config.json, under Hugging Face's names; ValueError for the rest.
 
     Knows the old layout of the rotary settings (rope_theta, rope_scaling) and that of
-    transformers 5 (rope_parameters). Defaults are transformers' own; rope_theta has one only for
-    Llama, whose first models had no such setting.
+    transformers 5 (rope_parameters). rope_theta has a default only for Llama, whose first models
+    had no such setting.
     """
-
-    def need(condition, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{where}: {message}")
-
-    number = partial(read_number, raw, where)
     family, kinds = raw.get("model_type"), raw.get("layer_types") or []
-    need(family in ("qwen2", "qwen3", "llama"), f"model_type {family!r} is not qwen2, qwen3, llama")
-    need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r}, not silu")
-    need(isinstance(kinds, list), "layer_types must be a list")
-    windows = any(kind != "full_attention" for kind in kinds)
-    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and not kinds:
-        # From layer max_window_layers on they slide; Llama has no such setting.
-        windows = number("max_window_layers", 28, least=0) < number("num_hidden_layers")
-        windows = windows and family != "llama"
-    need(not windows, "sliding-window attention is not implemented")
+    fixed = {"model_type": ["qwen2", "qwen3", "llama"], "hidden_act": ["silu"], "is_causal": [True]}
+    fixed |= {"partial_rotary_factor": [1.0]}
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 10**9, "attention_bias": False}
+    defaults |= {"mlp_bias": False, "tie_word_embeddings": False, "max_window_layers": 28}
+    c = read_config(raw, where, fixed, defaults | ({"head_dim": 128} if family == "qwen3" else {}))
+    slides = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and family != "llama"
+    slides = slides and c.max_window_layers < c.num_hidden_layers  # from that layer on
+    if any(kind != "full_attention" for kind in kinds) or (slides and not kinds):
+        raise ValueError(f"{where}: sliding-window attention is not implemented")
+    # Qwen2 has biases, and none at the output, though its config.json does not say so.
+    c.qkv_bias, c.o_bias = c.attention_bias or family == "qwen2", c.attention_bias
+    c.o_bias, c.mlp_bias = (c.o_bias and family != "qwen2", c.mlp_bias and family == "llama")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
-    need(isinstance(rope, dict), "rope_parameters and rope_scaling must be objects")
-    theta = raw.get("rope_theta") or (10000.0 if family == "llama" else None)
-    rope = {"rope_theta": theta} | rope
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    need(kind in ("default", "llama3"), f"rope type {kind!r} is neither default nor llama3")
-    share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-    need(share == 1, "partial rotary embeddings are not implemented")
-    context = "original_max_position_embeddings"
-    outside = raw.get(context)  # which of the two counts depends on the version of transformers
-    need(kind != "llama3" or outside in (None, rope.get(context)), f"{context} has two values")
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", context) if kind == "llama3" else ()
-    hidden, heads, bias = number("hidden_size"), number("num_attention_heads"), "attention_bias"
-    config = SimpleNamespace(
-        vocabulary=number("vocab_size"),
-        hidden=hidden,
-        intermediate=number("intermediate_size"),
-        layers=number("num_hidden_layers"),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", 128 if family == "qwen3" else hidden // heads),
-        eps=number("rms_norm_eps", 1e-6, float),
-        tied=bool(raw.get("tie_word_embeddings")),  # the output head is the embedding
-        # Qwen2 has biases though its config.json does not say so.
-        qkv_bias=bool(raw.get(bias)) or family == "qwen2",
-        o_bias=bool(raw.get(bias)) and family != "qwen2",
-        mlp_bias=bool(raw.get("mlp_bias")) and family == "llama",
-        qk_norm=family == "qwen3",  # RMSNorm on each head's query and key
-        theta=read_number(rope, where, "rope_theta", kind=float),
-        scaling=[read_number(rope, where, key, kind=float) for key in llama3],
-        context=number("max_position_embeddings", 2**60),
-    )
-    even = config.heads % config.kv_heads == 0 and config.head_dim % 2 == 0
-    need(even, "heads must be a multiple of key-value heads, head_dim must be even")
-    return config
+    theta = {"rope_theta": raw.get("rope_theta") or (10000.0 if family == "llama" else None)}
+    c.rope = theta | rope | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    llama3 = c.rope["rope_type"] == "llama3"
+    if (
+        c.rope["rope_type"] not in ("default", "llama3")
+        or rope.get("partial_rotary_factor", 1) != 1
+    ):
+        raise ValueError(f"{where}: rope type {c.rope['rope_type']!r} is not default or llama3")
+    outside, context = raw.get(LLAMA3_ROPE[3]), rope.get(LLAMA3_ROPE[3])
+    if llama3 and outside not in (None, context):  # which counts depends on the version
+        raise ValueError(f"{where}: two values of {LLAMA3_ROPE[3]}")
+    for name in ("rope_theta", *(LLAMA3_ROPE if llama3 else ())):
+        if type(c.rope.get(name)) not in (int, float) or not 0 < c.rope[name] < 1e18:
+            raise ValueError(f"{where}: {name} cannot be {c.rope.get(name)!r}")
+    return c
 
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    directory = checkpoint_directory(directory)
-    raw = read_json(directory / "config.json")
 
-    def rename(name: str) -> str | None:
-        if name.endswith("rotary_emb.inv_freq"):
-            return None  # a buffer of old exports, computed here
-        # Exports of a base model lack the prefix.
-        return name if name.startswith(("model.", "lm_head.")) else "model." + name
+    def rename(name: str) -> str | None:  # a buffer of old exports; exports without the prefix
+        prefixed = name.startswith(("model.", "lm_head."))
+        return None if "rotary_emb" in name else name if prefixed else f"model.{name}"
 
-    tensors = read_checkpoint(directory, rename)
-    embedding = tensors.get("model.embed_tokens.weight")
-    if raw.get("tie_word_embeddings") and (head := tensors.pop("lm_head.weight", None)) is not None:
-        if embedding is None or not torch.equal(head, embedding):
+    raw, tensors, tokenizer = open_checkpoint(directory, rename)
+    if raw.get("tie_word_embeddings") and "lm_head.weight" in tensors:
+        head, table = (tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight"))
+        if table is None or not torch.equal(head, table):
             raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
-    make = partial(Decoder, raw, directory / "config.json")
-    decoder = load_weights(make, tensors, directory, device, dtype)
-    if (directory / "tokenizer.json").is_file():
-        decoder.vocab_limit = size_of_tokenizer(directory, raw["vocab_size"])
+    decoder = fill_module(partial(Decoder, raw, directory), tensors, directory, device, dtype)
+    decoder.vocab_limit = tokenizer.size if tokenizer else decoder.vocab_limit
     return decoder
+
+
+def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
+    """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
+
+    def rename(name: str) -> str | None:  # a buffer, and the heads of other tasks
+        other = name.startswith(("cls.", "classifier.", "qa_outputs.")) or "position_ids" in name
+        name = name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight")
+        return None if other else name.replace("Norm.beta", "Norm.bias")
+
+    raw, tensors, tokenizer = open_checkpoint(directory, rename)
+    make = partial(Encoder, raw, directory, "pooler.dense.weight" in tensors)
+    encoder = fill_module(make, tensors, directory, device, dtype)
+    encoder.tokenizer = tokenizer
+    return encoder
+
+
+def open_checkpoint(directory, rename) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
+    """(config.json, tensors by the names that rename(name) gives them, less those that get None,
+    the tokenizer if there is one).
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        hint = f"; from the Hugging Face hub: hf download {directory} --local-dir DIR"
+        raise FileNotFoundError(f"{directory}: no such directory{hint}")
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} holds a PEFT adapter: save PEFT's merge_and_unload() first")
+    raw, tensors = read_json(directory / "config.json"), {}
+    for old, tensor in read_tensors(directory).items():
+        if (name := rename(old)) in tensors:
+            raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
+        tensors |= {} if name is None else {name: tensor}
+    found = (directory / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(directory) if found else None
+    if found and tokenizer.size > raw.get("vocab_size", 0):
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.size} ids, the model fewer")
+    return raw, tensors, tokenizer
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of exactly the shards that its index names."""
+    single, index = (directory / "model.safetensors", directory / "model.safetensors.index.json")
+    if single.is_file() or not index.is_file():
+        return read_safetensors(single)
+    places, tensors = read_json(index).get("weight_map"), {}
+    names = places.values() if isinstance(places, dict) else [None]
+    # Plain names: so no way out of the directory.
+    if not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names):
+        raise ValueError(f"{index}: no weight_map from names to plain .safetensors files")
+    for shard in sorted({*names}):
+        found = read_safetensors(directory / shard)
+        if odd := {name for name, file in places.items() if file == shard} ^ found.keys():
+            raise ValueError(f"{directory / shard}: differs from {index.name} in {min(odd)}")
+        tensors |= found
+    return tensors
+
+
+def fill_module(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
+    """make() with copies of these weights; ValueError where they do not fit."""
+    with torch.device("meta"):  # no memory yet
+        module = make()
+    try:
+        weights = {name: x.to(device, dtype, copy=True) for name, x in tensors.items()}
+        module.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # torch names every weight that is missing, left over, misshapen
+        raise ValueError(f"{directory}: {error}") from None
+    return module.eval().requires_grad_(True)
 
 
 def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
     """Writes a checkpoint that transformers opens unchanged, LoRA merged in."""
-    state = merged_state(decoder)
-    save_checkpoint(state, decoder.raw, tokenizer, directory)
+    save_checkpoint(merged_state(decoder), decoder.raw, tokenizer, directory)
 
 
 def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
-    """Tokenizer, config.json and, last, the weights: where they are, all is there."""
+    """The tokenizer's files, config.json and, last, the weights: where they are, all is there."""
     dtype = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
     key = "dtype" if "dtype" in raw else "torch_dtype"
     tokenizer.save(directory)
     write_json(Path(directory) / "config.json", raw | {key: str(dtype).removeprefix("torch.")})
     write_safetensors(Path(directory) / "model.safetensors", state)
-
-
-def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
-    """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-    directory = checkpoint_directory(directory)
-    raw = read_json(directory / "config.json")
-
-    def rename(name: str) -> str | None:
-        if name.endswith("position_ids") or name.startswith(("cls.", "classifier.", "qa_outputs.")):
-            return None  # a buffer, and the heads of other tasks
-        name = name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight")
-        return name.replace("Norm.beta", "Norm.bias")
-
-    tensors = read_checkpoint(directory, rename)
-    pooler = "pooler.dense.weight" in tensors
-    make = partial(Encoder, raw, directory / "config.json", pooler)
-    encoder = load_weights(make, tensors, directory, device, dtype)
-    if (directory / "tokenizer.json").is_file():
-        size_of_tokenizer(directory, raw["vocab_size"])
-        encoder.tokenizer = load_tokenizer(directory)
-    return encoder
-
-
-def checkpoint_directory(directory) -> Path:
-    """The path, if it is a directory; else an error that says how to get the files."""
-    path = Path(directory)
-    if not path.is_dir():
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))  # like a model on the hub
-        get = f"hf download {directory} --local-dir models/{path.name}"
-        hint = f"; if it is a model of the Hugging Face hub: {get}, then give models/{path.name}"
-        raise FileNotFoundError(f"{directory}: no such directory{hint if hub else ''}")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds a PEFT adapter: save PEFT's merge_and_unload() first")
-    return path
-
-
-def size_of_tokenizer(directory: Path, vocabulary: int) -> int:
-    """How many ids the checkpoint's tokenizer has; ValueError if the model has fewer."""
-    size = load_tokenizer(directory).size
-    if size > vocabulary:
-        raise ValueError(f"{directory}: tokenizer.json has ids beyond the model's {vocabulary}")
-    return size
-
-
-def load_weights(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
-    """make() with these weights as copies of the given type; ValueError where they do not fit."""
-    with torch.device("meta"):  # no memory yet
-        module = make()
-    weights = {name: x.to(device, dtype, copy=True) for name, x in tensors.items()}
-    try:
-        module.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # torch names every weight that is missing, left over, misshapen
-        raise ValueError(f"{directory}: {error}") from None
-    return module.eval().requires_grad_(True)
 
 
 TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
@@ -1204,28 +1136,26 @@ TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
 
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
-    directory = checkpoint_directory(directory)
-    path = directory / "tokenizer.json"
-    text = read_text(path)
+    files = (Path(directory) / name for name in TOKENIZER_FILES)
+    files = {file.name: read_text(file) for file in files if file.is_file()}
+    path, eos_ids = Path(directory) / "tokenizer.json", []
+    text = files.get(path.name) or read_text(path)
     try:
         backend = Backend.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
     if not backend.get_vocab_size():
         raise ValueError(f"{path}: its vocabulary is empty")
-    eos_ids = []
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
-        file = directory / f"{kind}.json"
+        file = path.with_name(f"{kind}.json")
         content = read_json(file) if file.is_file() else {}
-        ids, token = content.get("eos_token_id"), content.get("eos_token")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        ids, token = content.get("eos_token_id") or [], content.get("eos_token")
+        token = backend.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+        ids = [*(ids if isinstance(ids, list) else [ids]), *([] if token is None else [token])]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
-        token = token.get("content") if isinstance(token, dict) else token
-        known = backend.token_to_id(token) if isinstance(token, str) else None
-        eos_ids += ids if known is None else [*ids, known]
-    found = (directory / name for name in TOKENIZER_FILES)
-    return Tokenizer(backend, eos_ids, {f.name: read_text(f) for f in found if f.is_file()})
+        eos_ids += ids
+    return Tokenizer(backend, eos_ids, files)
 
 
 DTYPES = {
@@ -1239,19 +1169,15 @@ def read_safetensors(path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
 
     Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
-    data_offsets}} in UTF-8, without a byte order mark; the bytes, which the ranges must tile: no
-    hole, no overlap, nothing after them. A range may begin at any byte; a tensor may be empty.
-    Writing to a tensor does not change the file. Faulty bytes, also a repeated name or endless
-    nesting, are a ValueError that names the file; a path without a file a FileNotFoundError.
+    data_offsets}} in UTF-8; the bytes, which the ranges must tile: no hole, no overlap, nothing
+    after them. Writing to a tensor does not change the file. Faulty bytes, also a repeated name or
+    endless nesting, are a ValueError that names the file; no file is a FileNotFoundError.
     """
 
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key appears twice in the header")
         return dict(pairs)
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
 
     try:
         with open(path, "rb") as file:
@@ -1260,49 +1186,34 @@ def read_safetensors(path) -> dict[str, Tensor]:
             if size < 8 or start > min(size, 100_000_008):  # the format's own limit
                 raise ValueError("the file ends before its header; is the download complete?")
             text = file.read(start - 8).decode("utf-8")
-            header = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-            ranges = check_ranges(header, size - start)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    tensors, data = {}, torch.frombuffer(data, dtype=torch.uint8)
-    for name, (begin, end, dtype, shape) in ranges.items():
-        flat = data[start + begin : start + end]
-        if (start + begin) % dtype.itemsize:  # the format does not promise alignment
-            flat = flat.clone()
-        tensors[name] = flat.view(dtype).view(shape)
+            header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
+            data = torch.frombuffer(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
+            )
+        tensors = {}
+        for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
+            flat = data[start + begin : start + end]
+            # The format does not promise alignment.
+            flat = flat.clone() if (start + begin) % dtype.itemsize else flat
+            tensors[name] = flat.view(dtype).view(shape)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a safetensors file: {error!r}") from None
     return tensors
 
 
-def check_ranges(header, size: int) -> dict[str, tuple]:
-    """name -> (begin, end, dtype, shape), all checked against each other and the buffer's size."""
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+def check_header(header: dict, size: int) -> dict[str, tuple]:
+    """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
+    metadata, ranges, covered = header.pop("__metadata__", None) or {}, {}, 0
+    if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
-    ranges = {}
-    for name, entry in header.items():
+    for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
-        entry = entry if isinstance(entry, dict) else {}
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{name}: dtype {dtype!r} is not read here")
-        for numbers in (shape, offsets):
-            if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"{name}: shape and data_offsets must be lists of numbers >= 0")
-        if math.prod(max(n, 1) for n in shape) > 2**60:  # torch overflows, also if one n is 0
-            raise ValueError(f"{name}: shape {shape} is too large")
-        wanted = math.prod(shape) * DTYPES[dtype].itemsize
-        if len(offsets) != 2 or offsets[1] - offsets[0] != wanted:
-            raise ValueError(f"{name}: data_offsets {offsets} do not hold {dtype} {shape}")
-        ranges[name] = (*offsets, DTYPES[dtype], shape)
-    covered = 0
-    for begin, end, name in sorted((*r[:2], name) for name, r in ranges.items()):
-        if begin != covered:
-            raise ValueError(f"{name}: its bytes start at {begin} instead of at {covered}")
-        covered = end
+        dtype, shape, (begin, end) = (DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"])
+        if any(type(n) is not int or not 0 <= n < 2**60 for n in (*shape, begin, end)):
+            raise ValueError(f"{name}: shape and data_offsets must be numbers of at least 0")
+        if begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name}: its bytes are not those from {covered} that its shape needs")
+        ranges[name], covered = (begin, end, dtype, shape), end
     if covered != size:
         raise ValueError(f"the tensors fill {covered} bytes, but {size} follow the header")
     return ranges
@@ -1319,8 +1230,11 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
         if name in header or x.dtype not in codes or name != as_text(name):
             raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
         offset += x.numel() * x.element_size()
-        header[name] = {"dtype": codes[x.dtype], "shape": list(x.shape)}
-        header[name]["data_offsets"] = [begin, offset]
+        header[name] = {
+            "dtype": codes[x.dtype],
+            "shape": [*x.shape],
+            "data_offsets": [begin, offset],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -1331,65 +1245,29 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
                 file.write(flat.view(torch.uint8).numpy())
 
 
-def read_checkpoint(directory, rename) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, `model.safetensors` or exactly the shards its index names, under
-    the names that rename(name) gives them; without those that get None.
-    """
-    index, files = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if not (directory / files[0]).is_file() and index.is_file():
-        shards = read_json(index).get("weight_map")
-        files = sorted({*shards.values()}) if isinstance(shards, dict) else [None]
-        # A plain name: so no way out of the directory.
-        if not all(isinstance(f, str) and re.fullmatch(r"[\w.-]+\.safetensors", f) for f in files):
-            raise ValueError(f"{index}: no weight_map from names to plain .safetensors file names")
-    elif not (directory / files[0]).is_file():
-        hint = "; a pickled .bin is not opened here" if list(directory.glob("*.bin")) else ""
-        raise FileNotFoundError(f"{directory}: no {files[0]} and no {index.name}{hint}")
-    tensors = {}
-    for file in files:
-        for old, tensor in read_safetensors(directory / file).items():
-            name = rename(old)
-            if name in tensors:
-                raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
-            if len(files) > 1 and shards.get(old) != file:
-                raise ValueError(f"{directory / file}: {index.name} does not place {old} in it")
-            if name is not None:
-                tensors[name] = tensor
-    return tensors
-
-
 # ---- Files: never half-written, never trusted ------------------------------------------------
-
-
-def first_only(write):
-    """Of several processes only the first one writes."""
-
-    @wraps(write)
-    def call(*arguments, **named):
-        return write(*arguments, **named) if world()[0] == 0 else None
-
-    return call
 
 
 @contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
 
-    A reader, or a run that was killed, finds the old file or the new one, never a part of one.
+    A reader, or a run that was killed, finds the old file or the new one, never a part of one. Of
+    several processes only the first one's file is kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if world()[0] == 0:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@first_only
 def write_text(path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
@@ -1399,11 +1277,17 @@ def write_json(path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def append(path, records: list[dict]) -> None:
+    """Adds records to a JSON Lines file."""
+    if world()[0] == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
 def read_text(path) -> str:
     """A file's text; ValueError names a file that is not UTF-8."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
 
@@ -1424,17 +1308,10 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
-@first_only
-def append(path, records: list[dict]) -> None:
-    """Adds records to a JSON Lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-
-
 # ---- Several processes, which torchrun starts ------------------------------------------------
 #
-# Every process computes the same, but for what `complete` (eval.py) and `update` (rl.py) share
-# out. Without torchrun there is one.
+# Every process computes the same, but for what `complete` (eval.py) and `my_batches` (rl.py) share
+# out; only the first one writes and prints. Without torchrun there is one.
 
 
 def world() -> tuple[int, int]:
@@ -1442,7 +1319,7 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(value) -> list:
+def gather(value=None) -> list:
     """The value of every process. All must come here, and each waits for all."""
     values = [value] * world()[1]
     if dist.is_initialized():
@@ -1450,24 +1327,18 @@ def gather(value) -> list:
     return values
 
 
-def wait() -> None:
-    """Until every process has come here."""
-    gather(None)
-
-
 @contextmanager
 def processes():
     """Joins the processes that torchrun has started, if it has."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only one prints
+    if dist.is_torchelastic_launched():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     yield
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- Options and commands --------------------------------------------------------------------
@@ -1475,8 +1346,8 @@ def processes():
 # Each command's options are a dataclass. Defaults < a preset, or the options that a run recorded <
 # what is given on the command line.
 
-Precision = Literal["auto", "float32", "bfloat16"]
 SHIPPED = Path(__file__).resolve().parent / "toy"
+Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = {  # what differs from the defaults, which are the toy's; a command takes what it knows
     "toy": {},
     "small": {  # models like SmolLM2-135M
@@ -1490,7 +1361,7 @@ PRESETS = {  # what differs from the defaults, which are the toy's; a command ta
         "lr": 1e-6, "beta": 0.04, "checkpointing": True, "eval_every": 500, "save_every": 100,
     },
 }  # fmt: skip
-# Options of a run that may change when it is resumed: they cost time or memory, or say where.
+# What may change when a run is resumed: it costs time or memory, or is of this command alone.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 
@@ -1501,17 +1372,22 @@ def option(default, help: str, least: float | None = None):
 
 
 def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
-    """What was given on the command line, by field name, and "debug"."""
+    """What was given on the command line, by field name."""
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=description, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    hints = get_type_hints(options)
+        None,
+        "%(prog)s [options]",
+        description,
+        None,
+        (),
+        layout,
+        argument_default=argparse.SUPPRESS,
+    )
     for field in dataclasses.fields(options):
-        kind, inner = hints[field.name], get_args(hints[field.name])
-        how = {"type": inner[0] if inner else kind}  # X of "X | None"
+        kind = get_type_hints(options)[field.name]
+        how = {"type": (*get_args(kind), kind)[0]}  # X of "X | None"
         if get_origin(kind) is Literal:
-            how = {"choices": inner}
+            how = {"choices": get_args(kind)}
         elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         text = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
@@ -1523,40 +1399,31 @@ def parse_flags(options: type, description: str, arguments: list[str] | None = N
 def resolve(options: type, given: dict):
     """The options: defaults, then a preset or what a run recorded, then what was given."""
     names = {field.name for field in dataclasses.fields(options)}
-    base = {}
-    if run := given.get("run"):  # eval.py scores a run's checkpoint under the run's own options
-        base = read_json(Path(run) / "config.json") | {"model": str(Path(run) / "checkpoint")}
-        base = {name: value for name, value in base.items() if name not in FREE | {"limit"}}
-    elif (
-        given.get("resume")
-        and (file := Path(given.get("out", options.out)) / "config.json").is_file()
-    ):
-        base = read_json(file)
-        changed = {n for n in given.keys() - FREE if given[n] != base.get(n)}
-        if changed or given.get("steps", math.inf) < base.get("steps", 0):
-            words = ", ".join(
-                f"--{n.replace('_', '-')} {base.get(n)}" for n in sorted(changed or {"steps"})
-            )
-            raise ValueError(
-                f"{file.parent} was made with {words}: resume it so, or choose another --out"
-            )
-    elif "preset" in names:
-        shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
-        if not (preset := given.get("preset", "toy" if shipped else None)):
-            raise ValueError(
-                "--model is not the toy's: say which recipe fits it. --preset small is for models "
-                "like SmolLM2-135M, paper is the paper's for 1.5 B parameters, toy the defaults"
-            )
-        base = PRESETS[preset] | {"preset": preset}
-    values = {name: value for name, value in base.items() if name in names}
-    return options(**values | {name: given[name] for name in given.keys() & names})
+    config = Path(given.get("run") or given.get("out") or options.out or "") / "config.json"
+    shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
+    preset = given.get("preset", "toy" if shipped else None)
+    if "run" in given:  # eval.py scores a run's checkpoint under the run's own options
+        base = read_json(config) | {"model": str(config.parent / "checkpoint"), "limit": 0}
+    elif given.get("resume") and config.is_file():
+        base = read_json(config)
+    elif "preset" not in names or preset:
+        base = PRESETS[preset or "toy"] | {"preset": preset}
+    else:
+        raise ValueError(
+            "--model is not the toy's: say which recipe fits it. --preset small is for models like "
+            "SmolLM2-135M, paper is the paper's for 1.5 B parameters, toy are the defaults"
+        )
+    base = {name: base[name] for name in base.keys() & names - {"out", "overwrite", "force"}}
+    o = options(**base | {name: given[name] for name in given.keys() & names})
+    check_options(o)
+    return o
 
 
 def check_options(o) -> None:
     """ValueError for a number below its least."""
     for field in dataclasses.fields(o):
         value, least = getattr(o, field.name), field.metadata.get("least")
-        if least is not None and value is not None and not least <= value < math.inf:
+        if None not in (value, least) and not least <= value < math.inf:
             name = field.name.replace("_", "-")
             raise ValueError(f"--{name} must be a number of at least {least}, not {value}")
 
@@ -1567,44 +1434,34 @@ def command(main, options: type, description: str) -> None:
     # Data may hold what a terminal cannot show; and a log is read while it grows.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        o = resolve(options, given)
-        check_options(o)
-        main(o)
+        main(resolve(options, given))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if given.get("debug"):
+        if "debug" in given:
             raise
-        hint = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            hint = (
-                "\nless memory: --checkpointing, a lower --tokens-per-micro-batch, --lora-rank 16"
-            )
-        print(f"error: {printable(str(error))}{hint}", file=sys.stderr)
+        more = " (less: --checkpointing, a lower --tokens-per-micro-batch, --lora-rank 16)"
+        more = more * isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {printable(str(error))}{more}", file=sys.stderr)
         sys.exit(2)
 
 
 def new_directory(o, record="config.json") -> Path:
     """The directory o.out for a new result, with the options in `record`; ValueError if it is not
-    empty. With --overwrite it is emptied first, if it holds a result of one of the commands.
+    empty. With --overwrite what is there is deleted first, if it is a result of these commands.
     """
     out = Path(o.out)
-    if out.is_dir() and any(out.iterdir()):
-        known = any(
-            (out / file).is_file() and "overwrite" in read_json(out / file)
-            for file in ("config.json", "options.json")
-        )
-        if not known:
+    if out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
+        options = read_json(out / record) if (out / record).is_file() else {}
+        if "overwrite" not in options:
             raise ValueError(
-                f"{out} is not empty and holds no result of this project: choose another --out"
+                f"{out} is not empty, and no result of this command: take another --out"
             )
-        if not o.overwrite:
-            also = "--resume to go on with it, " if hasattr(o, "resume") else ""
-            raise ValueError(
-                f"{out} holds a result already: {also}--overwrite to delete it, or another --out"
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+        if not o.overwrite or getattr(o, "resume", False):
+            ways = "--resume goes on with it, " * hasattr(o, "resume") + "--overwrite deletes it"
+            raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
+        for path in sorted(out.iterdir(), key=lambda path: path.name == record):  # that last
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(out / record, dataclasses.asdict(o))
     return out
 
@@ -1616,9 +1473,8 @@ def progress(iterable=None, title=None, **more) -> tqdm:
 
 def printable(text: str) -> str:
     """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text
-    )
+    acting = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(acting, "\ufffd", text)
 
 
 def pick_device(name: str) -> str:
@@ -1628,9 +1484,9 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(0, device=name).tolist()
-        return name
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
+    return name
 
 
 def product_dtype(precision: str, device: str) -> torch.dtype:
@@ -1647,26 +1503,25 @@ def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def load_policy(o) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model to sample from, its matrices and products in --precision's type."""
-    device = pick_device(o.device)
-    decoder = load_decoder(o.model, device)
-    longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
-    if longest > decoder.config.context:
-        most = f"the model was made for {decoder.config.context} tokens"
-        raise ValueError(f"{most}, not {longest} (--max-prompt-tokens and --max-new-tokens)")
-    return for_sampling(decoder, product_dtype(o.precision, device)), load_tokenizer(o.model)
-
-
 def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """The decoder with its matrices in the precision of products, so that none is cast in a step.
-
-    Norms and biases stay float32, as in training.
+    """The decoder, frozen, with its matrices in the precision of products, so that a step casts
+    none. Norms and biases stay float32, as in training.
     """
     for parameter in decoder.parameters():
         if parameter.dim() == 2:
             parameter.data = parameter.data.to(dtype)
     return multiply_in(decoder, dtype).requires_grad_(False)
+
+
+def load_policy(o) -> tuple[Decoder, Tokenizer]:
+    """The checkpoint o.model to sample from, in --precision's type; ValueError if too short."""
+    device = pick_device(o.device)
+    decoder, longest = load_decoder(o.model, device), o.max_new_tokens
+    longest += getattr(o, "max_prompt_tokens", 0)
+    if longest > decoder.config.max_position_embeddings:
+        most = f"the model was made for {decoder.config.max_position_embeddings} tokens"
+        raise ValueError(f"{most}, not {longest}: --max-prompt-tokens and --max-new-tokens")
+    return for_sampling(decoder, product_dtype(o.precision, device)), load_tokenizer(o.model)
 
 
 @dataclass
@@ -1679,16 +1534,14 @@ class Options:
     seed: int = option(0, "of the sampling noise", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")
     precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
+    out = None
 
 
 def main(o: Options) -> None:
     decoder, tokenizer = load_policy(o)
     prompt = tokenizer.chat([{"role": "user", "content": o.prompt}])
-    sampled = dict(group_size=o.group_size, max_new_tokens=o.max_new_tokens, seed=o.seed)
-    groups = generate(
-        decoder, [prompt], temperature=o.temperature, eos_ids=tokenizer.eos_ids, **sampled
-    )
-    for completion in groups[0]:
+    sampling = (o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, o.seed)
+    for completion in generate(decoder, [prompt], *sampling)[0]:
         print(printable(tokenizer.opening + tokenizer.decode(completion.tokens)))
         print(f"[{len(completion.tokens)} tokens, log-probability {sum(completion.logprobs):.2f}]")
 

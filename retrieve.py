@@ -167,9 +167,9 @@ def retrieve(
     """The best k items of the user's own profile, best first; fewer if the profile is shorter.
 
     Items that tie, at 0 too, keep the profile's order. BM25, with Okapi's idf or "lucene"'s, splits
-    the items' texts (`show`) at whitespace, case kept; dense ranks the same texts by `dense.scores`;
-    recency puts the newest first; random is the same draw for the same seed and record. Returns the
-    profile's own dictionaries. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
+    the items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
+    newest first; random is the same draw for the same seed and record. Returns the profile's own
+    dictionaries. ValueError: k below 0, an unknown retriever, "dense" without `dense`.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -179,7 +179,7 @@ def retrieve(
     if k == 0 or not profile or retriever == "none":
         return []
     if retriever == "random":
-        return random.Random(f"{seed} {example.id}").sample(profile, min(k, len(profile)))
+        return random.Random(repr((seed, example.id))).sample(profile, min(k, len(profile)))
     if retriever == "recency":
         dates = [parse_date(item, example) for item in profile]
         order = sorted(range(len(profile)), key=lambda n: dates[n], reverse=True)  # stable
@@ -242,37 +242,44 @@ def build_messages(
     With a tokenizer and a budget, `tokenizer.chat` of the messages has at most `max_prompt_tokens`
     ids. One rule: every field, of the items and of the query, is cut to the same number of tokens,
     the largest that fits. So a short title stays whole beside a long text, and what one field
-    leaves unused goes to the others. With 0 there are no items, and no word of profiles. ValueError
-    if even the bare instruction is too long.
+    leaves unused goes to the others. Where one token of each is too much, the last items are left
+    out. ValueError if even the bare instruction is too long.
     """
     fields = TASKS[example.task].fields
 
-    def messages(most: int | None) -> list[dict]:
+    def messages(most: int | None, items: list[dict]) -> list[dict]:
         def cut(text: str) -> str:
             return text.strip() if most is None else tokenizer.cut(text.strip(), most)
 
-        shown = [] if most == 0 else items
-        lines = [show({key: cut(item[key]) for key in fields}, example.task) for item in shown]
+        lines = [show({key: cut(item[key]) for key in fields}, example.task) for item in items]
         lines += [
-            instruction(example.task, bool(shown)),
+            instruction(example.task, bool(items)),
             question(example.task, cut(example.query)),
         ]
         user = {"role": "user", "content": "\n".join(lines)}
         return [{"role": "system", "content": SYSTEM}, user]
 
-    def length(most: int | None) -> int:
-        return len(tokenizer.chat(messages(most)))
+    def fits(most: int | None, items: list[dict]) -> bool:
+        return len(tokenizer.chat(messages(most, items))) <= max_prompt_tokens
 
-    if tokenizer is None or max_prompt_tokens is None or length(None) <= max_prompt_tokens:
-        return messages(None)
-    if length(0) > max_prompt_tokens:
-        need = f"the bare instruction takes {length(0)}"
-        raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, but {need}: raise it")
-    low, high = 0, max_prompt_tokens  # `low` fits, and nothing above `high` does
+    if tokenizer is None or max_prompt_tokens is None or fits(None, items):
+        return messages(None, items)
+    if not fits(0, []):
+        raise ValueError(
+            f"not even the bare instruction fits --max-prompt-tokens {max_prompt_tokens}"
+        )
+    while items and not fits(1, items):
+        items = items[:-1]
+    # Nothing longer than the budget can fit: so a very long text is split into tokens only once.
+    items = [
+        {key: tokenizer.cut(item[key].strip(), max_prompt_tokens) for key in fields}
+        for item in items
+    ]
+    low, high = 0, most  # `low` fits, and nothing above `high` does
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if length(middle) <= max_prompt_tokens else (low, middle - 1)
-    return messages(low)
+        low, high = (middle, high) if fits(middle, items) else (low, middle - 1)
+    return messages(low, items)
 
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
@@ -338,7 +345,7 @@ def load_outputs(path: Path, task: str, split: str) -> dict[str, str] | None:
             return None
         raise FileNotFoundError(f"{path}: no such file, and only the test split may lack outputs")
     content = prlm.read_json(path)
-    if str(content.get("task", task)).replace("_", "-") != task:
+    if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
         raise ValueError(f"{path}: it holds {content['task']}, not {task}")
     golds = content.get("golds")
     if not isinstance(golds, list):
@@ -370,7 +377,7 @@ def check_record(record, number: int, task: str, path: Path) -> Example:
         if not all(isinstance(item.get(key), str) for key in kind.fields):
             names = " and ".join(kind.fields)
             raise ValueError(f"{where}: profile item {position} needs {names} (strings)")
-    user = record.get("user_id", record["id"])
+    user = record["id"] if record.get("user_id") is None else record["user_id"]
     query = text.removeprefix(kind.prefix)
     return Example(str(record["id"]), str(user), task, query, profile, None)
 

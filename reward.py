@@ -147,7 +147,7 @@ class RewardModel(nn.Module):
         segments = types.grid(types.tokens)
         hidden = self.bert(ids.grid(ids.tokens), ids.mask, segments)  # [B, T, H]
         pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
-        pooled = F.dropout(pooled, self.bert.dropout[0], self.training)
+        pooled = F.dropout(pooled, self.bert.config.hidden_dropout_prob, self.training)
         return self.classifier(pooled)[:, 0].float()
 
     @torch.no_grad()
@@ -387,7 +387,7 @@ def save_reward_model(model: RewardModel, directory) -> None:
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
     model = RewardModel(prlm.load_encoder(directory, device))
-    tensors = prlm.read_checkpoint(Path(directory), lambda name: name)
+    tensors = prlm.read_tensors(Path(directory))
     names = {f"classifier.{name}": name for name in ("weight", "bias")}
     try:
         model.classifier.load_state_dict({names[n]: x for n, x in tensors.items() if n in names})
@@ -428,7 +428,7 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
             pairs = files["pairs.json"]
             if not pairs.is_file():
                 prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-            prlm.wait()
+            prlm.gather()
             report = train_reward_model(o, model, prlm.read_json(pairs, list))
             save_reward_model(model, directory)
     if "swap_test" not in report:

@@ -341,11 +341,12 @@ def run(o: Options, out: Path, train, held, judge=None) -> None:
     start = warm_start(o, out, train)
     policy = make_policy(o, start)
     first_look(o, out, policy, train)
-    if judge is None and o.personalization:
+    if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
     score_held_out(o, out, "no_profile", policy, held, k=0)
     score_held_out(o, out, "before", policy, held)
     train_policy(o, out, policy, judge, train, held)
+    refresh(policy)  # to nearest, as whoever loads the checkpoint will have it
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
     scoring.write_predictions(
@@ -414,19 +415,21 @@ def make_policy(o: Options, directory) -> Policy:
 
 
 @torch.no_grad()
-def refresh(policy: Policy, seed: int) -> None:
+def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy.
 
-    Rounded at random, up or down in proportion to the distance, so that the copy follows on
-    average: to nearest, steps of a learning rate like 1e-6 would hardly ever reach it.
+    With a seed they are rounded at random, up or down in proportion to the distance, so that the
+    copy follows on average: to nearest, steps of a learning rate like 1e-6 would hardly reach it.
     """
     if policy.sampler is policy.decoder:
         return
     device = policy.decoder.head.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed or 0)
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
     for copied, weight in pairs:
-        if copied.dtype == torch.bfloat16:  # the upper half of a float32's bits
+        if (
+            copied.dtype == torch.bfloat16 and seed is not None
+        ):  # the upper half of a float32's bits
             bits = weight.detach().view(torch.int32)
             noise = torch.randint(2**16, bits.shape, device=device, generator=generator)
             weight = ((bits + noise.int()) & -(2**16)).view(torch.float32)
@@ -589,7 +592,7 @@ def warm_start(o: Options, out: Path, train) -> str | Path:
         o, folder, "warm start", o.warm_start, policy, optimizer, take, ("metrics.jsonl",)
     )
     prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
-    prlm.wait()
+    prlm.gather()
     return folder
 
 
@@ -677,7 +680,6 @@ def keep_training(o: Options, folder: Path, title, count, policy, optimizer, tak
             bar.update()
 
 
-@prlm.first_only
 def save_state(folder: Path, step: int, policy: Policy, optimizer, logs) -> None:
     """Saves all that the next step depends on, atomically."""
     trained = {n: p.detach() for n, p in policy.decoder.named_parameters() if p.requires_grad}

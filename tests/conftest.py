@@ -113,11 +113,12 @@ def write_policy(folder, seed=0, answers=ANSWERS):
         model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=272, hidden_size=16,
         intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        max_position_embeddings=8192,
     )  # fmt: skip
     decoder = prlm.Decoder(raw)
     with torch.no_grad():
         if answers:
-            decoder.embed.weight[backend.get_vocab_size() - 4 : -1] *= 60
+            decoder.model.embed_tokens.weight[backend.get_vocab_size() - 4 : -1] *= 60
     files = {
         "tokenizer.json": backend.to_str(),
         "tokenizer_config.json": json.dumps(
@@ -146,7 +147,7 @@ def write_encoder(folder, seed=0):
     )  # fmt: skip
     prlm.Tokenizer(backend).save(folder)
     prlm.write_json(folder / "config.json", raw)
-    prlm.write_safetensors(folder / "model.safetensors", prlm.Encoder(raw).views())
+    prlm.write_safetensors(folder / "model.safetensors", prlm.Encoder(raw).state_dict())
 
 
 @pytest.fixture(scope="session")

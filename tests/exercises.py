@@ -1,10 +1,10 @@
 """Exercises: one function of the project is blanked, its ordinary tests say when it is right again.
 
     python tests/exercises.py list
-    python tests/exercises.py start 24 ../mine     # a copy of the repository, grpo_loss blanked
-    python tests/exercises.py check 24 ../mine     # what passes, the points, a hint
-    python tests/exercises.py bug 24 ../broken     # a copy with a typical mistake in grpo_loss,
-    python tests/exercises.py bug 24 ../broken --line 117    # which stands on this line: or not
+    python tests/exercises.py start 27 ../mine     # a copy of the repository, grpo_loss blanked
+    python tests/exercises.py check 27 ../mine     # what passes, the points, a hint
+    python tests/exercises.py bug 27 ../broken     # a copy with a typical mistake in grpo_loss,
+    python tests/exercises.py bug 27 ../broken --line 117    # which stands on this line: or not
     python tests/exercises.py selftest             # are the graders any good?
 
 The files of the project are the solutions, and nothing in them is marked up. A grader is a few of
@@ -20,7 +20,6 @@ Standard library only, but for what the tests themselves import.
 import argparse
 import ast
 import dataclasses
-import difflib
 import faulthandler
 import functools
 import gc
@@ -60,16 +59,21 @@ class Mutant(NamedTuple):
 
 @dataclass(frozen=True)
 class Exercise:
-    number: int
+    number: int  # as the functions stand in the chapters
     title: str
     file: str
     function: str  # or Class.method
     points: int
-    equation: str
-    tests: list[str]  # pytest's names of what grades it
-    hint: str
+    graders: str  # classes or tests of test_<file>, or files::test
+    hints: dict[str, str]  # a part of the failed test's name -> what to look at; "": any other
     mutants: list[Mutant]
     solution: str  # another body that is right as well
+
+    @property
+    def tests(self) -> list[str]:
+        """pytest's names of what grades it."""
+        names = (n if ".py" in n else f"test_{self.file}::{n}" for n in self.graders.split())
+        return [f"tests/{name}" for name in names]
 
 
 # ---- The exercises ---------------------------------------------------------------------------
@@ -79,13 +83,10 @@ EXERCISES = [
     # Retrieval
     Exercise(
         1, "BM25: the index and the weight of a word", "retrieve.py", "BM25.__init__", 4,
-        "idf(w) = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one becomes 0.25 x the mean idf",
-        ["tests/test_retrieve.py::TestBM25::test_equals_rank_bm25",
-         "tests/test_retrieve.py::TestBM25::test_equals_the_formula",
-         "tests/test_retrieve.py::TestBM25::test_by_hand",
-         "tests/test_retrieve.py::TestBM25::test_nothing_to_find"],
-        "Compute the idf of each word of [['a'], ['b', 'b', 'c'], ['b']] by hand: in how many "
-        "documents does it stand? What happens to a word that stands in most of them?",
+        "TestBM25",
+        {"": "Compute the idf of each word of [['a'], ['b', 'b', 'c'], ['b']] by hand: in how many "
+             "documents does it stand? What happens to a word that stands in most of them?",
+         "nothing": "What is the mean length of no documents, and the mean idf of no words?"},
         [
             Mutant("idf without + 0.5",
                    "Scores are a little off from rank_bm25's, for rare words most of all.",
@@ -93,8 +94,7 @@ EXERCISES = [
                    "np.log(len(corpus) / held)"),
             Mutant("a negative idf is kept",
                    "Of two equal items, the one that also holds a frequent query word ranks lower.",
-                   "weights[weights < 0] = 0.25 * (sum(weights.tolist()) / max(len(held), 1))",
-                   "weights[np.isnan(weights)] = 0.0"),
+                   "weights[weights < 0]", "weights[np.isnan(weights)]"),
             Mutant("a negative idf becomes 0",
                    "On small profiles, many queries score every item exactly 0.",
                    "0.25 * (sum(weights.tolist()) / max(len(held), 1))", "0.0"),
@@ -125,13 +125,10 @@ EXERCISES = [
     ),
     Exercise(
         2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3,
-        "score(d) = sum over query words of idf(w) f(w,d) (k1 + 1) / (f(w,d) + norm(d))",
-        ["tests/test_retrieve.py::TestBM25::test_equals_rank_bm25",
-         "tests/test_retrieve.py::TestBM25::test_equals_the_formula",
-         "tests/test_retrieve.py::TestBM25::test_by_hand",
-         "tests/test_retrieve.py::TestBM25::test_nothing_to_find"],
-        "Score one document by hand, word by word. What does a query word that is asked twice "
-        "add, and what does one that no document holds?",
+        "TestBM25",
+        {"": "Score one document by hand, word by word. What does a query word that is asked twice "
+             "add, and what does one that no document holds?",
+         "nothing": "Without documents, words or a match the scores are zeros, one a document."},
         [
             Mutant("a repeated query word counts once",
                    "Scores equal rank_bm25's, except for queries that repeat a word.",
@@ -152,9 +149,7 @@ EXERCISES = [
         """
         def score(number: int, word: str) -> float:
             count = self.counts[word].get(number, 0) if word in self.counts else 0
-            if not count:
-                return 0.0
-            return self.idf[word] * (count * (self.k1 + 1) / (count + self.norm[number]))
+            return count and self.idf[word] * count * (self.k1 + 1) / (count + self.norm[number])
 
         documents = range(len(self.norm))
         return np.array([sum(score(n, word) for word in query) for n in documents], dtype=float)
@@ -162,11 +157,11 @@ EXERCISES = [
     ),
     Exercise(
         3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
-        "order = stable argsort of -score: what ties keeps the profile's order",
-        ["tests/test_retrieve.py::TestRetrieve",
-         "tests/test_retrieve.py::TestDense::test_ranks_by_cosine"],
-        "Look at what comes back when all scores are equal, for each retriever; and whether the "
-        "random draw depends on anything but the seed and the record.",
+        "TestRetrieve TestDense::test_ranks_by_cosine",
+        {"": "Rank a profile of three items by hand. Which texts are compared with which query?",
+         "ties": "What ties keeps the profile's order, also where all scores are 0.",
+         "random": "Does the draw depend on anything but the seed and the record's id?",
+         "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."},
         [
             Mutant("the worst items come first",
                    "More retrieved items help, but the first one almost never does.",
@@ -177,25 +172,28 @@ EXERCISES = [
                    "np.argsort(scores, kind=\"stable\")[::-1]"),
             Mutant("the oldest items come first",
                    "Recency retrieves what the user wrote years ago.",
-                   ", reverse=True)  # stable", ")  # stable"),
+                   ", reverse=True)", ")"),
             Mutant("the same draw for every user",
                    "Random retrieval takes the same places of every profile.",
-                   "random.Random(f\"{seed} {example.id}\")", "random.Random(seed)"),
+                   "random.Random(repr((seed, example.id)))", "random.Random(seed)"),
             Mutant("the query is ranked as letters",
                    "BM25 ranks hardly better than random; its scores are mostly 0.",
-                   "scores(words(example.query))", "scores(list(example.query))"),
+                   "example.query.split()", "list(example.query)"),
+            Mutant("the two kinds of idf are swapped",
+                   "`bm25` equals Lucene's ranking, and not that of rank_bm25.",
+                   "\"okapi\" if retriever == \"bm25\"", "\"okapi\" if retriever != \"bm25\""),
         ],
         """
         if k < 0:
             raise ValueError(f"k must be at least 0, not {k}")
-        if retriever not in ("none", "random", "recency", "bm25", "dense"):
+        if retriever not in ("none", "random", "recency", "bm25", "lucene", "dense"):
             raise ValueError(f"there is no retriever {retriever!r}")
         profile = example.profile
         if not k or not profile or retriever == "none":
             return []
         if retriever == "random":
             places = list(range(len(profile)))
-            random.Random(f"{example.id}/{seed}").shuffle(places)
+            random.Random(f"{example.id!r} {seed}").shuffle(places)
             return [profile[place] for place in places[:k]]
         if retriever == "recency":
             keys = [parse_date(item, example) for item in profile]
@@ -206,12 +204,9 @@ EXERCISES = [
             if retriever == "dense":
                 keys = dense.scores(example.query.strip(), texts).tolist()
             else:
-                texts.append(example.query)
-                if lowercase:
-                    ascii = "abcdefghijklmnopqrstuvwxyz0123456789"
-                    texts = ["".join(c if c in ascii else " " for c in t.lower()) for t in texts]
-                *corpus, query = [text.split() for text in texts]
-                keys = BM25(corpus, idf=idf).scores(query).tolist()
+                *corpus, query = [text.split() for text in (*texts, example.query)]
+                kind = {"bm25": "okapi", "lucene": "lucene"}[retriever]
+                keys = BM25(corpus, idf=kind).scores(query).tolist()
         best = []
         for place, key in enumerate(keys):  # insertion: behind all that are at least as good
             at = next((n for n, other in enumerate(best) if keys[other] < key), len(best))
@@ -220,79 +215,69 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 6,
-        "|chat(system, items + instruction + query)| <= max_prompt_tokens; only items and, if it "
-        "must be, the query are cut",
-        ["tests/test_retrieve.py::TestPrompt::test_parts_and_their_order",
-         "tests/test_retrieve.py::TestPrompt::test_no_prompt_is_over_budget",
-         "tests/test_retrieve.py::TestPrompt::test_long_items_use_the_budget_and_share_it",
-         "tests/test_retrieve.py::TestPrompt::test_what_short_items_leave_goes_to_later_ones",
-         "tests/test_retrieve.py::TestPrompt::test_an_item_loses_the_end_of_its_text_first",
-         "tests/test_retrieve.py::TestPrompt::test_the_query_is_served_first",
-         "tests/test_retrieve.py::TestPrompt::test_a_hundred_thousand_words"],
-        "Count the tokens of the chat as it is sent, not of its parts. Who gets the tokens that "
-        "a short item leaves? `_cut_item` shortens one item.",
+        4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 5,
+        "TestPrompt",
+        {"": "`show`, `instruction` and `question` make the lines. With items the instruction "
+             "speaks of them, without it does not.",
+         "budget": "Count the tokens of the chat as it is sent, not of its parts. Is there a "
+                   "larger number of tokens a field that fits too?",
+         "query": "The query is a field like the others: it is cut to the same number of tokens."},
         [
             Mutant("the chat format is not counted",
                    "Prompts are over the budget by the same few tokens, whatever they hold.",
-                   "return len(tokenizer.chat(chat)) - max_prompt_tokens",
-                   "return sum(len(tokenizer.encode(m[\"content\"])) for m in chat) "
-                   "- max_prompt_tokens"),
+                   "len(tokenizer.chat(messages(most, items)))",
+                   "sum(len(tokenizer.encode(m[\"content\"])) for m in messages(most, items))"),
             Mutant("one token over the budget",
                    "Once in a while a prompt is a token too long.",
-                   "if excess(chat) <= 0:", "if excess(chat) <= 1:"),
+                   "<= max_prompt_tokens", "<= max_prompt_tokens + 1"),
             Mutant("profiles are spoken of where there are none",
                    "The baseline without a profile answers as if it had lost something.",
-                   "instruction(example.task, bool(shown))", "instruction(example.task, True)"),
-            Mutant("what short items leave is lost",
+                   "bool(items)", "True"),
+            Mutant("what short fields leave is lost",
                    "Prompts stay far under the budget whenever one item is short.",
-                   "left // (len(items) - n) - 1", "room // len(items) - 1"),
+                   "if fits(middle, items) else",
+                   "if middle * (1 + len(items)) * len(fields) <= max_prompt_tokens else"),
             Mutant("the items are in the opposite order",
                    "Retrieval's best item stands next to the query instead of on top.",
-                   "\"\\n\".join([*shown, request", "\"\\n\".join([*shown[::-1], request"),
+                   "example.task) for item in items]", "example.task) for item in items[::-1]]"),
+            Mutant("the query is never cut",
+                   "One user with a very long article has a prompt without any item.",
+                   "cut(example.query)", "example.query"),
+            Mutant("the first items are left out",
+                   "On a small budget the best items are missing, the worst are there.",
+                   "items = items[:-1]", "items = items[1:]"),
         ],
         """
-        def chat(shown: list[str], query: str) -> list[dict]:
-            lines = [text for text in shown if text]
-            lines.append(instruction(example.task, len(lines) > 0))
-            lines.append(question(example.task, query))
+        def chat(most: int, count: int) -> list[dict]:
+            def cut(text: str) -> str:
+                return text.strip() if most < 0 else tokenizer.cut(text.strip(), most)
+
+            shown = [{k: cut(item[k]) for k in TASKS[example.task].fields} for item in items[:count]]
+            lines = [show(item, example.task) for item in shown]
+            lines += [instruction(example.task, count > 0)]
+            lines += [question(example.task, cut(example.query))]
             user = {"role": "user", "content": "\\n".join(lines)}
             return [{"role": "system", "content": SYSTEM}, user]
 
-        def size(messages: list[dict]) -> int:
-            return len(tokenizer.chat(messages))
-
-        whole = chat([show(item, example.task) for item in items], example.query)
-        limit = max_prompt_tokens
-        if tokenizer is None or limit is None or size(whole) <= limit:
-            return whole
-        if size(chat([], "")) > limit:
-            least = size(chat([], ""))
-            raise ValueError(f"max_prompt_tokens {limit}: the bare instruction needs {least}")
-        query, allowed = example.query, limit - size(chat([], ""))
-        while size(chat([], query)) > limit:
-            query = tokenizer.cut(example.query.strip(), allowed)
-            allowed -= 1
-        allowed = limit - size(chat([], query))
-        while True:
-            shown, rest = [], allowed
-            for waiting in range(len(items), 0, -1):
-                item = items[len(items) - waiting]
-                shown.append(_cut_item(item, example.task, tokenizer, rest // waiting - 1))
-                if shown[-1]:
-                    rest -= 1 + len(tokenizer.encode(shown[-1]))
-            excess = size(chat(shown, query)) - limit
-            if excess <= 0:
-                return chat(shown, query)
-            allowed -= excess
+        limit, count = max_prompt_tokens, len(items)
+        if tokenizer is None or limit is None or len(tokenizer.chat(chat(-1, count))) <= limit:
+            return chat(-1, count)
+        if len(tokenizer.chat(chat(0, 0))) > limit:
+            raise ValueError(f"max_prompt_tokens {limit}: the bare instruction needs more")
+        while count and len(tokenizer.chat(chat(1, count))) > limit:
+            count -= 1
+        step = 1 << limit.bit_length()
+        most = 0
+        while step := step // 2:  # bit by bit, from above
+            most += step * (len(tokenizer.chat(chat(most + step, count))) <= limit)
+        return chat(most, count)
         """,
     ),
     # Scores
     Exercise(
         5, "Matching n-grams", "eval.py", "common", 2,
-        "sum over n-grams g of min(count of g in a, count of g in b)",
-        ["tests/test_eval.py::TestRouge", "tests/test_eval.py::TestBleu"],
-        "What should ['the', 'the'] against ['the', 'cat'] give, and against ['the', 'the']?",
+        "TestRouge TestBleu",
+        {"": "What should ['the', 'the'] against ['the', 'cat'] give, and against ['the', 'the']?"},
         [
             Mutant("sets instead of counts",
                    "Titles that repeat a word get another ROUGE than rouge_score gives them.",
@@ -321,11 +306,9 @@ EXERCISES = [
     ),
     Exercise(
         6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence", 3,
-        "L(i, j) = L(i-1, j-1) + 1 where a_i = b_j, else max(L(i-1, j), L(i, j-1))",
-        ["tests/test_eval.py::TestLongestCommonSubsequence",
-         "tests/test_eval.py::TestRouge::test_golden_values"],
-        "A subsequence may leave words out but not change their order. The plain table is a "
-        "correct answer; the bits are only faster.",
+        "TestLongestCommonSubsequence TestRouge::test_golden_values",
+        {"": "The plain table is a correct answer; the bits are only faster.",
+         "gaps": "A subsequence may leave words out but not change their order."},
         [
             Mutant("only the last occurrence of a word is known",
                    "Headlines that repeat a word get too low a ROUGE-L.",
@@ -345,8 +328,7 @@ EXERCISES = [
                    "                if tuple(a[i:j]) in pieces), default=0)"),
             Mutant("the order does not count",
                    "ROUGE-L equals ROUGE-1.",
-                   "return len(b) - row.bit_count()",
-                   "return (Counter(a) & Counter(b)).total()"),
+                   "return len(b) - row.bit_count()", "return (Counter(a) & Counter(b)).total()"),
         ],
         """
         lengths = [0] * (len(b) + 1)
@@ -361,10 +343,12 @@ EXERCISES = [
     ),
     Exercise(
         7, "The answer in a completion", "eval.py", "extract_answer", 5,
-        "the value of 'title' (or 'tweet' …) after the reasoning, by the docstring's five rules",
-        ["tests/test_eval.py::TestExtractAnswer"],
-        "Print the completion of a case that fails, and go through the rules one by one. "
-        "`read_value` reads a value and says where it ends.",
+        "TestExtractAnswer",
+        {"": "Go through the docstring's rules one by one with the case that failed. `read_value` "
+             "reads a value and says where it ends.",
+         "nothing": "Rules 1 and 2: what counts at all, and what is no key?",
+         "placeholder": "Rule 4: the first value that says something, else the placeholder.",
+         "tags": "Rule 1: between the last <answer> and the first </answer>, if they are there."},
         [
             Mutant("thoughts without an answer behind them count",
                    "A completion that stops right after </think> earns accuracy.",
@@ -372,13 +356,11 @@ EXERCISES = [
                    "completion.partition(\"</think>\")[2] or completion"),
             Mutant("a thought that never closes counts",
                    "Completions cut off in the middle of a thought earn accuracy.",
-                   "    if \"<think>\" in text:\n        return \"\"\n", ""),
-            Mutant("bare keys come before quoted ones",
-                   "\"Here is the title: {'title': …\" gives an answer that begins with a brace.",
-                   "for form in forms:", "for form in forms[::-1]:"),
+                   "if \"<think>\" in text:", "if not text:"),
             Mutant("a value is searched for keys",
-                   "A headline about somebody's \"job title: clerk\" can come out as \"clerk\".",
-                   "start = end", "start = found.end()"),
+                   "A headline that quotes somebody's 'title': 'clerk' can come out as \"clerk\".",
+                   "value, start = read_value(text, found.end())",
+                   "value, start = read_value(text, found.end())[0], found.end()"),
             Mutant("the last value counts",
                    "Afterthoughts and second attempts replace the answer.",
                    "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
@@ -387,133 +369,61 @@ EXERCISES = [
                    "if not is_placeholder(value, task)", "if value"),
             Mutant("the key may be the end of another word",
                    "'subtitle: ...' is read as an answer.",
-                   r"(?<![\w-]){word}", "{word}"),
+                   r"|^[ \t{{#>*-]*{word})", "|{word})"),
             Mutant("the end of the answer block is not seen",
                    "What a model says after </answer> replaces an answer that has no key.",
-                   "text.partition(\"</answer>\")[0]", "text"),
+                   "text.partition(\"</answer>\")[0].rpartition", "text.rpartition"),
         ],
         r'''
-        word, marks = task_of(task).answer, list("'\"‘’“”")
+        word, marks, values, at = task_of(task).answer, tuple("'\"‘’“”"), [], 0
         text = completion.split("</think>")[-1]
         if "<think>" in text:
             return ""
         text = text.split("</answer>")[0].split("<answer>")[-1]
 
-        def skip(at: int, blanks: str | None) -> int:
-            # behind blanks (None: of any sort) and asterisks
-            while at < len(text) and (text[at] == "*" or text[at].strip(blanks) == ""):
+        def behind(at: int, these) -> int:
+            while at < len(text) and these(text[at]):
                 at += 1
             return at
 
-        def value_after(at: int, sort: int) -> int | None:
-            # where the value starts, if the word stands at `at` as a key of this sort
-            line, end = text[:at].split("\n")[-1], at + len(word)
-            if text[at:end].lower() != word:
-                return None
-            if sort == 0 and not (line[-1:] in marks and text[end : end + 1] in marks):
-                return None
-            if sort == 1 and line.strip(" \t{#>*-"):
-                return None
-            if sort == 2 and line and (line[-1] in "_-" or line[-1].isalnum()):
-                return None
-            blanks = " \t" if sort == 2 else None
-            colon = skip(end + (sort == 0), blanks)
-            if text[colon : colon + 1] != ":":
-                return None
-            start = skip(colon + 1, blanks)
-            if sort == 2 and not text[start : start + 1].strip():  # asterisks alone: a value of ""
-                return start - 1 if text[start - 1] == "*" else None
-            return start
+        def blank(letter: str) -> bool:
+            return letter == "*" or letter.isspace()
 
-        values = []
-        for sort in range(3):
-            at, left = 0, ""
-            while at < len(text):
-                start = value_after(at, sort)
-                if start is None:
-                    left, at = left + text[at], at + 1
-                    continue
-                value, at = read_value(text, start)
+        while at < len(text):
+            quoted, key = text[at] in marks, at
+            if quoted:
+                key = at + 1
+            elif at == 0 or text[at - 1] == "\n":
+                key = behind(at, " \t{#>*-".__contains__)
+            else:
+                at += 1
+                continue
+            end = key + len(word)
+            good = text[key:end].lower() == word and (not quoted or text.startswith(marks, end))
+            colon = behind(end + quoted, blank)
+            if good and text.startswith(":", colon):
+                value, at = read_value(text, behind(colon + 1, blank))
                 values.append(value)
-                left = left[:-1] if sort == 0 else left
-                left = (left.rstrip(" \t{#>*-") if sort == 1 else left) + "\n"
-            text = left
+            else:
+                at += 1
         good = [value for value in values if not is_placeholder(value, task)]
         return next(iter(good), next(filter(None, values), ""))
         ''',
     ),
     # The language model
     Exercise(
-        8, "Reading safetensors", "prlm.py", "read_safetensors", 4,
-        "8 bytes little-endian header length, the JSON header, then the bytes of every tensor",
-        ["tests/test_files.py::TestSafetensors::test_reads_what_the_library_writes",
-         "tests/test_files.py::TestSafetensors::test_the_library_reads_what_we_write",
-         "tests/test_files.py::TestSafetensors::test_refuses",
-         "tests/test_files.py::TestSafetensors::test_accepts",
-         "tests/test_files.py::TestSafetensors::test_refuses_whatever_the_library_refuses",
-         "tests/test_files.py::TestSafetensors::test_edits_stay_in_memory",
-         "tests/test_files.py::TestSafetensors::test_a_missing_file"],
-        "Write a file with two small tensors with `write_safetensors` and look at its bytes. From "
-        "where are data_offsets counted? `_ranges` checks them for you.",
-        [
-            Mutant("offsets counted without the length field",
-                   "Weights load without a complaint, and the model writes noise.",
-                   "data[start + begin : start + end]",
-                   "data[start - 8 + begin : start - 8 + end]"),
-            Mutant("big-endian",
-                   "Every file is refused: \"ends before its header\".",
-                   "\"little\"", "\"big\""),
-            Mutant("alignment checked without the header",
-                   "Some files of other libraries fail with an error about a storage offset.",
-                   "if (start + begin) % dtype.itemsize:", "if begin % dtype.itemsize:"),
-            Mutant("a key that stands twice is accepted",
-                   "Of two tensors of the same name, one is silently lost.",
-                   ", object_pairs_hook=unique", ""),
-            Mutant("the shape is read backwards",
-                   "Square matrices come out scrambled, the others are refused.",
-                   ".view(shape)", ".view(shape[::-1])"),
-        ],
-        """
-        content = Path(path).read_bytes()
-        try:
-            length = int.from_bytes(content[:8], "little")
-            if len(content) < 8 or length > min(len(content) - 8, 100_000_000):
-                raise ValueError("there is no whole header")
-
-            def once(pairs):
-                if len({key for key, _ in pairs}) < len(pairs):
-                    raise ValueError("the header repeats a key")
-                return dict(pairs)
-
-            text = str(content[8 : 8 + length], "utf-8")
-            header = json.loads(text, object_pairs_hook=once)
-            if type(header) is not dict:
-                raise ValueError("the header is no object")
-            ranges = _ranges(header, len(content) - 8 - length)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        tensors = {}
-        for name, (begin, end, dtype, shape) in ranges.items():
-            piece = bytearray(content[8 + length + begin : 8 + length + end])
-            empty = torch.empty(shape, dtype=dtype)
-            tensors[name] = torch.frombuffer(piece, dtype=dtype).view(shape) if piece else empty
-        return tensors
-        """,
-    ),
-    Exercise(
-        9, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
-        "theta^(-2i/D), i = 0 .. D/2 - 1; llama3 divides the slow ones by `factor`",
-        ["tests/test_prlm.py::TestRope::test_frequencies_equal_the_formula"],
-        "The first frequency is 1 and the last is just above 1/theta. For llama3, how often does "
-        "a pair turn within the original context, and which of them are to be left alone?",
+        8, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
+        "TestRope::test_frequencies_equal_the_formula",
+        {"": "The first frequency is 1 and the last is just above 1/theta. For llama3, how often "
+             "does a pair turn within the original context, and which ones are to be left alone?"},
         [
             Mutant("the exponent runs twice as fast",
                    "Logits are near those of transformers for the first tokens, then drift off.",
-                   ".float() / config.head_dim", ".float() / (config.head_dim / 2)"),
+                   ".float() / c.head_dim", ".float() / (c.head_dim / 2)"),
             Mutant("consecutive exponents",
                    "Logits are near those of transformers for the first tokens, then drift off.",
-                   "torch.arange(0, config.head_dim, 2, device=\"cpu\")",
-                   "torch.arange(config.head_dim // 2, device=\"cpu\")"),
+                   "torch.arange(0, c.head_dim, 2, device=\"cpu\")",
+                   "torch.arange(c.head_dim // 2, device=\"cpu\")"),
             Mutant("the fast ones are slowed down instead of the slow ones",
                    "Qwen2 is right; Llama 3.1 confuses neighbouring words.",
                    "keep * frequencies + (1 - keep) * frequencies / factor",
@@ -527,10 +437,10 @@ EXERCISES = [
         ],
         """
         found = []
-        for i in range(config.head_dim // 2):
-            frequency = config.theta ** (-2 * i / config.head_dim)
-            if config.scaling:
-                factor, low, high, context = config.scaling
+        for i in range(c.head_dim // 2):
+            frequency = c.rope["rope_theta"] ** (-2 * i / c.head_dim)
+            if c.rope["rope_type"] == "llama3":
+                factor, low, high, context = map(c.rope.get, LLAMA3_ROPE)
                 turns = context * frequency / (2 * math.pi)
                 if turns < low:
                     frequency /= factor
@@ -542,12 +452,12 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        10, "RoPE: the rotation", "prlm.py", "rotate", 2,
-        "(x_i, x_{i+D/2}) -> (x_i cos - x_{i+D/2} sin, x_{i+D/2} cos + x_i sin)",
-        ["tests/test_prlm.py::TestRope::test_channels_turn_as_complex_numbers",
-         "tests/test_prlm.py::TestRope::test_scores_depend_on_the_distance_alone"],
-        "Rotate (1, 0, 0, 0) by hand: which channel receives the sine? The minus sign is already "
-        "in `sin`.",
+        9, "RoPE: the rotation", "prlm.py", "rotate", 2,
+        "TestRope::test_channels_turn_as_complex_numbers "
+        "TestRope::test_scores_depend_on_the_distance_alone",
+        {"": "Rotate (1, 0, 0, 0) by hand: which channel receives the sine? The minus sign is "
+             "already in `sin`.",
+         "distance": "Queries and keys turn the same way, each by its own position."},
         [
             Mutant("neighbouring channels are paired",
                    "The checkpoint loads, but every text it writes is word salad.",
@@ -567,15 +477,15 @@ EXERCISES = [
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
         cos, sin = cos[..., :half], sin[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
         """,
     ),
     Exercise(
-        11, "Grouped-query attention", "prlm.py", "attention", 5,
-        "softmax(q k^T / sqrt(D)) v, query head h with key-value head h // (heads / kv_heads)",
-        ["tests/test_prlm.py::TestAttention"],
-        "Compare one query position of one head with a loop over the keys it may see. Which "
-        "key-value head belongs to query head 1?",
+        10, "Grouped-query attention", "prlm.py", "attention", 5,
+        "TestAttention",
+        {"": "Compare one query position of one head with a loop over the keys it may see. Which "
+             "key-value head belongs to query head 1?",
+         "mask": "`visible` [B, T, S] is the same for all heads, and True where a query may look."},
         [
             Mutant("not causal",
                    "The training loss falls to almost nothing, samples are nonsense.",
@@ -607,13 +517,47 @@ EXERCISES = [
         """,
     ),
     Exercise(
+        11, "LoRA", "prlm.py", "Linear.forward", 3,
+        "TestLinear",
+        {"": "x meets A first, then B. What is left of alpha where the rank is doubled? And in "
+             "which precision are the products taken?"},
+        [
+            Mutant("alpha is forgotten",
+                   "What is sampled and what the merged checkpoint says drift apart.",
+                   "self.scale * change", "change"),
+            Mutant("the frozen part is missing",
+                   "From the first step on the model writes noise: B is 0, so all is 0.",
+                   "out + self.scale * change", "self.scale * change"),
+            Mutant("the bias counts twice",
+                   "Llama is right, it has none; Qwen2 writes noise from the first step on.",
+                   "self.lora_B.to(dtype))", "self.lora_B.to(dtype), bias)"),
+            Mutant("the frozen part is scaled too",
+                   "Right where alpha is the rank; else word salad from the first step on.",
+                   "out + self.scale * change", "self.scale * (out + change)"),
+            Mutant("the precision of products is ignored",
+                   "--precision bfloat16 is no faster, and `gap` is as small as in float32.",
+                   "dtype = self.products or self.weight.dtype", "dtype = self.weight.dtype"),
+        ],
+        """
+        kind = self.weight.dtype if self.products is None else self.products
+        x = x.to(kind)
+        out = torch.einsum("...i,oi->...o", x, self.weight.to(kind))
+        if self.bias is not None:
+            out = out + self.bias.to(kind)
+        if self.lora_A is not None:
+            inner = torch.einsum("...i,ri->...r", x, self.lora_A.to(kind))
+            out = out + torch.einsum("...r,or->...o", inner * self.scale, self.lora_B.to(kind))
+        return out
+        """,
+    ),
+    Exercise(
         12, "Causal masks and padding", "prlm.py", "Decoder.forward", 5,
-        "token t sees the real tokens s <= t; padding is neither seen nor counted as a place",
-        ["tests/test_prlm.py::TestDecoder::test_padding_on_either_side_changes_nothing",
-         "tests/test_prlm.py::TestDecoder::test_logits_equal_transformers",
-         "tests/test_prlm.py::TestDecoder::test_no_token_sees_the_future"],
-        "Put the same prompt alone, left-padded and right-padded: from which position do its "
-        "logits differ? Which of the two axes of the mask are queries, and which are keys?",
+        "TestDecoder::test_padding_on_either_side_changes_nothing "
+        "TestDecoder::test_logits_equal_transformers TestDecoder::test_no_token_sees_the_future",
+        {"": "`run` hands q, k and v to attend(layer, q, k, v): what does `attention` need beside?",
+         "padding": "Put the same prompt alone, left-padded and right-padded: from which position "
+                    "do its logits differ? Which axis of the mask are queries, and which keys?",
+         "future": "Token t sees the real tokens s <= t, with a mask as without one."},
         [
             Mutant("the causal mask is off by one",
                    "In padded batches the loss is far too low: each token sees the next one.",
@@ -643,19 +587,18 @@ EXERCISES = [
         for t in range(1, T):
             places[:, t] = mask[:, :t].sum(1) * mask[:, t]
         look = lambda layer, q, k, v: attention(q, k, v, visible)
-        return self.run(tokens * mask, places, look) @ self.head.T
+        return self.logits(self.run(tokens * mask, places, look), self.head)
         """,
     ),
     Exercise(
         13, "Grouped-query attention with a cache", "prlm.py", "Cache.read_next", 6,
-        "softmax(q [prompt keys, own keys]^T / sqrt(D)) [prompt values, own values]",
-        ["tests/test_prlm.py::TestCache",
-         "tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
-         "tests/test_prlm.py::TestDecoder::test_greedy_generate_equals_transformers"],
-        "Build the whole list of keys that one row sees, prompt and completion, and compare with "
-        "plain attention over it. Where does the new token's own key go? `cache.open` has just "
-        "counted it in `length` and put its number in `slot`; `hide` is 0 at the prompt's tokens "
-        "and at the slots written so far, -inf at the prompt's padding and the other slots.",
+        "TestCache TestTwins::test_sampler_and_trainer_agree "
+        "TestDecoder::test_greedy_generate_equals_transformers",
+        {"": "Build the whole list of keys that one row sees, prompt and completion, and compare "
+             "with plain attention over it. Where does the new token's own key go? `next_slot` "
+             "has just counted it in `length` and put its number in `slot`; `hide` is 0 at the "
+             "prompt's tokens and the slots written so far, -inf elsewhere.",
+         "rounded": "`exact_scores` keeps float32; the weights of the values may be rounded."},
         [
             Mutant("the prompts' padding is attended",
                    "A prompt answers well alone and badly beside a longer one.",
@@ -708,11 +651,13 @@ EXERCISES = [
     ),
     Exercise(
         14, "One sampler step", "prlm.py", "sample", 3,
-        "id ~ softmax(logits / T), and log softmax(logits / T)[id]; T = 0: the likeliest id",
-        ["tests/test_prlm.py::TestSample"],
-        "Draw 10,000 times from three logits and count. Whose probability is returned, and at "
-        "which temperature? Does every row draw for itself? Can rounding at the end of the "
-        "distribution return an id of probability 0?",
+        "TestSample",
+        {"": "Draw 10,000 times from three logits and count. Whose probability is returned, and at "
+             "which temperature?",
+         "rows": "Every row draws for itself, from its own logits.",
+         "greedy": "At temperature 0 the likeliest id, with its log-probability at temperature 1.",
+         "impossible": "Can rounding at either end of the distribution return an id of "
+                       "probability 0?"},
         [
             Mutant("temperature forgotten",
                    "--temperature changes nothing in the samples; `gap` is large unless it is 1.",
@@ -727,7 +672,7 @@ EXERCISES = [
                    "Log-probabilities look too good and `gap` is large.",
                    "probabilities.gather(-1, ids)", "probabilities.amax(-1, keepdim=True)"),
             Mutant("an id of probability 0 can be drawn",
-                   "Once in millions of tokens, an impossible token and an infinite `gap`.",
+                   "Once in millions of tokens, an impossible token and a `gap` of 80 or more.",
                    "right=True", "right=False"),
         ],
         """
@@ -741,21 +686,21 @@ EXERCISES = [
     ),
     Exercise(
         15, "Sampling groups of completions", "prlm.py", "generate", 6,
-        "o_t ~ pi(. | prompt, o_1 .. o_{t-1}) until an end-of-sequence id, which belongs to o",
-        ["tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
-         "tests/test_prlm.py::TestTwins::test_completions_without_an_end_are_as_long_as_they_may_be",
-         "tests/test_prlm.py::TestTwins::test_greedy_reports_log_probabilities_at_temperature_one",
-         "tests/test_prlm.py::TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
-         "tests/test_prlm.py::TestTwins::test_samples_follow_the_distribution",
-         "tests/test_prlm.py::TestTwins::test_rows_are_independent_and_seeds_repeat",
-         "tests/test_prlm.py::TestTwins::test_bad_calls_are_refused"],
-        "The prompt's last hidden state predicts the first token, which stands one place behind "
-        "the prompt. `cache.open` makes place for the next token of every row before it is run; "
-        "`cache.length` counts the tokens that the cache holds of each completion.",
+        "TestTwins::test_sampler_and_trainer_agree "
+        "TestTwins::test_completions_without_an_end_are_as_long_as_they_may_be "
+        "TestTwins::test_greedy_reports_log_probabilities_at_temperature_one "
+        "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled "
+        "TestTwins::test_samples_follow_the_distribution "
+        "TestTwins::test_rows_are_independent_and_seeds_repeat "
+        "TestTwins::test_bad_calls_are_refused",
+        {"": "The prompt's last hidden state predicts the first token, which stands one place "
+             "behind the prompt. `cache.next_slot` makes place for the next token of every row "
+             "before it is run; `cache.length` counts what it holds of each completion.",
+         "agree": "A completion ends with its first EOS id, which belongs to it. Each token stands "
+                  "one place behind the one before it, and the first one behind its prompt.",
+         "beyond": "Only the first `decoder.vocab_limit` rows of the head are ids.",
+         "refused": "The docstring's last sentence; `check_ids` looks at the prompts."},
         [
-            Mutant("the end-of-sequence id is cut off, so it is never trained",
-                   "Over the training, completions grow until all of them are truncated.",
-                   "enumerate(ids, 1)", "enumerate(ids)"),
             Mutant("prompts tiled instead of repeated",
                    "Right with one prompt or one completion, `gap` is large otherwise.",
                    "positions = laid.lengths.repeat_interleave(G)",
@@ -769,7 +714,10 @@ EXERCISES = [
                    "laid.starts + (laid.lengths - 2).clamp(min=0)"),
             Mutant("only one of the end-of-sequence ids stops",
                    "Some completions run past their end and make up the user's next turn.",
-                   "stop = set(eos.tolist())", "stop = set(sorted(eos_ids)[:1])"),
+                   "{*eos.tolist()}", "{*eos.tolist()[:1]}"),
+            Mutant("rows that stay are written to the places of those that leave",
+                   "Once the first completions have ended, the others go on in their place.",
+                   "positions[kept], writing[kept]", "positions[kept], writing[: len(kept)]"),
             Mutant("ids that the tokenizer does not have are sampled",
                    "Now and then a completion holds a token that decodes to nothing.",
                    "head[: decoder.vocab_limit]", "head"),
@@ -789,86 +737,44 @@ EXERCISES = [
         ends = (rows.starts + rows.lengths - 1).tolist()
         hidden = torch.stack([hidden[end] for end in ends for _ in range(group_size)])
         groups = [[Completion([], [], False) for _ in range(group_size)] for _ in prompts]
-        writing = [[(p, g) for g in range(group_size)] for p in range(len(prompts))]
+        writing = [(p, g) for p in range(len(prompts)) for g in range(group_size)]
+        width = group_size
         while True:
-            logits = hidden @ decoder.head[: decoder.vocab_limit].T
+            logits = decoder.logits(hidden, decoder.head[: decoder.vocab_limit])
             ids, chosen = sample(logits, temperature, noise)
-            places = [place for row in writing for place in row]
-            for (p, g), token, logprob in zip(places, ids.tolist(), chosen.tolist()):
+            for (p, g), token, logprob in zip(writing, ids.tolist(), chosen.tolist()):
                 one = groups[p][g]
                 if not one.finished:
                     one.tokens.append(token)
                     one.logprobs.append(logprob)
                     one.finished = token in stop
-            todo = [[n for n, (p, g) in enumerate(row) if not groups[p][g].finished]
-                    for row in writing]
-            if not any(todo) or cache.length + 1 == max_new_tokens:
+            done = [groups[p][g].finished for p, g in writing]
+            if all(done) or cache.length + 1 == max_new_tokens:
                 return groups
-            alive, width = [n for n, row in enumerate(todo) if row], max(map(len, todo))
-            if len(alive) * width <= 0.75 * len(places):
-                size = len(writing[0])
-                members = [sorted(range(size), key=lambda n, row=row: n not in todo[row])[:width]
-                           for row in alive]
-                cache.shrink(torch.tensor(alive, device=device),
-                             torch.tensor(members, device=device))
-                ids = ids[[row * size + n for row, own in zip(alive, members) for n in own]]
-                writing = [[writing[row][n] for n in own] for row, own in zip(alive, members)]
-            behind = [len(prompts[p]) + cache.length for row in writing for p, _ in row]
-            cache.open(coarse=False)
+            done = torch.tensor(done, device=device).view(-1, width)
+            if stay := leave(cache, done, 0.75):
+                ids, width = ids[stay[0]], stay[1].shape[1]
+                writing = [writing[n] for n in stay[0].tolist()]
+            behind = [len(prompts[p]) + cache.length for p, _ in writing]
+            cache.next_slot(coarse=False)
             hidden = decoder.run(ids, torch.tensor(behind, device=device), cache.read_next)
         """,
     ),
     Exercise(
-        16, "The gradient of a log-probability", "prlm.py", "HeadLogprobs.backward", 6,
-        "d log p(y) / d logit_v = ([v = y] - p(v)) / T, chained to x and to W",
-        ["tests/test_prlm.py::TestTwins::test_chunked_head_equals_the_full_one",
-         "tests/test_prlm.py::TestTwins::test_gradients_equal_the_naive_ones"],
-        "Let autograd differentiate log_softmax(x W^T / T) and compare entry by entry. Rows come "
-        "in chunks: what is summed over chunks, and what is not?",
-        [
-            Mutant("the target's own term is missing",
-                   "Every sampled token becomes less likely, whatever its advantage.",
-                   "slope.scatter_add_(1, targets[rows, None], grad[rows, None])", "pass"),
-            Mutant("the temperature's factor is forgotten",
-                   "At --temperature 1 all is well; at 0.5 gradients are half of what is right.",
-                   "(slope / ctx.temperature)", "slope"),
-            Mutant("only the last chunk counts for the weight",
-                   "Right on a small vocabulary; on a large one the head hardly learns.",
-                   "grad_weight.addmm_(slope.T, x[rows])", "grad_weight = slope.T @ x[rows]"),
-            Mutant("the advantage reaches one term only",
-                   "Loss and reward fall apart within a few steps.",
-                   "* -grad[rows, None]", "* -grad.sign()[rows, None]"),
-        ],
-        """
-        x, weight, targets, lse = ctx.saved_tensors
-        grad_x, grad_weight = [], torch.zeros_like(weight)
-        for row, target, up, total in zip(*(given.split(50) for given in (x, targets, grad, lse))):
-            logits = row.float() @ weight.float().T / ctx.temperature
-            probabilities = torch.exp(logits - total[:, None])
-            wanted = F.one_hot(target, len(weight)).float()
-            slope = (wanted - probabilities) * (up / ctx.temperature)[:, None]
-            grad_x.append((slope @ weight.float()).to(x.dtype))
-            grad_weight += (slope.T @ row.float()).to(weight.dtype)
-        return torch.cat(grad_x), grad_weight, None, None
-        """,
-    ),
-    Exercise(
-        17, "Token log-probabilities through the shared prompt", "prlm.py", "score_completions", 6,
-        "log pi(o_t | prompt, o_1 .. o_{t-1}) for G completions of a prompt that is run once",
-        ["tests/test_prlm.py::TestTwins::test_sampler_and_trainer_agree",
-         "tests/test_prlm.py::TestTwins::test_gradients_equal_the_naive_ones",
-         "tests/test_prlm.py::TestTwins::test_the_entropy_is_that_of_each_prediction",
-         "tests/test_prlm.py::TestTwins::test_all_completions_of_one_token",
-         "tests/test_prlm.py::TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
-         "tests/test_prlm.py::TestTwins::test_bad_calls_are_refused"],
-        "Compare with one row at a time, prompt and completion in full. Which hidden state "
-        "predicts the first token of a completion, and which the last? At which position does each "
-        "token stand?",
+        16, "Token log-probabilities through the shared prompt", "prlm.py", "token_logprobs", 6,
+        "TestTwins::test_sampler_and_trainer_agree TestTwins::test_gradients_equal_the_naive_ones "
+        "TestTwins::test_all_completions_of_one_token "
+        "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled "
+        "TestTwins::test_bad_calls_are_refused",
+        {"": "Compare with one row at a time, prompt and completion in full. At which position "
+             "does each token stand, and which may it see?",
+         "one_token": "Which hidden state predicts the first token of a completion?",
+         "gradients": "The gradient of all completions flows through the prompt's keys and values.",
+         "refused": "The docstring's last sentence; `check_ids` looks at the ids."},
         [
             Mutant("end-of-sequence not trained",
                    "Over the training, completions grow until all of them are truncated.",
-                   "target.grid(entropy), target.mask",
-                   "target.grid(entropy), F.pad(target.mask[:, 1:], (0, 1))"),
+                   "target.mask.unflatten", "F.pad(target.mask[:, 1:], (0, 1)).unflatten"),
             Mutant("the causal mask is off by one",
                    "`gap` is large, and entropy falls although the reward does not rise.",
                    ".tril()", ".tril(1)"),
@@ -883,7 +789,7 @@ EXERCISES = [
                    "[prompt_k.repeat_interleave", "[prompt_k.detach().repeat_interleave"),
             Mutant("temperature forgotten",
                    "`gap` is 0 at --temperature 1 and large at any other.",
-                   "ids.clamp(max=limit - 1), temperature", "ids.clamp(max=limit - 1), 1.0"),
+                   "target.tokens, temperature)", "target.tokens, 1.0)"),
         ],
         """
         if not 1e-6 <= temperature < math.inf:
@@ -898,24 +804,159 @@ EXERCISES = [
             for answer in group:
                 row = torch.tensor([[*prompt, *answer]], device=device)
                 logits = decoder(row)[0, len(prompt) - 1 : -1, :limit].float() / temperature
-                logprobs = logits.log_softmax(-1)
-                entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
                 ids = row[0, len(prompt) :]
-                own = logprobs.gather(1, ids.clamp(max=limit - 1)[:, None])[:, 0]
+                own = logits.log_softmax(-1).gather(1, ids.clamp(max=limit - 1)[:, None])[:, 0]
                 own = own.masked_fill(ids >= limit, -math.inf)
                 real = torch.ones(len(answer), dtype=torch.bool, device=device)
-                behind = (0, width - len(answer))
-                groups.append([F.pad(x, behind) for x in (own, entropy, real)])
+                groups.append([F.pad(x, (0, width - len(answer))) for x in (own, real)])
         shape = (len(prompts), max(sizes, default=0), width)
         return tuple(torch.stack(grids).view(shape) for grids in zip(*groups))
         """,
     ),
+    Exercise(
+        17, "Log-probabilities without a tensor of all logits", "prlm.py", "head_logprobs", 4,
+        "TestTwins::test_chunked_head_equals_the_full_one "
+        "TestTwins::test_gradients_equal_the_naive_ones "
+        "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
+        {"": "Let autograd differentiate log_softmax(hidden W^T / temperature) and compare entry "
+             "by entry. Rows come in chunks, and each chunk's logits are computed twice.",
+         "beyond": "The softmax is over the ids below `decoder.vocab_limit`; others have -inf."},
+        [
+            Mutant("the temperature is forgotten",
+                   "`gap` is 0 at --temperature 1 and large at any other.",
+                   "decoder.logits(x, head) / temperature", "decoder.logits(x, head)"),
+            Mutant("no gradient through the normaliser",
+                   "What is sampled often becomes ever likelier, whatever it earns.",
+                   "- logits.logsumexp(-1)", "- logits.detach().logsumexp(-1)"),
+            Mutant("rows without a token take part in the softmax",
+                   "`gap` is above 0 on models whose vocabulary is padded, as Qwen's is.",
+                   "decoder.head[:limit]", "decoder.head"),
+            Mutant("the head does not learn",
+                   "The policy learns slowly; the saved output matrix is the old one.",
+                   "decoder.head[:limit]", "decoder.head[:limit].detach()"),
+        ],
+        """
+        found, limit = [], decoder.vocab_limit
+
+        def some(x: Tensor, ids: Tensor) -> Tensor:
+            logits = decoder.logits(x, decoder.head[:limit])
+            logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+            logprobs = (logits / temperature).log_softmax(-1)
+            return logprobs[range(len(ids)), ids.clamp(max=limit - 1)]
+
+        for start in range(0, max(len(targets), 1), 50):
+            part = slice(start, start + 50)
+            found.append(checkpoint(some, hidden[part], targets[part], use_reentrant=False))
+        return torch.cat(found).where(targets < limit, -math.inf)
+        """,
+    ),
+    Exercise(
+        18, "Reading safetensors", "prlm.py", "read_safetensors", 4,
+        "test_files.py::TestSafetensors",
+        {"": "Write a file with two small tensors with `write_safetensors` and look at its bytes. "
+             "From where are data_offsets counted?",
+         "refuses": "`check_header` checks the entries; the length, the JSON and repeated names "
+                    "are left. Every error is a ValueError that names the file.",
+         "accepts": "A range may begin at any byte, and a tensor may be empty."},
+        [
+            Mutant("offsets counted without the length field",
+                   "Weights load without a complaint, and the model writes noise.",
+                   "data[start + begin : start + end]",
+                   "data[start - 8 + begin : start - 8 + end]"),
+            Mutant("big-endian",
+                   "Every file is refused: \"ends before its header\".",
+                   "\"little\"", "\"big\""),
+            Mutant("alignment checked without the header",
+                   "Some files of other libraries fail with an error about a storage offset.",
+                   "if (start + begin) % dtype.itemsize", "if begin % dtype.itemsize"),
+            Mutant("a key that stands twice is accepted",
+                   "Of two tensors of the same name, one is silently lost.",
+                   ", object_pairs_hook=unique", ""),
+            Mutant("the shape is read backwards",
+                   "Square matrices come out scrambled, the others are refused.",
+                   ".view(shape)", ".view(shape[::-1])"),
+        ],
+        """
+        content, tensors = Path(path).read_bytes(), {}
+
+        def once(pairs):
+            if len({key for key, _ in pairs}) < len(pairs):
+                raise ValueError("the header repeats a key")
+            return dict(pairs)
+
+        try:
+            length = int.from_bytes(content[:8], "little")
+            if len(content) < 8 or length > min(len(content) - 8, 100_000_000):
+                raise ValueError("there is no whole header")
+            text = str(content[8 : 8 + length], "utf-8")
+            header = json.loads(text, object_pairs_hook=once, parse_constant=float.fromhex)
+            ranges = check_header(header, len(content) - 8 - length)
+        except Exception as error:
+            raise ValueError(f"{path}: {error}") from None
+        for name, (begin, end, dtype, shape) in ranges.items():
+            piece = bytearray(content[8 + length + begin : 8 + length + end])
+            empty = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.frombuffer(piece, dtype=dtype).view(shape) if piece else empty
+        return tensors
+        """,
+    ),
     # The reward
     Exercise(
-        18, "InfoNCE", "reward.py", "info_nce", 4,
-        "-log exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t)), the mean over pairs",
-        ["tests/test_reward.py::TestInfoNCE"],
-        "With one negative and t = 1 it is -log sigmoid(s+ - s-). What does exp(30000) give?",
+        19, "The reward of a completion", "reward.py", "rewards", 4,
+        "TestRewards",
+        {"": "Take three completions, the second of them without an answer, and follow each of the "
+             "judge's values to its completion.",
+         "weights": "The weights are in \"reward\" alone; the parts are listed without them.",
+         "gold": "Without a target there is no accuracy, but the judge still sees the answer.",
+         "nothing": "An empty answer is not shown to the judge: the task's `penalty` stands for it."},
+        [
+            Mutant("accuracy is not weighted",
+                   "With --accuracy 0 the log still shows rewards near 3.",
+                   "accuracy * row[\"accuracy\"]", "row[\"accuracy\"]"),
+            Mutant("format weighs as much as accuracy",
+                   "Reward rises at once and stays: completions close their thoughts, no more.",
+                   "format * row[\"format\"]", "row[\"format\"]"),
+            Mutant("values go to the wrong completion",
+                   "After an empty answer, completions earn what their neighbours should.",
+                   "for (row, _), value in zip(judged, values, strict=True):",
+                   "for row, value in zip(rows, values, strict=False):"),
+            Mutant("the placeholder earns",
+                   "The policy learns to answer 'generated title'.",
+                   "if not is_placeholder(answer, example.task):", "if answer:"),
+            Mutant("the guard of LaMP-4 in every task",
+                   "On LaMP-5 and LaMP-7 a few rewards are -1, and `spread` is huge.",
+                   "task_of(example.task).penalty", "-10.0"),
+        ],
+        """
+        rows = []
+        for completion, example in zip(completions, examples, strict=True):
+            answer = extract_answer(completion, example.task)
+            answered = not is_placeholder(answer, example.task)
+            exact, personal = 0.0, 0.0
+            if answered and example.target is not None:
+                exact = sum(rouge(answer, example.target).values())
+            if judge and answered:
+                given = judge([example], [answer])
+                given = [] if given is None else [float(value) for value in given]
+                if len(given) != 1 or not math.isfinite(given[0]):
+                    raise ValueError(f"the judge said {given}")
+                personal = given[0]
+            elif judge and example.task == "LaMP-4":
+                personal = -10.0
+            shaped = format_reward(completion)
+            total = accuracy * exact + format * shaped + personalization * personal
+            rows.append({"answer": answer, "accuracy": exact, "format": shaped,
+                         "personalization": personal, "reward": total})
+        return rows
+        """,
+    ),
+    Exercise(
+        20, "InfoNCE", "reward.py", "info_nce", 4,
+        "TestInfoNCE",
+        {"": "-log exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t)), the mean over pairs. With "
+             "one negative and t = 1 it is -log sigmoid(s+ - s-).",
+         "missing": "A score of -inf adds exp(-inf) = 0 to the sum.",
+         "large": "What does exp(30000) give? Exponentials have to be taken of differences."},
         [
             Mutant("the positive is missing in the denominator",
                    "The loss falls below 0 and never stops falling.",
@@ -940,14 +981,11 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        19, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
-        "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b",
-        ["tests/test_reward.py::TestRewardModel::test_scores_equal_transformers",
-         "tests/test_reward.py::TestRewardModel::test_a_pair_scores_the_same_alone_in_a_batch_and_in_chunks",
-         "tests/test_reward.py::TestRewardModel::test_query_and_answer_both_count_and_differ",
-         "tests/test_reward.py::TestRewardModel::test_no_dropout_outside_training_and_gradient_everywhere"],
-        "Score a short pair alone and beside a long one. BERT gets ids, a mask and segments: "
-        "what belongs to which?",
+        21, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
+        "TestRewardModel",
+        {"": "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b. BERT gets ids, a "
+             "mask and segments: what belongs to which?",
+         "alone": "Score a short pair alone and beside a long one: what tells BERT of padding?"},
         [
             Mutant("padding is attended",
                    "A pair's score depends on what else is in its batch.",
@@ -960,80 +998,102 @@ EXERCISES = [
                    "hidden[:, 0]))", "hidden.mean(1)))"),
             Mutant("query and answer swapped",
                    "Training works, but a saved model scores otherwise in transformers.",
-                   "encode_pair(q.strip(), a.strip(), limit)",
-                   "encode_pair(a.strip(), q.strip(), limit)"),
+                   "encode_pair(q.strip(), a.strip(), self.limit)",
+                   "encode_pair(a.strip(), q.strip(), self.limit)"),
             Mutant("dropout while scoring",
                    "The same pair scores differently each time.",
                    ", self.training)", ", True)"),
         ],
         """
-        scores, limit = [], min(512, self.encoder.max_length)
+        scores = []
         for query, answer in zip(queries, answers, strict=True):
-            ids, segments = self.tokenizer.encode_pair(query.strip(), answer.strip(), limit)
-            ids, segments = (torch.tensor([x], device=self.classifier.weight.device)
-                             for x in (ids, segments))
-            first = self.encoder(ids, segments=segments)[:, 0]
-            first = self.encoder.pooler(first).tanh()
-            first = F.dropout(first, self.encoder.dropout[0], self.training)
+            ids, kinds = self.tokenizer.encode_pair(query.strip(), answer.strip(), self.limit)
+            ids, kinds = (torch.tensor([x], device=self.classifier.weight.device)
+                          for x in (ids, kinds))
+            first = self.bert.pooler.dense(self.bert(ids, segments=kinds)[:, 0]).tanh()
+            first = F.dropout(first, self.bert.config.hidden_dropout_prob, self.training)
             scores.append(self.classifier(first).flatten().float())
         return torch.cat(scores)
         """,
     ),
     Exercise(
-        20, "The reward of a completion", "reward.py", "rewards", 4,
-        "R = w_a accuracy + w_f format + w_p personalization; an empty answer earns format alone",
-        ["tests/test_reward.py::TestRewards::test_parts_and_sum",
-         "tests/test_reward.py::TestRewards::test_nothing_to_judge",
-         "tests/test_reward.py::TestRewards::test_the_weights",
-         "tests/test_reward.py::TestRewards::test_a_user_without_gold_text",
-         "tests/test_reward.py::TestRewards::test_a_judge_sees_only_answers_with_their_examples"],
-        "Take three completions, the second of them without an answer, and follow each of the "
-        "judge's values to its completion.",
+        22, "InfoNCE in micro-batches", "reward.py", "info_nce_backward", 5,
+        "TestMicroBatches",
+        {"": "Cut five pairs into batches of two, two and one: what does each batch's mean weigh "
+             "in the mean of all five? How many tokens has a batch after padding?"},
         [
-            Mutant("accuracy is not weighted",
-                   "With --accuracy 0 the log still shows rewards near 3.",
-                   "accuracy * row[\"accuracy\"]", "row[\"accuracy\"]"),
-            Mutant("format weighs as much as accuracy",
-                   "Reward rises at once and stays: completions close their thoughts, no more.",
-                   "format * row[\"format\"]", "row[\"format\"]"),
-            Mutant("values go to the wrong completion",
-                   "After an empty answer, completions earn what their neighbours should.",
-                   "zip(judged_rows, judge(shown, answers), strict=True)",
-                   "zip(rows, judge(shown, answers), strict=False)"),
-            Mutant("the placeholder earns",
-                   "The policy learns to answer 'generated title'.",
-                   "if not is_placeholder(answer, example.task):", "if answer:"),
-            Mutant("the guard of LaMP-4 in every task",
-                   "On LaMP-5 and LaMP-7 a few rewards are -1, and `spread_reward` is huge.",
-                   "task_of(example.task).penalty", "-10.0"),
+            Mutant("every micro-batch counts as much as all pairs",
+                   "A smaller budget acts like a larger learning rate.",
+                   " * len(part) / len(pairs)", ""),
+            Mutant("the last micro-batch's loss",
+                   "The loss in the log jumps about, and is low when the last pairs are short.",
+                   "total += loss.item()", "total = loss.item()"),
+            Mutant("the length of the texts is not counted",
+                   "The GPU's memory is full as soon as texts are long.",
+                   "(texts * longest)", "texts"),
+            Mutant("negatives are not counted",
+                   "With four negatives the GPU's memory is full, with one it is not.",
+                   "(texts * longest)", "longest"),
+            Mutant("each micro-batch forgets the one before",
+                   "With a small budget the model learns from a few pairs of each batch only.",
+                   "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
+            Mutant("the last pairs are left out",
+                   "With a small budget the loss in the log is a little too low.",
+                   "range(0, len(pairs), count)", "range(0, len(pairs) - count + 1, count)"),
         ],
         """
-        rows = []
-        for completion, example in zip(completions, examples, strict=True):
-            answer = extract_answer(completion, example.task)
-            answered = not is_placeholder(answer, example.task)
-            exact, personal = 0.0, 0.0
-            if answered and example.target is not None:
-                exact = accuracy_reward(answer, example.target)
-            if judge and answered:
-                (personal,) = judge([example], [answer])
-            elif judge and example.task == "LaMP-4":
-                personal = -10.0
-            shaped = format_reward(completion)
-            total = accuracy * exact + format * shaped + personalization * personal
-            rows.append({"answer": answer, "accuracy": exact, "format": shaped,
-                         "personalization": personal, "reward": total})
-        return rows
+        loss = 0.0
+        for pair in pairs:  # the smallest batches that there are
+            part = info_nce(*score_pairs(model, [pair])) / len(pairs)
+            part.backward()
+            loss += part.item()
+        return loss
+        """,
+    ),
+    Exercise(
+        23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5,
+        "TestLikelihoodRatio",
+        {"": "Score the answers after either prompt with `prlm.token_logprobs` and subtract.",
+         "batches": "Which row of the result belongs to which prompt, once there are batches?",
+         "twice": "The same prompt on both sides says nothing: every ratio is 0.",
+         "budget": "`prlm.micro_batches` groups the prompts; no gradient is kept."},
+        [
+            Mutant("the mean over tokens",
+                   "Ratios depend on the longest answer of the batch.",
+                   "logprobs.sum(-1)", "logprobs.mean(-1)"),
+            Mutant("the wrong way round",
+                   "Answers that anybody could have written earn most.",
+                   "log_likelihood(with_profile) - log_likelihood(without)",
+                   "log_likelihood(without) - log_likelihood(with_profile)"),
+            Mutant("what is likely, not what the profile makes likelier",
+                   "The policy learns to give short answers that say nothing.",
+                   "return log_likelihood(with_profile) - log_likelihood(without)",
+                   "return log_likelihood(with_profile)"),
+            Mutant("micro-batches lose the order",
+                   "As soon as there is more than one batch, users earn what others should.",
+                   "total[rows] = ", "total[: len(rows)] = "),
+            Mutant("the budget is not kept",
+                   "The GPU's memory is full as soon as prompts are long.",
+                   "(sizes, tokens_per_batch)", "(sizes, 10**9)"),
+        ],
+        """
+        total = torch.zeros(len(answers), max(map(len, answers), default=0))
+        for n, group in enumerate(answers):
+            for sign, prompt in ((1, with_profile[n]), (-1, without[n])):
+                logprobs, mask = prlm.token_logprobs(decoder, [prompt], [group])
+                total[n] += sign * logprobs[0].where(mask[0], 0.0).sum(1).cpu()
+        return total
         """,
     ),
     # GRPO
     Exercise(
-        21, "Group advantages", "rl.py", "group_advantages", 4,
-        "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1",
-        ["tests/test_rl.py::TestAdvantages"],
-        "Two groups with very different rewards: do they influence each other? And a group "
-        "whose rewards are all 0.1, or differ in the last bit: is every advantage exactly 0, under "
-        "either scale?",
+        24, "Group advantages", "rl.py", "group_advantages", 4,
+        "TestAdvantages",
+        {"": "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1.",
+         "mix": "Two groups with very different rewards do not influence each other.",
+         "zero": "A group whose rewards are all 0.1, or differ in the last bit: every advantage "
+                 "is exactly 0, under either scale.",
+         "damped": "What does 1e-4 do to a group whose rewards hardly differ?"},
         [
             Mutant("the mean over the batch",
                    "Easy prompts push all of their completions up, hard ones all of theirs down.",
@@ -1071,24 +1131,26 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        22, "The k3 estimate of the KL divergence", "rl.py", "k3", 2,
-        "exp(d) - d - 1, d = log ref - log pi",
-        ["tests/test_rl.py::TestK3"],
-        "Its mean over tokens that the policy samples must be the KL divergence, and no single "
-        "token's value is below 0.",
+        25, "The k3 estimate of the KL divergence", "rl.py", "k3", 2,
+        "TestK3",
+        {"": "exp(d) - d - 1: of which of the two log-probabilities is d how far above the other?",
+         "mean": "Its mean over tokens that the policy samples is the KL divergence, and no single "
+                 "token's value is below 0."},
         [
             Mutant("policy and reference swapped",
                    "`kl` is off, and far too large where the policy has become sure.",
                    "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
             Mutant("the plain difference",
                    "`kl` is negative in some steps.",
-                   "difference.exp() - difference - 1", "-difference"),
+                   "difference.clamp(max=LARGEST).exp() - difference - 1", "-difference"),
             Mutant("half the square",
                    "`kl` is right while it is small, then too large or too small.",
-                   "difference.exp() - difference - 1", "difference.square() / 2"),
+                   "difference.clamp(max=LARGEST).exp() - difference - 1",
+                   "difference.square() / 2"),
             Mutant("the sign of the KL",
                    "`kl` is negative, and the policy is rewarded for leaving the reference.",
-                   "difference.exp() - difference - 1", "1 + difference - difference.exp()"),
+                   "difference.clamp(max=LARGEST).exp() - difference - 1",
+                   "1 + difference - difference.exp()"),
         ],
         """
         ratio = torch.exp(ref_logprobs - logprobs)
@@ -1096,56 +1158,66 @@ EXERCISES = [
         """,
     ),
     Exercise(
-        23, "The three normalisers", "rl.py", "loss_size", 2,
-        "grpo: P G completions; dapo: all tokens; dr_grpo: P G max_new_tokens",
-        ["tests/test_rl.py::TestLossSize"],
-        "Which of the three may depend on how long the completions are, and which on padding?",
+        26, "The three normalisers", "rl.py", "token_weights", 3,
+        "TestWeights",
+        {"": "Which of the three depend on how long a completion is? And none of them on padding.",
+         "refused": "An unknown name, or dr_grpo without max_new_tokens, is a ValueError."},
         [
             Mutant("prompts counted instead of completions",
                    "The loss is larger by the factor --group-size.",
                    "mask.shape[0] * mask.shape[1]", "mask.shape[0]"),
             Mutant("padding counts as tokens",
                    "With dapo, the loss changes when one completion gets longer.",
-                   "mask.sum().item()", "mask.numel()"),
+                   "mask.sum().clamp(min=1)", "mask.numel()"),
             Mutant("the longest completion instead of max_new_tokens",
                    "With dr_grpo, the loss changes when one completion gets longer.",
                    "completions * max_new_tokens", "completions * mask.shape[2]"),
-            Mutant("no tokens, no size",
-                   "A step in which all completions are masked ends the run.",
-                   "max(mask.sum().item(), 1)", "mask.sum().item()"),
+            Mutant("zero divided by zero",
+                   "With --mask-truncated, the first truncated completion ends the run.",
+                   "mask.sum(-1, keepdim=True).clamp(min=1)", "mask.sum(-1, keepdim=True)"),
+            Mutant("padding is weighed",
+                   "The loss is right as long as all completions have one length.",
+                   "mask = mask.float()", "mask = torch.ones_like(mask, dtype=torch.float)"),
         ],
         """
-        groups, members, _ = mask.shape
-        if normalizer == "grpo":
-            return groups * members
-        if normalizer == "dapo":
-            return max(int(mask.sum()), 1)
-        if normalizer != "dr_grpo":
+        if normalizer not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"there is no normalizer {normalizer!r}")
-        if not max_new_tokens:
+        if normalizer == "dr_grpo" and not max_new_tokens:
             raise ValueError("dr_grpo needs max_new_tokens")
-        return groups * members * max_new_tokens
+        weights, (P, G, _) = torch.zeros(mask.shape, device=mask.device), mask.shape
+        for p in range(P):
+            for g in range(G):
+                size = {"grpo": P * G * int(mask[p, g].sum()), "dapo": int(mask.sum())}
+                size["dr_grpo"] = P * G * (max_new_tokens or 0)
+                weights[p, g] = mask[p, g] / max(size[normalizer], 1)
+        return weights
         """,
     ),
     Exercise(
-        24, "The clipped surrogate", "rl.py", "grpo_loss", 6,
-        "-min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta k3, averaged as the normaliser says",
-        ["tests/test_rl.py::TestLoss"],
-        "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where is "
-        "the loss flat? And what lies behind the mask?",
+        27, "The clipped surrogate", "rl.py", "grpo_loss", 6,
+        "TestLoss",
+        {"": "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where "
+             "is the loss flat?",
+         "mask": "Zero times infinity is NaN: what lies outside the mask is taken out before the "
+                 "arithmetic, not after it.",
+         "one_update": "At ratio 1 the gradient of ratio A is A grad log pi, though the loss is 0.",
+         "overflow": "exp(100) is infinite in float32, and its gradient NaN even if it is clipped "
+                     "later: bound the exponent by LARGEST.",
+         "refused": "The docstring's last sentence."},
         [
             Mutant("mean over tokens instead of sequences",
                    "Long completions count more than short ones, as if dapo had been asked for.",
-                   "loss / mask.sum(-1).clamp(min=1)", "loss * (size / mask.sum().clamp(min=1))"),
+                   "token_weights(mask, normalizer,", "token_weights(mask, \"dapo\","),
             Mutant("the larger of the two instead of the smaller",
                    "With --updates-per-rollout above 1, training falls apart.",
                    "-torch.min(", "-torch.max("),
             Mutant("clipped on both sides",
                    "With --updates-per-rollout above 1, a step in the wrong direction stays.",
                    "-torch.min(ratio * advantage, clipped * advantage)", "-clipped * advantage"),
-            Mutant("padding counts",
-                   "The loss changes when one completion of the batch gets longer.",
-                   "loss.masked_fill(outside, 0.0).sum(-1)", "loss.sum(-1)"),
+            Mutant("the mask is multiplied in",
+                   "The loss is NaN in some steps: zero times infinity.",
+                   "    logprobs = logprobs.masked_fill(outside, 0.0)",
+                   "    logprobs = logprobs * mask"),
             Mutant("the sign of the KL",
                    "With --beta, `kl` grows without bound.",
                    "loss + beta * k3", "loss - beta * k3"),
@@ -1154,7 +1226,8 @@ EXERCISES = [
                    "loss = -torch.min(", "loss = torch.min("),
         ],
         """
-        size = loss_size(mask, normalizer, max_new_tokens) if size is None else size
+        if weights is None:
+            weights = token_weights(mask, normalizer, max_new_tokens)
         if beta and ref_logprobs is None:
             raise ValueError("beta needs ref_logprobs")
         high, total = clip if clip_high is None else clip_high, logprobs.new_zeros(())
@@ -1162,41 +1235,38 @@ EXERCISES = [
             for g in range(mask.shape[1]):
                 real, gain = mask[p, g].bool(), advantages[p, g]
                 new, old = logprobs[p, g][real], old_logprobs[p, g][real]
-                ratio = (new - old).exp()
+                ratio = (new - old).clamp(max=LARGEST).exp()
                 bound = ratio.clamp(max=1 + high) if gain > 0 else ratio.clamp(min=1 - clip)
                 terms = -gain * bound
                 if beta:
                     terms = terms + beta * k3(new, ref_logprobs[p, g][real])
-                count = max(len(terms), 1) if normalizer == "grpo" else 1
-                total = total + terms.sum() / count
-        return total / size
+                total = total + (terms * weights[p, g][real]).sum()
+        return total
         """,
     ),
     Exercise(
-        25, "The learning rate", "rl.py", "learning_rate", 1,
-        "rising linearly to the peak, then a cosine down to a tenth of it",
-        ["tests/test_rl.py::TestSchedule::test_warm_up_then_cosine_to_a_tenth",
-         "tests/test_rl.py::TestSchedule::test_one_step_and_no_warm_up_are_fine",
-         "tests/test_rl.py::TestSchedule::test_the_share_of_the_warm_up"],
-        "Plot it for 10 steps. What are the first rate, the rate right after the warm-up and the "
-        "last one?",
+        28, "The learning rate", "rl.py", "learning_rate", 1,
+        "TestSchedule",
+        {"": "Plot it for 10 steps and for 40. What are the first rate, the rate right after the "
+             "warm-up and the last one?",
+         "one_step": "A run of one step has the peak, and nothing is divided by 0."},
         [
             Mutant("the first step has rate 0",
                    "The first rollout changes nothing.",
                    "peak * (step + 1) / rising", "peak * step / rising"),
             Mutant("down to 0 instead of a tenth",
                    "The last steps change almost nothing.",
-                   "(0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)",
-                   "((1 + math.cos(math.pi * progress)) / 2)"),
+                   "(0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)",
+                   "((1 + math.cos(math.pi * passed)) / 2)"),
             Mutant("the decay starts at step 0",
                    "The rate jumps down at the end of the warm-up.",
                    "(step - rising) / max(1, steps - 1 - rising)", "step / max(1, steps - 1)"),
             Mutant("half a cosine",
                    "In the middle of the run the rate is higher than it should be.",
-                   "(1 + math.cos(math.pi * progress)) / 2", "math.cos(math.pi * progress / 2)"),
+                   "(1 + math.cos(math.pi * passed)) / 2", "math.cos(math.pi * passed / 2)"),
         ],
         """
-        rising = max(1, round(steps * warmup))
+        rising = max(1, round(steps / 10))
         if step < rising:
             return peak * (step + 1) / rising
         share = min(1.0, (step - rising) / max(steps - 1 - rising, 1))
@@ -1204,160 +1274,50 @@ EXERCISES = [
         return low + (peak - low) * math.cos(math.pi * share / 2) ** 2
         """,
     ),
-    # The reward, continued
-    Exercise(
-        26, "The likelihood ratio", "reward.py", "likelihood_ratio", 5,
-        "s*(q, d, a) = sum over the tokens of a of log pi(a_t | q, d, ..) - log pi(a_t | q, ..)",
-        ["tests/test_reward.py::TestLikelihoodRatio"],
-        "Give it the same prompt on both sides: is every ratio 0? Then two groups, one answer "
-        "empty: which row of the result belongs to which prompt?",
-        [
-            Mutant("the mean over tokens",
-                   "Ratios depend on the longest answer of the batch.",
-                   "logprobs.sum(-1)", "logprobs.mean(-1)"),
-            Mutant("the wrong way round",
-                   "Answers that anybody could have written earn most.",
-                   "score(with_profile) - score(without)", "score(without) - score(with_profile)"),
-            Mutant("what is likely, not what the profile makes likelier",
-                   "The policy learns to give short answers that say nothing.",
-                   "score(with_profile) - score(without)", "score(with_profile)"),
-            Mutant("micro-batches lose the order",
-                   "As soon as there is more than one batch, users earn what others should.",
-                   "total[rows] = ", "total[: len(rows)] = "),
-            Mutant("the budget is not kept",
-                   "The GPU's memory is full as soon as prompts are long.",
-                   "(sizes, tokens_per_batch)", "(sizes, 10**9)"),
-        ],
-        """
-        total = torch.zeros(len(answers), max(map(len, answers), default=0))
-        for n, group in enumerate(answers):
-            for sign, prompt in ((1, with_profile[n]), (-1, without[n])):
-                logprobs, mask = prlm.token_logprobs(decoder, [prompt], [group])
-                total[n] += sign * logprobs[0].where(mask[0], 0.0).sum(1).cpu()
-        return total
-        """,
-    ),
-    Exercise(
-        27, "InfoNCE in micro-batches", "reward.py", "info_nce_backward", 5,
-        "the mean over B pairs = sum over micro-batches of (b / B) x the mean of their b pairs",
-        ["tests/test_reward.py::TestMicroBatches"],
-        "Cut five pairs into batches of two, two and one: what does each batch's mean weigh in the "
-        "mean of all five? How many tokens has a batch after padding?",
-        [
-            Mutant("every micro-batch counts as much as all pairs",
-                   "A smaller budget acts like a larger learning rate.",
-                   " * len(rows) / len(pairs)", ""),
-            Mutant("the last micro-batch's loss",
-                   "The loss in the log jumps about, and is low when the last pairs are short.",
-                   "total += loss.item()", "total = loss.item()"),
-            Mutant("padding is not counted",
-                   "The GPU's memory is full now and then, when a long text meets short ones.",
-                   ", padded=True", ""),
-            Mutant("negatives are not counted",
-                   "With four negatives the GPU's memory is full, with one it is not.",
-                   "(1 + o.negatives) * max", "max"),
-            Mutant("each micro-batch forgets the one before",
-                   "With a small budget the model learns from a few pairs of each batch only.",
-                   "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
-        ],
-        """
-        limit, loss = min(512, model.encoder.max_length), 0.0
-        longest = {}
-        for n, pair in enumerate(pairs):
-            for text in (pair["positive"], *pair["negatives"]):
-                ids, _ = model.tokenizer.encode_pair(pair["query"], text, limit)
-                longest[n] = max(longest.get(n, 0), len(ids))
-        rest = sorted(longest, key=longest.get)
-        while rest:
-            rows = [rest.pop()]
-            width = (1 + o.negatives) * longest[rows[0]]
-            while rest and (len(rows) + 1) * width <= o.tokens_per_micro_batch:
-                rows.append(rest.pop())
-            for_chosen, for_others = score_pairs(model, [pairs[n] for n in rows])
-            part = sum(info_nce(for_chosen[n : n + 1], for_others[n : n + 1])
-                       for n in range(len(rows))) / len(pairs)
-            part.backward()
-            loss += part.item()
-        return loss
-        """,
-    ),
-    Exercise(
-        28, "LoRA", "prlm.py", "Linear.forward", 3,
-        "W x + b + (alpha / r) B A x, in each block of rows with the block's own A and B",
-        ["tests/test_prlm.py::TestLinear"],
-        "Three blocks stand in one matrix, q, k and v: which rows of A and of B belong to the "
-        "second? `blocks` hands them out. What is left of alpha where the rank is doubled?",
-        [
-            Mutant("alpha is forgotten",
-                   "What is sampled and what the merged checkpoint says drift apart.",
-                   "self.scale * torch.cat", "torch.cat"),
-            Mutant("the frozen part is missing",
-                   "From the first step on the model writes noise: B is 0, so all is 0.",
-                   "return out + self.scale", "return self.scale"),
-            Mutant("all blocks read the first A",
-                   "It learns, but the merged checkpoint answers otherwise than the policy did.",
-                   "F.linear(x, a)", "F.linear(x, self.A[: len(a)].to(x.dtype))"),
-            Mutant("the blocks change places",
-                   "With LoRA the reward goes down: what q should learn goes to v.",
-                   "torch.cat(changes, -1)", "torch.cat(changes[::-1], -1)"),
-            Mutant("the frozen part is scaled too",
-                   "Right where alpha is the rank; else word salad from the first step on.",
-                   "out + self.scale * torch.cat(changes, -1)",
-                   "self.scale * (out + torch.cat(changes, -1))"),
-        ],
-        """
-        weight = self.weight.to(x.dtype)
-        if self.scale:
-            rank, begin, parts = self.B.shape[1], 0, []
-            for n, rows in enumerate(self.rows):
-                a = self.A[n * rank : (n + 1) * rank].to(x.dtype)
-                parts.append(self.B[begin : begin + rows].to(x.dtype) @ a)
-                begin += rows
-            weight = weight + self.scale * torch.cat(parts)
-        return F.linear(x, weight, self.bias)
-        """,
-    ),
     Exercise(
         29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
-        "target = [<think> The user wrote: .. </think>] <answer> {'title': '..'} </answer> EOS",
-        ["tests/test_rl.py::TestWarmStartTargets"],
-        "Decode one target and read it as the continuation of its prompt: is anything said twice, "
-        "does it quote the item that ranks first, and where does the model learn to stop?",
+        "TestWarmStartTargets",
+        {"": "Decode one target and read it as the continuation of its prompt: does it quote the "
+             "item that ranks first, and where does the model learn to stop?",
+         "without": "With the reasoning closed by the prompt, the answer block is all there is.",
+         "opening": "What the prompt has opened already is not said again."},
         [
             Mutant("no end of sequence",
                    "After the warm start every completion runs on to the limit: `truncated` is 1.",
-                   "[*tokenizer.encode(text), tokenizer.end_id]", "tokenizer.encode(text)"),
+                   "[*tokenizer.fill(form, *texts), tokenizer.end_id]",
+                   "tokenizer.fill(form, *texts)"),
             Mutant("what the prompt has opened is said again",
                    "Completions of R1-Distill begin with a second <think>.",
                    ".removeprefix(tokenizer.opening)", ""),
             Mutant("the query instead of what the user wrote",
                    "The loss falls fast, and the policy answers with the query.",
-                   "example.target.strip()", "example.query.strip()"),
-            Mutant("the last item is quoted",
-                   "The reasoning quotes the item that fits least.",
+                   "one_line(example.target)", "one_line(example.query)"),
+            Mutant("every item is quoted, not the best one",
+                   "The policy answers with the title of the second item.",
                    "min(o.k, 1)", "o.k"),
             Mutant("the quotation is not cut",
                    "On LaMP-7 the first completions are cut off before they answer.",
-                   "tokenizer.cut(shown, EVIDENCE_TOKENS)", "shown"),
+                   "tokenizer.cut(item[last_field].strip(), EVIDENCE_TOKENS)",
+                   "item[last_field].strip()"),
             Mutant("reasoning although none was asked for",
                    "With --no-reasoning, completions close a block that is closed already.",
                    "if o.reasoning:", "if True:"),
         ],
         """
-        best, found, end = make_ranker(o), [], [tokenizer.end_id]
+        best, found = make_ranker(o), []
+        field = list(task_of(o.task).fields)[-1]
         for example in examples:
-            text = answer_block(example.task, example.target.strip())
+            lines, said = [answer_block(o.task)], []
             if o.reasoning:
-                lines = ["<think>", "", "</think>", text]
-                shown = best(example, 1)[:1] if o.k else []
-                for item in shown:
-                    field = [*task_of(example.task).fields][-1]
-                    quoted = tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS)
-                    lines[1] = EVIDENCE.replace("{}", quoted)
-                text = "\\n".join(lines)
-                if text.startswith(tokenizer.opening):
-                    text = text[len(tokenizer.opening) :]
-            found.append(list(tokenizer.encode(text)) + end)
+                lines = ["<think>", "", "</think>", *lines]
+                for item in best(example, 1) if o.k else []:
+                    lines[1] = EVIDENCE
+                    said.append(tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS))
+            form, opening = "\\n".join(lines), tokenizer.opening
+            if o.reasoning and opening and form.startswith(opening):
+                form = form[len(opening) :]
+            found.append(tokenizer.fill(form, *said, one_line(example.target)))
+            found[-1].append(tokenizer.end_id)
         return found
         """,
     ),
@@ -1369,14 +1329,18 @@ EXERCISES = [
 # ---- A function's place in a file ------------------------------------------------------------
 
 
+def path_to(text: str, function: str) -> list[ast.AST]:
+    """The definitions in which a function stands, itself last; StopIteration if it is not there."""
+    nodes = [ast.parse(text)]
+    for name in function.split("."):
+        nodes.append(next(n for n in nodes[-1].body if getattr(n, "name", None) == name))
+    return nodes[1:]
+
+
 @functools.cache
 def cut(text: str, function: str) -> tuple[str, str, str, str]:
     """(what is above, signature and docstring, body, what is below) a function of a module."""
-    nodes = ast.parse(text).body
-    for name in function.split("."):
-        node = next(n for n in nodes if getattr(n, "name", None) == name)
-        nodes = node.body
-    lines = text.splitlines(keepends=True)
+    node, lines = path_to(text, function)[-1], text.splitlines(keepends=True)
     above = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     body = node.body[0].lineno - 1
     if ast.get_docstring(node) is not None:
@@ -1394,9 +1358,8 @@ def with_body(text: str, function: str, body: str) -> str:
 
 
 def blank(text: str, e: Exercise) -> str:
-    return with_body(
-        text, e.function, f'raise NotImplementedError("exercise {e.number}: {e.title}")'
-    )
+    missing = f'raise NotImplementedError("exercise {e.number}: {e.title}")'
+    return with_body(text, e.function, missing)
 
 
 def mutated(text: str, e: Exercise, mutant: Mutant) -> str:
@@ -1422,18 +1385,15 @@ def repository_files() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         names = []
     if "rl.py" not in names:
-        paths = [p.relative_to(ROOT) for p in ROOT.rglob("*")]
+        paths = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
         skipped = {"runs", "venv", "__pycache__"}
-        names = [
-            p.as_posix()
-            for p in paths
-            if not any(part in skipped or part.startswith(".") for part in p.parts)
-        ]
+        hidden = (any(p in skipped or p[0] == "." for p in path.parts) for path in paths)
+        names = [path.as_posix() for path, out in zip(paths, hidden) if not out]
     return [name for name in names if name not in ANSWERS and (ROOT / name).is_file()]
 
 
 def copy_repository(target: Path, changed: dict[str, str]) -> None:
-    """The repository in `target`, some of its modules with another text."""
+    """The repository in `target`, some of its files with another text."""
     for name in repository_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target / name)  # not the mode: the checkout may be read-only
@@ -1452,43 +1412,24 @@ def start(e: Exercise, target: Path, text: str, **more) -> None:
         copy.replace(target)
 
 
-def made_for(directory: Path) -> dict:
-    """What `start` or `bug` has noted in a copy; {} for a file on its own."""
+def submitted(e: Exercise, directory: Path) -> tuple[dict[str, str], dict]:
+    """(the modules that a directory holds, what `start` or `bug` has noted there or {})."""
+    paths = [directory / name for name in MODULES if (directory / name).is_file()]
+    found = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    if e.file not in found:
+        problem = f"holds no {e.file}" if directory.is_dir() else "does not exist"
+        raise ValueError(f"{directory} {problem}: exercise {e.number} is about {e.file}")
     path = directory / MADE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if made.get("exercise", e.number) != e.number:
+        raise ValueError(f"{directory} is a copy for exercise {made['exercise']}, not {e.number}")
+    return found, made
 
 
 # ---- Grading ---------------------------------------------------------------------------------
 
 PLAIN = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # whatever else is installed
 FLAGS = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temporary"]
-
-
-def submitted(e: Exercise, directory: Path) -> dict[str, str]:
-    """The modules that a directory holds, that of the exercise among them; else a ValueError."""
-    found = {
-        n: (directory / n).read_text(encoding="utf-8") for n in MODULES if (directory / n).is_file()
-    }
-    if e.file not in found:
-        problem = f"holds no {e.file}" if directory.is_dir() else "does not exist"
-        raise ValueError(f"{directory} {problem}: exercise {e.number} is about {e.file}")
-    for other in EXERCISES:
-        blanked = f'raise NotImplementedError("exercise {other.number}:'
-        if other != e and blanked in found.get(other.file, ""):
-            raise ValueError(f"{directory} is a copy for exercise {other.number}, not {e.number}")
-    made = made_for(directory)
-    if made.get("exercise", e.number) != e.number:
-        raise ValueError(f"{directory} is a copy for exercise {made['exercise']}, not {e.number}")
-    changed = [name for name in found if found[name] != (ROOT / name).read_text(encoding="utf-8")]
-    if not made and changed:
-        try:
-            untouched = cut(found[e.file], e.function)[2] == cut(reference(e), e.function)[2]
-        except (SyntaxError, StopIteration):  # the grade will say so
-            untouched = False
-        if untouched:
-            problem = f"{e.function} is the original, and {', '.join(changed)} differ elsewhere"
-            raise ValueError(f"{directory}: {problem}; is it for another exercise?")
-    return found
 
 
 def explain(problem, e: Exercise) -> str:
@@ -1504,6 +1445,25 @@ def explain(problem, e: Exercise) -> str:
     return said if len(said) <= 400 else said[:400] + " ..."
 
 
+def problem_of(e: Exercise, directory: Path, text: str, made: dict) -> str:
+    """Why there is nothing to be tested, or ""; ValueError for the work on another exercise."""
+    try:
+        body = cut(text, e.function)[2]
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        return f"{directory / e.file}:{error.lineno}: SyntaxError: {error.msg}: {line}"
+    except StopIteration:
+        return f"{directory / e.file} has no {e.function}"
+    if body == cut(blank(reference(e), e), e.function)[2]:
+        return f"still blank: {e.function} in {directory / e.file}"
+    files = [directory / name for name in MODULES if (directory / name).is_file()]
+    changed = [path.name for path in files if path.read_bytes() != (ROOT / path.name).read_bytes()]
+    if not made and changed and body == cut(reference(e), e.function)[2]:
+        problem = f"{e.function} is the original, and {', '.join(changed)} differ elsewhere"
+        raise ValueError(f"{directory}: {problem}; is it for another exercise?")
+    return ""
+
+
 def grade(e: Exercise, directory: Path) -> dict:
     """Gradescope's results: the exercise with its points, then every test of it, passed or not.
 
@@ -1514,41 +1474,32 @@ def grade(e: Exercise, directory: Path) -> dict:
     if missing:
         needs = f"the tests need {', '.join(missing)}"
         raise ValueError(f"{needs}: pip install -r {ROOT / 'tests' / 'requirements.txt'}")
-    tests = defaultdict(list)  # name -> (case, what it says, "" where it passed) of each case
-    modules, problem, passed = submitted(e, directory), "", False
-    try:
-        cut(modules[e.file], e.function)
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        problem = f"{directory / e.file}:{error.lineno}: SyntaxError: {error.msg}: {line}"
-    except StopIteration:
-        problem = f"{directory / e.file} has no {e.function}"
-    if modules[e.file] == blank(reference(e), e):
-        problem = f"still blank: {e.function} in {directory / e.file}"
+    modules, made = submitted(e, directory)
+    tests, passed, problem = {}, False, problem_of(e, directory, modules[e.file], made)
     if not problem:
         tests, passed, problem = run_tests(e, modules)
     wrong = [(name, *one) for name, cases in tests.items() for one in cases if one[1]]
-    output = "" if passed else f"hint: {e.hint}"
-    if wrong:
-        name, case, _ = wrong[0]
-        output = f"begin with {name}{case and f', case {case}'}. {output}"
     if modules[e.file] == reference(e):
         problem = f"{directory / e.file} is the original: is it your own work?"
+    elif not passed:
+        name, case, _ = wrong[0] if wrong else ("", "", "")
+        begin = f"begin with {name}{case and f', case {case}'}. " * bool(wrong)
+        hint = next((text for part, text in e.hints.items() if part and part in name), e.hints[""])
+        problem = f"{problem}\n{begin}hint: {hint}".strip()
     results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * passed}]
-    output = "\n".join(filter(None, [problem, output]))
-    results[0] |= {"max_score": e.points, "output": output}
+    results[0] |= {"max_score": e.points, "output": problem}
     for name, cases in tests.items():
-        bad = [(case, said) for case, said in cases if said]
-        said = "".join(f"{case}: {said}" if case else said for case, said in bad[:1])
-        if len(cases) > 1:
-            said = f"{len(cases) - len(bad)} of {len(cases)} cases passed. {said}".strip()
+        bad = [f"{case}: {said}" if case else said for case, said in cases if said]
+        said = f"{len(cases) - len(bad)} of {len(cases)} cases passed. " * (len(cases) > 1)
         one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if bad else "passed"}
-        results.append(one | {"output": said})
+        results.append(one | {"output": (said + "".join(bad[:1])).strip()})
     return {"score": e.points * passed, "tests": results}
 
 
 def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
-    """(each test's cases, whether all is right, why nothing ran) of the modules in a fresh copy."""
+    """({test: [(case, "" or what failed)]}, whether all is right, why nothing ran) in a fresh copy
+    with these modules.
+    """
     tests = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         copy_repository(Path(folder), modules)
@@ -1575,42 +1526,21 @@ def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
 # ---- Find the bug ----------------------------------------------------------------------------
 
 
-def bug_lines(e: Exercise, mutant: Mutant) -> set[int]:
-    """The lines on which the bug stands in the file, as `bug` has written it."""
-    above, head, before, _ = cut(reference(e), e.function)
-    first, after = 1 + (above + head).count("\n"), before.replace(mutant.old, mutant.new)
-    match = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
-    lines = set()
-    for kind, _, _, begin, end in match.get_opcodes():
-        if kind == "delete":  # the lines around the gap
-            begin, end = begin - 1, end + 1
-        lines |= set(range(first + begin, first + end)) if kind != "equal" else set()
-    return lines
+def bug_lines(e: Exercise, mutant: Mutant) -> set[str]:
+    """What stands on the lines that the mistake has changed, without their indentation."""
+    texts = reference(e), mutated(reference(e), e, mutant)
+    before, after = ({*map(str.strip, cut(text, e.function)[2].splitlines())} for text in texts)
+    return after - before
 
 
-def moved(lines: set[int], before: str, after: str) -> set[int]:
-    """Where the same lines stand once a text was edited; of a changed one, the most similar."""
-    a, b = before.splitlines(), after.splitlines()
-
-    def alike(x: str, y: str) -> float:
-        return difflib.SequenceMatcher(None, x, y).ratio()
-
-    found = set()
-    for _, i, j, begin, end in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        for old in (line - 1 for line in lines if i < line <= j):
-            equal = a[i:j] == b[begin:end]
-            best = max(range(begin, end), key=lambda n, old=old: alike(a[old], b[n]), default=begin)
-            found.add(1 + (begin + old - i if equal else best))
-    return found
-
-
-def bug_in(e: Exercise, directory: Path) -> tuple[Mutant, set[int]]:
-    """The bug that `bug` has put into a directory, and the lines on which it stands there now."""
-    found, made = submitted(e, directory)[e.file], made_for(directory)
+def bug_in(e: Exercise, directory: Path, line: int) -> tuple[Mutant, bool]:
+    """The bug that `bug` has put into a directory, and whether it stands on this line there now."""
+    found, made = submitted(e, directory)
     if "bug" not in made:
         raise ValueError(f"{directory} was not made by `bug {e.number} {directory}`")
     mutant = e.mutants[made["bug"] % len(e.mutants)]
-    return mutant, moved(bug_lines(e, mutant), mutated(reference(e), e, mutant), found)
+    said = "".join(found[e.file].splitlines()[line - 1 : line] if line > 0 else []).strip()
+    return mutant, any(map(said.startswith, bug_lines(e, mutant)))  # a comment may stand behind it
 
 
 # ---- The graders, graded ---------------------------------------------------------------------
@@ -1634,8 +1564,7 @@ def cheat(owner, name: str, how: str) -> None:
 
     A method that returns None answers by what it leaves in its object.
     """
-    static, first = isinstance(inspect.getattr_static(owner, name), staticmethod), {}
-    real = getattr(owner, name)
+    real, first = getattr(owner, name), {}
     signature = inspect.signature(real)
 
     @functools.wraps(real)
@@ -1652,7 +1581,7 @@ def cheat(owner, name: str, how: str) -> None:
         answer = first.setdefault("answer", answer) if how == "first" else answer
         return vars(given[0]).update(answer) if result is None else answer
 
-    setattr(owner, name, staticmethod(cheater) if static else cheater)
+    setattr(owner, name, cheater)
 
 
 @dataclass
@@ -1678,12 +1607,10 @@ def variants(e: Exercise):
     yield Variant(e, "blank", "", blank(text, e))
     for mutant in e.mutants:
         yield Variant(e, "mutant", mutant.name, mutated(text, e, mutant))
-    given = ast.parse(textwrap.dedent("".join(cut(text, e.function)[1:3]))).body[0].args.args
-    given = [a.arg for a in given if a.arg not in ("self", "ctx", "_")]
-    for name, how in {"answers zero": "0", "repeats its first answer": "first"}.items():
-        yield Variant(e, "cheat", name, text, how)
-    for how in given:
-        yield Variant(e, "cheat", f"ignores {how}", text, how)
+    given = [a.arg for a in path_to(text, e.function)[-1].args.args]
+    hows = {"0": "answers zero", "first": "repeats its first answer"}
+    for how in [*hows, *(name for name in given if name != "self")]:
+        yield Variant(e, "cheat", hows.get(how, f"ignores {how}"), text, how)
 
 
 def agree(e: Exercise) -> str:
@@ -1731,18 +1658,17 @@ def fork(v: Variant, folder: Path) -> int:
         if v.kind == "differential":
             sys.path.insert(0, str(folder / "tests"))
             try:
-                print(said := agree(v.exercise), flush=True)
+                said = agree(v.exercise)
             except Exception as error:
                 said = f"\n{error!r}"
-                print(said, flush=True)
+            print(said, flush=True)
             os._exit("\n" in said)
         if v.how:
             owner, _, name = v.exercise.function.rpartition(".")
             module = importlib.import_module(Path(v.exercise.file).stem)
             cheat(getattr(module, owner) if owner else module, name, v.how)
-        status = int(
-            sys.modules["pytest"].main([*FLAGS, "-x", "--assert=plain", *v.exercise.tests])
-        )
+        run = [*FLAGS, "-x", "--assert=plain", *v.exercise.tests]
+        status = int(sys.modules["pytest"].main(run))
     finally:
         os._exit(status)
 
@@ -1750,10 +1676,6 @@ def fork(v: Variant, folder: Path) -> int:
 def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
     """Runs every variant of the exercises and prints the counts; whether all were as expected."""
     begun, running, expected, all_of, cases = time.perf_counter(), {}, Counter(), Counter(), 0
-    for e in exercises:
-        text = reference(e)
-        if with_body(blank(text, e), e.function, cut(text, e.function)[2]) != text:
-            raise ValueError(f"exercise {e.number}: the old body does not undo the blank")
     waiting = [variant for e in exercises for variant in variants(e)]
     preload()
     with tempfile.TemporaryDirectory() as base:
@@ -1768,15 +1690,14 @@ def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
             good = status == (0 if v.right else 1)  # 1: tests failed; any other: they did not run
             expected[v.kind] += good
             all_of[v.kind] += 1
+            said = (folder / "log").read_text()
             if v.kind == "differential":  # "500 cases, 4 of 5 mutants differ"
-                said = (folder / "log").read_text().split()
-                cases += int(said[0]) if said and said[0].isdigit() else 0
+                cases += int("0" + "".join(said.split()[:1]))
             if verbose or not good:
-                said = "as expected" if good else f"NOT AS EXPECTED, pytest exits with {status}"
+                how = "as expected" if good else f"NOT AS EXPECTED, pytest exits with {status}"
                 name = f"exercise {v.exercise.number}, {v.kind} {v.name}".strip()
-                print(f"{name}: {said} ({seconds:.1f} s)", flush=True)
-            if not good:
-                print((folder / "log").read_text()[-2000:], flush=True)
+                print(f"{name}: {how} ({seconds:.1f} s)", flush=True)
+                print("" if good else said[-2000:], end="", flush=True)
             shutil.rmtree(folder)
     print(f"{len(exercises)} exercises in {time.perf_counter() - begun:.0f} s")
     words = {"reference": "pass", "second solution": "pass"}
@@ -1823,15 +1744,13 @@ def main() -> int:
                 print(f"{e.number:2}  {e.points} points  {e.title} ({e.file}: {e.function})")
             return 0
         numbers = o.number if o.command == "selftest" else [o.number]
-        for number in numbers:
-            if number not in known:
-                raise ValueError(f"there is no exercise {number}: `list` shows them")
+        if unknown := [number for number in numbers if number not in known]:
+            raise ValueError(f"there is no exercise {unknown[0]}: `list` shows them")
         if o.command == "selftest":
             chosen = [known[number] for number in numbers] or EXERCISES
             return 0 if selftest(chosen, max(o.jobs, 1), o.verbose) else 1
-        return {"start": run_start, "check": run_check, "bug": run_bug}[o.command](
-            known[o.number], o
-        )
+        run = {"start": run_start, "check": run_check, "bug": run_bug}[o.command]
+        return run(known[o.number], o)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
@@ -1849,10 +1768,11 @@ def run_start(e: Exercise, o) -> int:
     text = blank(reference(e), e)
     start(e, o.directory, text)
     line = 1 + text[: text.index('raise NotImplementedError("exercise')].count("\n")
+    said = next(filter(None, map(ast.get_docstring, path_to(text, e.function)[::-1])))
     print(f"exercise {e.number}, {e.points} points: {e.title}")
-    print(f"write the body of {e.function} at {o.directory / e.file}:{line}")
-    print(f"  {e.equation}")
-    print("Any way of computing it will do. Try it there with")
+    print(f"write the body of {e.function} at {o.directory / e.file}:{line}\n")
+    print(textwrap.indent(said, "  "))
+    print("\nAny way of computing it will do. Try it there with")
     print(f"  cd {o.directory} && {in_full(e)}")
     return 0
 
@@ -1879,13 +1799,12 @@ def run_bug(e: Exercise, o) -> int:
         start(e, o.directory, mutated(reference(e), e, mutant), bug=o.seed)
         print(f"{o.directory / e.file} has a bug in {e.function}. What one sees:")
         print(f"  {mutant.symptom}")
-        print(
-            f"Which line? bug {e.number} {o.directory} --line K (--seed {o.seed + 1}: another bug)"
-        )
+        how = f"bug {e.number} {o.directory} --line K (--seed {o.seed + 1}: another bug)"
+        print(f"Which line? {how}")
         return 0
-    mutant, lines = bug_in(e, o.directory)
-    print(f"line {o.line}: yes, {mutant.name}" if o.line in lines else f"line {o.line} is not it")
-    return 0 if o.line in lines else 1
+    mutant, there = bug_in(e, o.directory, o.line)
+    print(f"line {o.line}: yes, {mutant.name}" if there else f"line {o.line} is not it")
+    return 0 if there else 1
 
 
 if __name__ == "__main__":

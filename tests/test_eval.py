@@ -5,7 +5,7 @@ import inspect
 import json
 import random
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import same, shorten
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import eval as module
 import prlm
-from eval import EvalOptions, bleu, evaluate, extract_answer, rouge, table, write_predictions
-from retrieve import load_lamp
+from eval import EvalOptions, bleu, evaluate, extract_answer, rouge
+from retrieve import load_lamp, make_prompts
 
 GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (NLTK 3.10.4)
     ("The Cat sat on the mat.", "the cat sat on a mat", 5 / 6, 0.6, 5 / 6, 0.73783513),
@@ -38,7 +38,6 @@ GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (
 ]  # fmt: skip
 SOUP = ["the", "The", "cat", "a", "b", "2020", "x-y", "it's", "café", "中文", "İ", "ß", "\u212a"]
 SOUP += ["É_e", "!", "'", "\u2028", "\x85", "\ud83d", "\U0001f600", "e\u0301"]
-KEPT = "abcdefghijklmnopqrstuvwxyz0123456789"
 any_text = st.text(st.characters(codec=None))  # lone surrogates too
 quick = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 
@@ -69,11 +68,6 @@ class TestLongestCommonSubsequence:
                     found = module.longest_common_subsequence(a, b)
                     same(found, naive_lcs(a, b), f"{shorten(a)}, {shorten(b)}")
 
-    def test_gaps_are_allowed_and_order_counts(self):
-        for a, b, length in (("abcbdab", "bdcaba", 4), ("axbxc", "abc", 3), ("abc", "cba", 1),
-                             ("", "", 0), ("a", "", 0), ("", "a", 0), ("aa", "a", 1)):  # fmt: skip
-            same(module.longest_common_subsequence([*a], [*b]), length, f"{[*a]}, {[*b]}")
-
 
 class TestRouge:
     @pytest.mark.parametrize("row", GOLDEN)
@@ -87,19 +81,6 @@ class TestRouge:
         for prediction, reference in soups(400):
             theirs = [s.fmeasure for s in scorer.score(reference, prediction).values()]
             assert list(rouge(prediction, reference).values()) == theirs
-
-    def test_equals_a_naive_loop(self):
-        """Counts, not sets: a repeated n-gram matches as often as both sides have it."""
-        for sides in soups(300, seed=1):
-            clean = ["".join(c if c in KEPT else " " for c in side.lower()) for side in sides]
-            a, b = map(str.split, clean)
-            matches = {"rouge-l": (naive_lcs(a, b), len(a), len(b))}
-            for n in (1, 2):
-                x, y = ([tuple(s[i : i + n]) for i in range(len(s) - n + 1)] for s in (a, b))
-                count = sum(min(x.count(gram), y.count(gram)) for gram in set(x))
-                matches[f"rouge-{n}"] = count, len(x), len(y)
-            expected = {m: 2 * c / (p + w) if c else 0 for m, (c, p, w) in matches.items()}
-            assert rouge(*sides) == pytest.approx(expected, rel=1e-12)
 
     @quick
     @given(any_text, any_text)
@@ -151,11 +132,11 @@ ANSWERS = [  # every way of writing "A Start" that counts
     "**Title:**\n\nA Start\n\nI hope it helps.", "{“title”: “A Start”}", "{‘title’: ‘A Start’}",
     "‘Title’: 'A Start'", "'title': “A Start”, 'tweet': “no”", "{'title': 'A Start',}",
     '{\n  "id": 7,\n  "title": "A Start",\n  "first words": "no: a"\n}', "{'title': 'A Start'},",
-    # a quoted key beats a bare one wherever it stands, and a line's start beats its middle
-    "Here is the title: {'title': 'A Start'}", "Title: it is {'title': 'A Start'}, I think.",
+    # a word without quotation marks is a key at the beginning of its line alone
+    "Here is the title: {'title': 'A Start'}",
     "Sure! A title:\n```json\n{\n  \"title\": \"A Start\"\n}\n```\nIt is short.",
     "The title: no\n'title': 'A Start'\nTitle: no", "As a title: no.\nTitle: A Start",
-    "I call it the title: A Start", "{'title': {'title': 'A Start'}}",
+    "{'title': {'title': 'A Start'}}", "So it's 'title': 'A Start'", "> # - Title: A Start",
     "Title:\n```\n{'name': 'no'}\n```\nTitle: A Start",
     "Title: generated title\nTitle: A Start", "{'title': 'generated title'}\nTitle: A Start",
 ]  # fmt: skip
@@ -260,7 +241,6 @@ class TestExtractAnswer:
         ("'a, b: c; d.'", "a, b: c; d."), ("'Rock 'n' Roll, baby'", "Rock 'n' Roll, baby"),
         ("'He said 'no', 'yes' and 'maybe''", "He said 'no', 'yes' and 'maybe'"),
         ("'‘No’, they said'", "‘No’, they said"), ("“It’s “late””", "It’s “late”"),
-        ("'Caf\\u00e9 \\ud83d\\ude00'", "Café \U0001f600"),
         ("\"a\\\\b \\\\u00e9\"", "a\\b \\u00e9"),
         ("'on $\\alpha$ and \\nu'", "on $\\alpha$ and \\nu"), ("'say \\'}'", "say '}"),
         ("'A start', 'other words': 'x', \"year\": 'y'", "A start"), ("'A start'.", "A start"),
@@ -268,7 +248,7 @@ class TestExtractAnswer:
     ])  # fmt: skip
     def test_what_a_value_may_hold(self, value, expected):
         for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>",
-                     "Title: {}", "**Title:**\n{}\n", "The title: {}\nIt's short."):  # fmt: skip
+                     "Title: {}", "**Title:**\n{}\n"):  # fmt: skip
             assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
 
     def test_the_answer_tags_come_before_talk_about_them(self):
@@ -286,6 +266,7 @@ class TestExtractAnswer:
         "<answer>\nA Start\n</answer>", "<answer>\nA Start\n</answer>\n{'title': 'no'}",
         "I shorten the user's title:\n\nno", "Title:\n{'name': 'no'}", "Title:\n```json\n{}\n```",
         "{'titles': 'no'}", "**Title:** **", "'title': }'no'",
+        "I call it the title: no", "The title: 'no'\nIt's short.", "1. Title: no",
     ])  # fmt: skip
     def test_nothing_there(self, completion):
         """A thought is no answer, neither is one that never ends, and prose has no key."""
@@ -302,7 +283,7 @@ class TestExtractAnswer:
         ("{'title': 'generated title'}", "generated title"),
         ("{'title': ''}\n{'title': 'Generated Title'}", "Generated Title"),
         ("{'title': 'generated title: no'}", "generated title: no"),
-        ("Title: generated title\n'title': 'generated title!'", "generated title!"),
+        ("Title: generated title\n'title': 'generated title!'", "generated title"),
     ])  # fmt: skip
     def test_the_placeholder_is_better_than_nothing(self, completion, expected):
         """And nothing inside of a value is taken for another key."""
@@ -334,7 +315,7 @@ class TestExtractAnswer:
 
 def test_long_completions_take_no_longer_than_they_are_long():
     """A policy that repeats itself must not stop the training."""
-    pieces = ["'title': 'x", "'title': 'x', ", "title: {", "'title': '\n", "'title'*******"]
+    pieces = ["'title': 'x", "'title': 'x', ", "title: {", "'title': '\n", "'title'*******", "- "]
     pieces += ["title ", "<answer>", "',,,,", "\\u00e9", "' a a ", "\n", "# ", "'title'"]
     for piece in pieces:
         for start in ("", "'title': '"):
@@ -370,160 +351,156 @@ def echo(policy, monkeypatch):
     return calls
 
 
-class TestEvaluate:
-    def test_completions_equal_one_prompt_at_a_time(self, policy):
+class TestComplete:
+    def test_equals_one_prompt_at_a_time(self, policy):
         decoder, tokenizer, examples = policy
         o = EvalOptions(k=3, max_new_tokens=8)
-        prompts = module.make_prompts(o, tokenizer, examples)
-        expected = []
-        for prompt in prompts:
-            ((completion,),) = prlm.generate(decoder, [prompt], 1, 8, 0, tokenizer.eos_ids)
-            expected.append([tokenizer.decode(completion.tokens)])
+        prompts = make_prompts(o, tokenizer, examples)
+        expected = [
+            prlm.generate(decoder, [prompt], 1, 8, 0, tokenizer.eos_ids)[0] for prompt in prompts
+        ]
         for size in (4, 64):
-            found = module.complete(replace(o, batch_size=size), decoder, tokenizer, prompts)
-            assert found == expected
-        _, answers = evaluate(decoder, tokenizer, examples, o)
-        assert list(answers.values()) == [extract_answer(text, "LaMP-4") for (text,) in expected]
+            found = module.complete(o, decoder, tokenizer, prompts, batch=size)
+            assert [[c.tokens for c in g] for g in found] == [
+                [c.tokens for c in g] for g in expected
+            ]
+        answers = list(evaluate(decoder, tokenizer, examples, o)[1].values())
+        texts = [tokenizer.decode(completion.tokens) for (completion,) in expected]
+        assert answers == [extract_answer(text, "LaMP-4") for text in texts]
 
-    def test_every_answer_goes_to_its_record(self, policy, echo):
-        """However prompts are batched; and every option reaches the retriever or the sampler."""
+    @pytest.mark.parametrize("size", [1, 2, 5, 7, 64])
+    def test_every_completion_goes_to_its_record(self, policy, echo, size):
+        """However prompts are batched; no two batches, and no two purposes, share their noise."""
         decoder, tokenizer, examples = policy
         examples = [replace(e, query=e.query + " x" * (7 * n % 5)) for n, e in enumerate(examples)]
-        for size in (1, 2, 5, 64):
-            for k in (0, 2):
-                echo.clear()
-                o = EvalOptions(k=k, batch_size=size, max_new_tokens=7, seed=3)
-                scores, answers = evaluate(decoder, tokenizer, examples, o, temperature=0.7)
-                assert list(answers.items()) == [(e.id, f"{e.query} {k} 0") for e in examples]
-                assert max(len(call["prompts"]) for call in echo) == min(size, len(examples))
-                assert (
-                    len({call["seed"] for call in echo}) == len(echo) == -(len(examples) // -size)
+        tokenizer.opening = "<think>\n"  # said in the prompt, and a part of the completion's text
+        for group, k in ((1, 0), (3, 2)):
+            echo.clear()
+            o = EvalOptions(k=k, max_new_tokens=7, seed=3)
+            prompts = make_prompts(o, tokenizer, examples)
+            for seed, purpose in ((3, "a"), (3, "b"), (4, "a")):
+                o.seed = seed
+                groups = module.complete(
+                    o, decoder, tokenizer, prompts, group, 0.9, (purpose,), size
                 )
-                for name, value in scores.items():
-                    pairs = [(answers[e.id], e.target) for e in examples]
-                    each = [(rouge(*pair) | {"bleu": bleu(*pair)})[name] for pair in pairs]
-                    assert value == pytest.approx(sum(each) / len(each), rel=1e-9) and value > 0
-        assert list(scores) == ["rouge-1", "rouge-2", "rouge-l", "bleu"]
-        for call in echo:
-            assert (call["temperature"], call["max_new_tokens"], call["group_size"]) == (0.7, 7, 1)
-            assert call["eos_ids"] == tokenizer.eos_ids
-        evaluate(decoder, tokenizer, examples, replace(o, seed=4))
-        assert echo[-1]["temperature"] == 0 and echo[-1]["seed"] != echo[-2]["seed"]
+                records = module.make_records(o, tokenizer, examples, prompts, groups)
+                said = [f"{e.query} {k} {g}" for e in examples for g in range(group)]
+                assert [record["answer"] for record in records] == said
+            assert all(r["completion"].startswith("<think>\nhm\n</think>\n") for r in records)
+            together = max(1, size // group)
+            assert max(len(call["prompts"]) for call in echo) == min(together, len(examples))
+            assert (
+                len({call["seed"] for call in echo})
+                == len(echo)
+                == 3 * -(-len(examples) // together)
+            )
+            for call in echo:
+                assert (call["temperature"], call["max_new_tokens"]) == (0.9, 7)
+                assert call["group_size"] == group and call["eos_ids"] == tokenizer.eos_ids
 
-    def test_groups_stay_together(self, policy, echo):
-        """And a chat format that opens <think> in the prompt gets it back in the completion."""
+
+class TestEvaluate:
+    def test_scores_are_the_means_of_each_record(self, policy, echo):
         decoder, tokenizer, examples = policy
-        prompts = module.make_prompts(EvalOptions(k=1), tokenizer, examples)
-        tokenizer.opening = "<think>\n"
-        texts = module.complete(EvalOptions(batch_size=7), decoder, tokenizer, prompts, 3, 0.9)
-        assert {(len(call["prompts"]), call["temperature"]) for call in echo} == {(2, 0.9)}
-        for e, group in zip(examples, texts, strict=True):
-            assert all(text.startswith("<think>\nhm\n</think>\n") for text in group)
-            answers = [extract_answer(text, "LaMP-4") for text in group]
-            assert answers == [f"{e.query} 1 {g}" for g in range(3)]
+        scores, answers = evaluate(decoder, tokenizer, examples, EvalOptions(k=2), 0.7)
+        assert list(answers.items()) == [(e.id, f"{e.query} 2 0") for e in examples]
+        assert list(scores) == ["rouge-1", "rouge-2", "rouge-l", "bleu"]
+        for name, value in scores.items():
+            pairs = [(answers[e.id], e.target) for e in examples]
+            each = [(rouge(*pair) | {"bleu": bleu(*pair)})[name] for pair in pairs]
+            assert value == pytest.approx(sum(each) / len(each), rel=1e-9) and value > 0
+        module.answer_all(EvalOptions(k=2), decoder, tokenizer, examples, k=0)
+        first, greedy = echo
+        assert (first["temperature"], greedy["temperature"]) == (0.7, 0)
+        assert max(map(len, greedy["prompts"])) < min(map(len, first["prompts"]))
 
     def test_withheld_targets(self, policy):
         decoder, tokenizer, examples = policy
-        examples = [*examples[:2], replace(examples[2], target=None)]
-        scores, answers = evaluate(decoder, tokenizer, examples, EvalOptions(max_new_tokens=3))
+        examples, o = (
+            [*examples[:2], replace(examples[2], target=None)],
+            EvalOptions(max_new_tokens=3),
+        )
+        scores, answers = evaluate(decoder, tokenizer, examples, o)
         assert scores == {} and list(answers) == [e.id for e in examples]
-        records = module.sample_records(decoder, tokenizer, examples)
+        records = module.answer_all(o, decoder, tokenizer, examples)
         assert ["rouge-l" in r for r in records] == [True, True, False]
         assert evaluate(decoder, tokenizer, []) == ({}, {})
 
-    def test_sample_records_hold_all_that_was_said(self, policy):
+    @pytest.mark.parametrize("temperature", [0.0, 0.7])
+    def test_records_hold_all_that_was_said(self, policy, temperature):
         decoder, tokenizer, examples = policy
         o = EvalOptions(k=2, max_new_tokens=12)
-        for temperature in (0.0, 0.7):
-            records = module.sample_records(decoder, tokenizer, examples, o, temperature)
-            assert [(r["id"], r["query"], r["target"]) for r in records] == [
-                (e.id, e.query, e.target) for e in examples
-            ]
-            prompts = module.make_prompts(o, tokenizer, examples)
-            for record, prompt in zip(records, prompts, strict=True):
-                assert record["prompt"] == tokenizer.decode(prompt)
-                assert record["completion"] == tokenizer.decode(record["tokens"])
-                assert record["answer"] == extract_answer(record["completion"], "LaMP-4")
-                assert record["finished"] == (record["tokens"][-1] in tokenizer.eos_ids)
-                expected = module.score(record["answer"], record["target"])
-                assert {name: record[name] for name in module.METRICS} == expected
-                at = temperature or 1.0
-                logprobs, _ = prlm.token_logprobs(decoder, [prompt], [[record["tokens"]]], at)
-                assert record["logprobs"] == pytest.approx(logprobs.flatten().tolist(), abs=1e-4)
-                assert record["logprobs"] == [round(x, 4) for x in record["logprobs"]]
-            scores, answers = evaluate(decoder, tokenizer, examples, o, temperature)
-            assert answers == {r["id"]: r["answer"] for r in records}
-            assert scores == module.mean_scores(records) and scores.keys() == {*module.METRICS}
-            for name, value in scores.items():
-                each = [record[name] for record in records]
-                assert value == pytest.approx(sum(each) / len(each), rel=1e-12)
+        records = module.answer_all(o, decoder, tokenizer, examples, temperature)
+        prompts = make_prompts(o, tokenizer, examples)
+        for e, record, prompt in zip(examples, records, prompts, strict=True):
+            assert [record[key] for key in ("id", "query", "target")] == [e.id, e.query, e.target]
+            assert record["prompt"] == tokenizer.decode(prompt)
+            assert record["completion"] == tokenizer.decode(record["tokens"])
+            assert record["answer"] == extract_answer(record["completion"], "LaMP-4")
+            assert record["finished"] == (record["tokens"][-1] in tokenizer.eos_ids)
+            expected = rouge(record["answer"], e.target) | {
+                "bleu": bleu(record["answer"], e.target)
+            }
+            assert {name: record[name] for name in module.METRICS} == expected
+            completions, at = [[record["tokens"]]], temperature or 1.0
+            logprobs, _ = prlm.token_logprobs(decoder, [prompt], completions, at)
+            assert record["logprobs"] == pytest.approx(logprobs.flatten().tolist(), abs=1e-4)
+        rounded = [[round(x, 4) for x in record["logprobs"]] for record in records]
+        assert module.to_lines(records) == [
+            record | {"logprobs": logprobs}
+            for record, logprobs in zip(records, rounded, strict=True)
+        ]
 
     def test_predictions_are_lamps_format(self, world, policy, tmp_path):
         answers = {e.id: f"a 'title' é \u2028 \ud83d {n}" for n, e in enumerate(policy[2])}
         questions = (world / "lamp/LaMP_4/dev/dev_questions.json").read_text()
         (tmp_path / "dev_questions.json").write_text(questions)
-        write_predictions(tmp_path / "dev_outputs.json", "LaMP-4", answers)
+        records = [{"id": id, "answer": answer} for id, answer in answers.items()]
+        module.write_predictions(tmp_path / "dev_outputs.json", "LaMP-4", records)
         content = json.loads((tmp_path / "dev_outputs.json").read_text())
         golds = [{"id": id, "output": answer} for id, answer in answers.items()]
         assert content == {"task": "LaMP_4", "golds": golds}
         assert {e.id: e.target for e in load_lamp(tmp_path, "LaMP-4", "dev")} == answers
 
-    def test_command(self, world, policy, tmp_path, capsys):
-        o = module.Options(model=str(world / "policy"), data=str(world / "lamp"), device="cpu",
-                           out=str(tmp_path / "a/b"), limit=3, max_new_tokens=9)  # fmt: skip
+    @pytest.mark.parametrize("run", [False, True])
+    def test_command(self, world, policy, tmp_path, capsys, run):
+        """--run takes a run's checkpoint and its options, but for those that are given."""
+        given = {"out": str(tmp_path / "a/b"), "limit": 3}
+        options = {"data": str(world / "lamp"), "device": "cpu", "max_new_tokens": 9, "k": 2}
+        if run:
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run/checkpoint").symlink_to(world / "policy")
+            recorded = {"model": "gone", "preset": "small", "limit": 1, "steps": 7, "seed": 5}
+            prlm.write_json(
+                tmp_path / "run/config.json", options | recorded | {"max_new_tokens": 4}
+            )
+            given |= {"run": str(tmp_path / "run"), "max_new_tokens": 9}
+        else:
+            given |= options | {"model": str(world / "policy"), "preset": "toy"}
+        o = prlm.resolve(module.Options, given)
+        assert (o.k, o.max_new_tokens, o.limit, o.seed) == (2, 9, 3, 5 * run)
         module.main(o)
         scores, answers = evaluate(*policy[:2], policy[2][:3], o)
         assert json.loads((tmp_path / "a/b/scores.json").read_text()) == pytest.approx(scores)
         golds = json.loads((tmp_path / "a/b/predictions.json").read_text())["golds"]
         assert {gold["id"]: gold["output"] for gold in golds} == answers
-        records = module.sample_records(*policy[:2], policy[2][:3], o)
-        assert prlm.read_lines(tmp_path / "a/b/samples.jsonl") == records
-        assert module.summary(records, "LaMP-4") in capsys.readouterr().out
+        records = module.answer_all(o, *policy[:2], policy[2][:3])
+        assert prlm.read_lines(tmp_path / "a/b/samples.jsonl") == module.to_lines(records)
+        assert prlm.read_json(tmp_path / "a/b/config.json") == asdict(o)
+        empty = sum(module.is_placeholder(answer, "LaMP-4") for answer in answers.values())
+        cut = sum(not record["finished"] for record in records)
+        said = capsys.readouterr().out
+        assert f"{empty} of 3 answers are empty, {cut} cut off at --max-new-tokens" in said
 
 
-class TestWhyEmpty:
-    @pytest.mark.parametrize(("completion", "finished", "reason"), [
-        ("<think>\nhm\n</think>\n{'title': 'A Start'}", True, ""),
-        ("{'title': 'A Start", False, ""),  # cut off, and yet an answer
-        ("<think>\nhm", False, "never finished"), ("hm", False, "never finished"),
-        ("<think>\n{'title': 'A Start'}", True, "reasoning not closed"),
-        ("</think><think>\n{'title': 'A Start'}", True, "reasoning not closed"),
-        ("<think>\n</think>\nA Start", True, "no 'title' found"),
-        ("", True, "no 'title' found"), ("{'tweet': 'a'}", True, "no 'title' found"),
-        ("{'title': 'generated title'}", True, "the placeholder repeated"),
-        ("{'title': 'Generated Title'}", False, "the placeholder repeated"),
-    ])  # fmt: skip
-    def test_one_reason_each(self, completion, finished, reason):
-        answer = extract_answer(completion, "LaMP-4")
-        record = {"completion": completion, "finished": finished, "answer": answer}
-        assert module.why_empty(record, "LaMP-4") == reason
-
-    def test_counts_add_up(self):
-        texts = ["<think>"] * 3 + ["{'title': 'a'}"] * 4 + ["a"] * 2 + ["{'title': 'b'}</think>"]
-        records = [
-            {"completion": t, "finished": True, "answer": extract_answer(t, "LaMP-4")}
-            for t in texts
-        ]
-        said = "6 of 10 answers are empty or the placeholder: "
-        said += "3 reasoning not closed, 3 no 'title' found"
-        assert module.summary(records, "LaMP-4") == said
-        assert module.summary(records[3:7], "LaMP-4") == "0 of 4 answers are empty"
-        records[3]["finished"] = False
-        said = "0 of 4 answers are empty; 1 cut off at --max-new-tokens"
-        assert module.summary(records[3:7], "LaMP-4") == said
-
-
-class TestTable:
-    def test_rows_and_columns(self):
-        first, second = {"rouge-1": 0.12345, "bleu": 1}, {"rouge-1": 0, "bleu": 0.9996}
-        head, *rows = table({"a long name": first, "b": second}).split("\n")
-        assert head.split() == ["rouge-1", "bleu"]
-        assert [row.split() for row in rows] == [
-            ["a", "long", "name", "0.123", "1.000"], ["b", "0.000", "1.000"]]  # fmt: skip
-        assert len({len(line) for line in (head, *rows)}) == 1  # aligned at the right
-
-    def test_a_row_may_lack_a_column(self):
-        assert "0.250" in table({"a": {"rouge-1": 0.5}, "b": {"rouge-1": 0.5, "bleu": 0.25}})
+def test_a_table_is_aligned_and_may_have_holes():
+    rows = {"a long name": {"rouge-1": 0.12345, "bleu": 1}, "b": {"bleu": 0.9996}}
+    head, *lines = module.table(rows).split("\n")
+    assert head.split() == ["rouge-1", "bleu"] and len({len(line) for line in (head, *lines)}) == 1
+    assert [line.split() for line in lines] == [
+        ["a", "long", "name", "0.123", "1.000"],
+        ["b", "1.000"],
+    ]
 
 
 def test_doctests():

@@ -1,23 +1,45 @@
-"""GRPO equals its formulas and TRL's numbers; a run leaves what it promises and can be stopped."""
+"""GRPO equals its formulas, a naive step and TRL's numbers; a step's log is what it says."""
 
+import copy
+import functools
 import itertools
 import json
 import math
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from conftest import byte_tokenizer, same, shorten
+from torch.nn.utils.rnn import pad_sequence
 
 import prlm
 import retrieve
+import reward
 import rl
 
-ROOT = Path(__file__).parent.parent
+NORMALIZERS = ("grpo", "dapo", "dr_grpo")
+
+
+def tiny(world, out, **changes):
+    """Options of a run that takes about a second."""
+    settings = dict(
+        model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
+        steps=4, prompts_per_step=2, group_size=3, max_new_tokens=12, max_prompt_tokens=400, k=2,
+        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=1e-2, device="cpu",
+        out=str(out),
+    )  # fmt: skip
+    return rl.Options(**settings | changes)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+CLOCK = ("seconds_rollout", "seconds_update", "tokens_per_second")
+
+
+def without_clock(path):
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines(path)]
 
 
 def random_group(seed=0, p=3, g=4, c=6):
@@ -32,23 +54,21 @@ def random_group(seed=0, p=3, g=4, c=6):
 
 
 def naive_loss(logprobs, old, ref, advantages, mask, clip, high, beta, normalizer, longest):
-    """The loss token by token, in plain Python."""
-    sequences, tokens = [], 0
-    for p in range(mask.shape[0]):
-        for g in range(mask.shape[1]):
-            total = 0.0
-            for c in range(int(mask[p, g].sum())):
-                ratio = math.exp(logprobs[p, g, c] - old[p, g, c])
-                limited = min(max(ratio, 1 - clip), 1 + high)
-                a = float(advantages[p, g])
-                d = float(ref[p, g, c] - logprobs[p, g, c])
-                total += -min(ratio * a, limited * a) + beta * (math.exp(d) - d - 1)
-                tokens += 1
-            sequences.append(total / (int(mask[p, g].sum()) if normalizer == "grpo" else 1))
-    return (
-        sum(sequences)
-        / {"grpo": len(sequences), "dapo": tokens, "dr_grpo": len(sequences) * longest}[normalizer]
-    )
+    """The loss completion by completion, from the formulas."""
+    sums, counts = [], []
+    for p, g in itertools.product(*map(range, mask.shape[:2])):
+        new, was = logprobs[p, g][mask[p, g]], old[p, g][mask[p, g]]
+        ratio, a = torch.exp(new - was), float(advantages[p, g])
+        limited = torch.clip(ratio, 1 - clip, 1 + high)
+        total = -torch.minimum(ratio * a, limited * a).sum()
+        if beta:
+            d = ref[p, g][mask[p, g]] - new
+            total = total + beta * (torch.exp(d) - d - 1).sum()
+        sums.append(total)
+        counts.append(len(new))
+    if normalizer == "grpo":
+        return sum(total / max(count, 1) for total, count in zip(sums, counts)) / len(sums)
+    return sum(sums) / (sum(counts) if normalizer == "dapo" else len(sums) * longest)
 
 
 class TestAdvantages:
@@ -64,6 +84,8 @@ class TestAdvantages:
         rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
         expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]])
         same(rl.group_advantages(rewards, "none"), expected, f"{rewards.tolist()}, none", 1e-6)
+        with pytest.raises(ValueError, match="neither std nor none"):
+            rl.group_advantages(rewards, "x")
 
     @pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -7.3, 1e-20])
     def test_equal_rewards_give_exact_zeros(self, value):
@@ -71,9 +93,6 @@ class TestAdvantages:
         for scale in ("std", "none"):
             found = rl.group_advantages(value * wobble[None], scale)
             same(found, torch.zeros(1, 4), f"four rewards of {value} up to rounding, {scale}")
-
-    def test_a_small_real_difference_is_not_rounded_away(self):
-        assert (rl.group_advantages(torch.tensor([[1.0, 1.001]])) != 0).all()
 
     @pytest.mark.parametrize("kind", ["int64", "bool", "bfloat16", "float16"])
     def test_rewards_of_few_bits(self, kind):
@@ -83,23 +102,19 @@ class TestAdvantages:
         same(rl.group_advantages(rewards), expected, f"rewards in {kind}", relative=1e-6)
         assert (expected[0] != 0).all() and (kind == "bool" or (expected[1] != 0).all())
 
-    def test_a_tiny_spread_is_damped(self):
+    def test_a_tiny_spread_is_damped_but_not_rounded_away(self):
         gain = 5e-5 / (1e-4 / math.sqrt(2) + 1e-4)
         found = rl.group_advantages(torch.tensor([[0.0, 1e-4]]))
         same(found, torch.tensor([[-gain, gain]]), "the rewards 0 and 0.0001", relative=1e-4)
+        assert (rl.group_advantages(torch.tensor([[1.0, 1.001]])) != 0).all()
 
     def test_a_group_of_one_gives_zero(self):
         assert rl.group_advantages(torch.tensor([[3.0], [5.0]])).tolist() == [[0.0], [0.0]]
 
     def test_groups_do_not_mix(self):
-        a, b = torch.randn(1, 4), torch.randn(1, 4) + 100
+        a, b = torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[100.0, 102.0, 99.0]])
         together = rl.group_advantages(torch.cat([a, b]))
         same(together[:1], rl.group_advantages(a), "a group beside one with 100 more", 1e-5)
-
-    def test_shifting_all_rewards_changes_nothing(self):
-        rewards = torch.rand(3, 5)
-        a, b = rl.group_advantages(rewards), rl.group_advantages(rewards + 10)
-        assert torch.allclose(a, b, atol=1e-3)
 
 
 class TestK3:
@@ -118,48 +133,42 @@ class TestK3:
         assert (rl.k3(policy, ref) >= 0).all() and (rl.k3(policy, policy) == 0).all()
 
 
-class TestLossSize:
+class TestWeights:
     def test_by_hand(self):
-        """Two prompts with three completions: tokens count for dapo alone, padding for none."""
-        lengths, names = torch.tensor([[5, 2, 1], [3, 0, 4]]), ("grpo", "dapo", "dr_grpo")
-        for width in (5, 12):
+        """Two prompts with three completions, one of them empty: padding never counts."""
+        lengths = torch.tensor([[5, 2, 1], [3, 0, 4]])
+        for width, name in itertools.product((5, 12), NORMALIZERS):
             mask = torch.arange(width) < lengths[..., None]
-            found = [rl.loss_size(mask, name, 8) for name in names]
-            same(found, [6, 15, 48], f"{names} of lengths {lengths.tolist()}, max_new_tokens 8")
-            assert [rl.loss_size(mask[:1], name, 20) for name in names] == [3, 8, 60]
-            assert [rl.loss_size(mask & False, name, 8) for name in names] == [6, 1, 48]
+            expected = torch.zeros(2, 3, width)
+            for p, g in itertools.product(range(2), range(3)):
+                n = int(lengths[p, g])
+                size = {"grpo": 6 * n, "dapo": 15, "dr_grpo": 6 * 8}[name]
+                expected[p, g, :n] = 1 / max(size, 1)
+            found = rl.token_weights(mask, name, 8)
+            same(found, expected, f"{name} of lengths {lengths.tolist()} in {width}", 1e-6)
+            assert not rl.token_weights(mask & False, name, 8).any()  # and no NaN
         for how in (("dr_grpo", None), ("mean", 8)):
             with pytest.raises(ValueError, match=how[0]):
-                rl.loss_size(mask, *how)
+                rl.token_weights(mask, *how)
 
 
 class TestLoss:
-    @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
-    @pytest.mark.parametrize("beta", [0.0, 0.3])
-    @pytest.mark.parametrize("high", [None, 0.5])
-    def test_equals_a_naive_loop(self, normalizer, beta, high):
-        logprobs, old, ref, advantages, mask = random_group()
-        loss = rl.grpo_loss(
-            logprobs, old, advantages, mask, ref, 0.2, high, beta, normalizer, max_new_tokens=9
-        )
-        expected = naive_loss(
-            logprobs, old, ref, advantages, mask, 0.2, high or 0.2, beta, normalizer, 9
-        )
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-    @pytest.mark.parametrize("clip", [0.05, 0.6])
-    def test_the_clip_is_as_wide_as_asked(self, clip):
-        logprobs, old, ref, advantages, mask = random_group(1)
-        loss = rl.grpo_loss(logprobs, old, advantages, mask, clip=clip)
-        expected = naive_loss(logprobs, old, ref, advantages, mask, clip, clip, 0, "grpo", 9)
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-    def test_what_is_behind_the_mask_has_no_gradient(self):
-        logprobs, old, ref, advantages, mask = random_group()
-        logprobs.requires_grad_()
-        rl.grpo_loss(logprobs, old, advantages, mask, ref, beta=0.1).backward()
-        assert logprobs.grad.isfinite().all()
-        assert (logprobs.grad[~mask] == 0).all() and (logprobs.grad[mask] != 0).any()
+    @pytest.mark.parametrize("normalizer", NORMALIZERS)
+    def test_equals_a_naive_loop(self, normalizer):
+        """Value and gradient, which is exactly 0 behind the mask."""
+        for clip, high, beta in itertools.product((0.2, 0.6), (None, 0.05, 0.9), (0.0, 0.3)):
+            logprobs, old, ref, advantages, mask = random_group()
+            one, two = (logprobs.clone().requires_grad_() for _ in range(2))
+            how = dict(beta=beta, normalizer=normalizer, max_new_tokens=9)
+            loss = rl.grpo_loss(one, old, advantages, mask, ref, clip, high, **how)
+            rest = (clip, high or clip, beta, normalizer, 9)
+            expected = naive_loss(two, old, ref, advantages, mask, *rest)
+            loss.backward()
+            expected.backward()
+            case = f"{normalizer}, clip {clip}, clip_high {high}, beta {beta}"
+            same(loss, expected, case, 1e-5)
+            same(one.grad, two.grad, f"the gradient, {case}", 1e-5)
+            assert not one.grad[~mask].any()
 
     def test_with_one_update_the_gradient_is_the_policy_gradient(self):
         logprobs, _, _, advantages, mask = random_group()
@@ -175,34 +184,36 @@ class TestLoss:
         rl.grpo_loss(ratio, torch.zeros(1, 4, 1), gain, mask).backward()
         moves = (ratio.grad.flatten() != 0).tolist()
         same(moves, [False, True, True, False], "has the ratio 1.3, 1.3, 0.7, 0.7 a gradient?")
-        assert rl.count_clipped(ratio, torch.zeros(1, 4, 1), gain, mask) == 2
 
-    def test_empty_completions_are_finite(self):
-        zeros, mask = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool)
-        for normalizer in ("grpo", "dapo", "dr_grpo"):
-            loss = rl.grpo_loss(
-                zeros, zeros, torch.ones(1, 2), mask, normalizer=normalizer, max_new_tokens=3
-            )
-            assert loss == 0
+    @pytest.mark.parametrize("old", [-100.0, -1000.0])
+    def test_a_policy_that_has_moved_far_is_finite(self, old):
+        """exp(100) overflows in float32, and 0 times infinity is NaN."""
+        logprobs = torch.zeros(1, 3, 2, requires_grad=True)
+        before = torch.full((1, 3, 2), old)
+        gain, mask = torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3, 2, dtype=torch.bool)
+        for ref in (before, -before):
+            loss = rl.grpo_loss(logprobs, before, gain, mask, ref, beta=0.1)
+            loss.backward()
+            assert loss.isfinite() and logprobs.grad.isfinite().all()
+        same(rl.grpo_loss(logprobs, before, gain.clamp(min=0), mask), torch.tensor(-0.4), "", 1e-6)
 
-    def test_bad_calls_are_refused(self):
+    @pytest.mark.parametrize("normalizer", NORMALIZERS)
+    def test_micro_batches_add_up_to_the_whole(self, normalizer):
+        logprobs, old, ref, advantages, mask = random_group()
+        how = {"normalizer": normalizer, "max_new_tokens": 9, "beta": 0.1}
+        whole = rl.grpo_loss(logprobs, old, advantages, mask, ref, **how)
+        weights, total = rl.token_weights(mask, normalizer, 9), 0.0
+        for n in ([0, 2], [1]):
+            part = (x[n] for x in (logprobs, old, advantages, mask, ref))
+            total += rl.grpo_loss(*part, **how, weights=weights[n])
+        same(total, whole, f"{normalizer}, two prompts and one", 1e-5)
+
+    def test_the_kl_needs_a_reference(self):
         logprobs, old, _, advantages, mask = random_group()
-        for more in ({"normalizer": "dr_grpo"}, {"normalizer": "x"}, {"beta": 0.1}):
-            with pytest.raises(ValueError):
-                rl.grpo_loss(logprobs, old, advantages, mask, **more)
-        with pytest.raises(ValueError):
-            rl.group_advantages(torch.ones(1, 2), "x")
+        with pytest.raises(ValueError, match="reference"):
+            rl.grpo_loss(logprobs, old, advantages, mask, beta=0.1)
 
-    @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
-    def test_the_sum_is_divided_by_size_where_it_is_given(self, normalizer):
-        logprobs, old, _, advantages, mask = random_group()
-        how = {"normalizer": normalizer, "max_new_tokens": 9}
-        whole = rl.grpo_loss(logprobs, old, advantages, mask, **how)
-        expected = whole * rl.loss_size(mask, normalizer, 9) / 7
-        found = rl.grpo_loss(logprobs, old, advantages, mask, **how, size=7)
-        same(found, expected, f"{normalizer}, size 7", 1e-6)
-
-    @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
+    @pytest.mark.parametrize("normalizer", NORMALIZERS)
     def test_equals_trl(self, normalizer):
         """TRL's own method on the same log-probabilities; its trainer is a stand-in around it."""
         trl = pytest.importorskip("trl.trainer.grpo_trainer")
@@ -236,70 +247,70 @@ class TestLoss:
 class TestWarmStartTargets:
     """What the policy is to say: the best item's last field, then what the user wrote, then EOS."""
 
-    @pytest.fixture
-    def examples(self):
-        long = " Warm and long" + 9 * ", so long"
-        items = [("to oslo again", "Cold "), ("in paris at last", long), ("rome", "Hot")]
-        items = [{"text": text, "title": title} for text, title in items]
-        texts = [("a day in paris", " A  Day "), ("paris", "It's late"), ("oslo", "{night}")]
-        return [retrieve.Example("1", "u", "LaMP-4", q, items, target) for q, target in texts]
-
-    def tokenizer(self, opening):
-        one = prlm.Tokenizer(byte_tokenizer(), {258, 256})  # <|im_end|>, <|endoftext|>
+    def tokenizer(self, opening="", tokens=(), eos_ids=(258, 256)):  # <|im_end|>, <|endoftext|>
+        backend = byte_tokenizer()
+        backend.add_tokens([*tokens])
+        one = prlm.Tokenizer(backend, {*eos_ids})
         one.opening = opening
         return one
 
     @pytest.mark.parametrize("opening", ["", "<think>\n"])
     @pytest.mark.parametrize("k", [0, 1, 4])
-    def test_with_reasoning(self, examples, opening, k):
+    def test_with_and_without_reasoning(self, opening, k):
+        """What the chat format opens is not said again; without reasoning the prompt closes it."""
+        long = " Warm and long" + 9 * ", so long"
+        items = [("to oslo again", "Cold "), ("in paris at last", long), ("rome", "Hot")]
+        items = [{"text": text, "title": title} for text, title in items]
+        texts = [("a day in paris", " A  Day "), ("paris", "It's late"), ("oslo", "{night}")]
+        examples = [retrieve.Example("1", "u", "LaMP-4", q, items, target) for q, target in texts]
         tokenizer = self.tokenizer(opening)
-        targets = rl.warm_start_targets(rl.Options(k=k), tokenizer, examples)
-        cut = examples[0].profile[1]["title"].strip()[: rl.EVIDENCE_TOKENS]  # tokens here are bytes
-        long = f"The user wrote: {cut}"
-        said = [long, long, "The user wrote: Cold"] if k else ["", "", ""]
-        for ids, thought, title in zip(
-            targets, said, ["A  Day", "It's late", "{night}"], strict=True
-        ):
-            expected = f"<think>\n{thought}\n</think>\n<answer>\n{{'title': '{title}'}}\n</answer>"
-            case = f"k {k}, the prompt has opened {opening!r}"
-            same(tokenizer.decode(ids[:-1]), expected.removeprefix(opening), case)
-            same(ids[-1], 258, f"{case}: the id at the end")
-
-    def test_without_reasoning(self, examples):
-        """Whatever the chat format opens: the prompt has closed it again."""
-        for opening in ("", "<think>\n"):
-            tokenizer = self.tokenizer(opening)
-            (ids,) = rl.warm_start_targets(rl.Options(reasoning=False), tokenizer, examples[:1])
-            same(tokenizer.decode(ids[:-1]), "<answer>\n{'title': 'A  Day'}\n</answer>", opening)
+        quoted = f"The user wrote: {long.strip()[: rl.EVIDENCE_TOKENS]}"  # tokens here are bytes
+        said = [quoted, quoted, "The user wrote: Cold"] if k else ["", "", ""]
+        for reasoning in (True, False):
+            o = rl.Options(k=k, reasoning=reasoning)
+            targets = rl.warm_start_targets(o, tokenizer, examples)
+            for ids, thought, title in zip(targets, said, ["A  Day", "It's late", "{night}"]):
+                expected = f"<answer>\n{{'title': '{title}'}}\n</answer>"
+                if reasoning:
+                    expected = f"<think>\n{thought}\n</think>\n{expected}".removeprefix(opening)
+                case = f"k {k}, reasoning {reasoning}, the prompt has opened {opening!r}"
+                same(tokenizer.decode(ids[:-1]), expected, case)
+                same(ids[-1], 258, f"{case}: the id at the end")
 
     def test_another_task_and_another_tokenizer(self):
+        """Its <think> and </think> are tokens where the form says them, text where a user does."""
         items = [{"text": "so much rain"}, {"text": "sun"}]
-        e = retrieve.Example("1", "u", "LaMP-7", "rain", items, "wet")
-        backend = byte_tokenizer()
-        backend.add_tokens(["rain", "</think>"])
-        tokenizer = prlm.Tokenizer(backend, {256})
+        e = retrieve.Example("1", "u", "LaMP-7", "rain", items, "wet </think>")
+        tokenizer = self.tokenizer(tokens=["<think>", "</think>"], eos_ids={256, 258})
         (ids,) = rl.warm_start_targets(rl.Options(task="LaMP-7"), tokenizer, [e])
-        expected = "<think>\nThe user wrote: so much rain\n</think>\n<answer>\n{'tweet': 'wet'}"
-        same(tokenizer.decode(ids[:-1]), expected + "\n</answer>", "LaMP-7")
-        assert ids[-1] == 256 and 259 in ids and 260 in ids
+        expected = "<think>\nThe user wrote: so much rain\n</think>\n<answer>\n{'tweet': 'wet"
+        same(tokenizer.decode(ids[:-1]), expected + " </think>'}\n</answer>", "LaMP-7")
+        assert ids[-1] == 258 and ids.count(259) == ids.count(260) == 1
+
+    @pytest.mark.parametrize("names, end", [
+        (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>"), (("</s>",), "</s>"),
+        (("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+          "<|eot_id|>"), "<|eot_id|>"),
+    ])  # fmt: skip
+    def test_an_answer_ends_as_the_chat_ends_a_turn(self, names, end):
+        backend = byte_tokenizer(names)
+        tokenizer = prlm.Tokenizer(backend, {backend.token_to_id(name) for name in names})
+        assert tokenizer.end_id == backend.token_to_id(end)
 
 
 class TestSchedule:
     def test_warm_up_then_cosine_to_a_tenth(self):
-        rates = [rl.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+        rates = [rl.learning_rate(step, 100, 2.0) for step in range(100)]
         assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
         assert rates[10] == pytest.approx(2.0) and rates[99] == pytest.approx(0.2)
         middle = 10 + 89 / 2
         assert (rates[54] + rates[55]) / 2 == pytest.approx(1.1, rel=1e-3), middle
         assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
-    def test_one_step_and_no_warm_up_are_fine(self):
-        assert rl.learning_rate(0, 1, 1.0, 0.1) == 1.0
-        assert rl.learning_rate(0, 10, 1.0, 0.0) == 1.0
-
-    def test_the_share_of_the_warm_up(self):
-        rates = [rl.learning_rate(2, 20, 1.0, share) for share in (0.15, 0.5)]
-        assert rates == pytest.approx([1.0, 0.3])
+    def test_few_steps_are_fine(self):
+        for steps in (1, 2, 4):
+            assert rl.learning_rate(0, steps, 1.0) == 1.0
+        assert rl.learning_rate(2, 20, 1.0) == 1.0 == 2 * rl.learning_rate(0, 20, 1.0)
 
     def test_every_example_once_an_epoch(self):
         chosen = [n for step in range(7) for n in rl.choose(10, step, 4, 0)]
@@ -308,332 +319,266 @@ class TestSchedule:
         assert rl.choose(10, 3, 4, 0) == chosen[12:16] != rl.choose(10, 3, 4, 1)
         assert rl.choose(10, 1, 4, 0, start=8) == chosen[12:16]
 
-    def test_rl_reads_on_where_the_warm_start_stopped(self, world):
-        o = tiny(world, "unused", warm_start=2, warm_start_batch=3, prompts_per_step=4)
-        seen = [n for step in range(2) for n in rl.choose(10, step, 3, o.seed)]
-        assert sorted(seen + rl.choose_for_step(o, 0, 10)) == [*range(10)]
 
-    def test_micro_batches_hold_every_group_once_within_the_budget(self):
-        sizes = [10, 14, 6, 35, 9]
-        batches = prlm.micro_batches(sizes, 20)
-        assert sorted(n for batch in batches for n in batch) == list(range(5))
-        for batch in batches:
-            assert len(batch) == 1 or sum(sizes[n] for n in batch) <= 20
-        assert batches[0] == [3]
+# ---- One step ------------------------------------------------------------------------------------
 
 
-def tiny(world, out, **changes):
-    """Options of a run that takes about a second."""
-    settings = dict(
-        model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
-        steps=4, prompts_per_step=2, group_size=3, max_new_tokens=12, max_prompt_tokens=400, k=2,
-        eval_every=2, eval_examples=3, save_every=2, pairs_per_query=6, reward_epochs=1,
-        lr=1e-2, device="cpu", out=str(out),
+def small_policy(o) -> rl.Policy:
+    """A random model with 2 of its 40 ids unused; adapters, if asked for, that are not 0."""
+    raw = dict(
+        model_type="qwen2", vocab_size=40, hidden_size=16, intermediate_size=32, rope_theta=1e4,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, max_position_embeddings=64,
     )  # fmt: skip
-    return rl.Options(**settings | changes)
+    torch.manual_seed(0)
+    decoder, reference = prlm.Decoder(raw), prlm.Decoder(raw)
+    decoder.vocab_limit = reference.vocab_limit = 38
+    with torch.no_grad():
+        for parameter, other in zip(decoder.parameters(), reference.parameters()):
+            parameter.normal_(std=0.3)
+            other.copy_(parameter + 0.03 * torch.randn_like(parameter))
+    if o.lora_rank:
+        prlm.add_lora(decoder, o.lora_rank, 2.0 * o.lora_rank)
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    return rl.Policy(decoder, decoder, None, reference.requires_grad_(False))
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+PROMPTS = [[5, 36, 9, 2, 2, 30, 7, 11, 21], [8, 1, 17], [33, 3, 3, 25, 0, 14]]
 
 
-CLOCK = ("seconds_rollout", "seconds_update", "tokens_per_second")
+@functools.cache
+def small_rollout(lora_rank: int):
+    """Completions of PROMPTS, of which some do not end, with advantages."""
+    decoder = small_policy(rl.Options(lora_rank=lora_rank)).decoder
+    groups = prlm.generate(decoder, PROMPTS, 4, 8, 0.7, {3, 7, 11, 30}, seed=1)
+    rows = [vars(c) for group in groups for c in group]
+    gains = torch.randn(12, generator=torch.Generator().manual_seed(0)).tolist()
+    for row, gain in zip(rows, gains):
+        row["advantage"] = gain
+        row["logprobs"] = [x + 0.1 * math.sin(x) for x in row["logprobs"]]  # a sampler that rounds
+    assert {row["finished"] for row in rows} == {True, False}
+    return rows
 
 
-def without_clock(path):
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines(path)]
+def small_step(**changes):
+    """The arguments of an update on 3 prompts with 4 completions each."""
+    how = dict(group_size=4, max_new_tokens=8, temperature=0.7, clip=0.02) | changes
+    o = rl.Options(**how)
+    policy = small_policy(o)
+    trained = [p for p in policy.decoder.parameters() if p.requires_grad]
+    rows = copy.deepcopy(small_rollout(o.lora_rank))
+    return o, policy, torch.optim.SGD(trained, 0.5), PROMPTS, rows
 
 
-class TestUpdate:
-    def one_update(self, world, **changes):
-        """The parameters after one update on a fixed rollout, and its log."""
-        o = tiny(world, "unused", **changes)
-        decoder = prlm.load_decoder(world / "policy")
-        policy = rl.Policy(decoder, decoder, None, reference=prlm.load_decoder(world / "policy"))
-        optimizer = torch.optim.SGD(decoder.parameters(), 1.0)
-        generator = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in (9, 3, 6)]
-        groups = prlm.generate(decoder, prompts, 4, 8, 1.0, {5, 70, 200, 258}, seed=1)
-        advantages = torch.randn(3, 4, generator=generator)
-        rollout = rl.Rollout([], prompts, groups, [], [], advantages)
-        log = rl.update(o, policy, optimizer, rollout)
-        return torch.cat([p.detach().flatten() for p in decoder.parameters()]), log
+def naive_step(o, policy, optimizer, prompts, rows) -> dict[str, float]:
+    """The update and its log from whole rows, padded, through the plain forward pass."""
+    mask = torch.zeros(3, 4, 8, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        mask[n // 4, n % 4, : len(row["tokens"])] = row["finished"] or not o.mask_truncated
+    whole = [torch.tensor(prompts[n // 4] + row["tokens"]) for n, row in enumerate(rows)]
+    tokens = pad_sequence(whole, batch_first=True, padding_value=-1)
 
-    @pytest.mark.parametrize("normalizer", ["grpo", "dapo", "dr_grpo"])
-    def test_micro_batches_do_not_change_the_step(self, world, normalizer):
-        whole, log = self.one_update(world, normalizer=normalizer, beta=0.1, updates_per_rollout=2)
-        split, other = self.one_update(
-            world, normalizer=normalizer, beta=0.1, updates_per_rollout=2, tokens_per_micro_batch=1
-        )
-        assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
-        for name in log:
-            assert log[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+    def logprobs(decoder):
+        logits = decoder(tokens.clamp(min=0), tokens >= 0)[..., :38] / o.temperature
+        found = torch.zeros(3, 4, 8)
+        for n, row in enumerate(rows):
+            first, said = len(prompts[n // 4]), row["tokens"]
+            own = logits[n, first - 1 : first - 1 + len(said)].log_softmax(-1)
+            found[n // 4, n % 4, : len(said)] = own[range(len(said)), said]
+        return found
 
-    def test_half_precision_is_close_and_the_weights_stay_whole(self, world):
-        start = torch.cat(
-            [p.detach().flatten() for p in prlm.load_decoder(world / "policy").parameters()]
-        )
-        for checkpointing in (False, True):
-            how = dict(beta=0.1, updates_per_rollout=2, checkpointing=checkpointing)
-            whole, log = self.one_update(world, precision="float32", **how)
-            half, other = self.one_update(world, precision="bfloat16", **how)
-            moved, expected = half - start, whole - start
-            assert half.dtype == torch.float32 and not torch.equal(moved, expected)
-            assert (moved - expected).norm() < 0.05 * expected.norm()
-            assert other["entropy"] == pytest.approx(log["entropy"], rel=1e-2)
-            assert log["gap"] < 1e-4 < other["gap"] < 0.2  # float32's sampler, bfloat16's update
-
-    def test_equals_one_plain_step(self, world):
-        """The same update from full rows, the naive way."""
-        got, log = self.one_update(world, grad_clip=1e9)
-        decoder = prlm.load_decoder(world / "policy")
-        generator = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in (9, 3, 6)]
-        groups = prlm.generate(decoder, prompts, 4, 8, 1.0, {5, 70, 200, 258}, seed=1)
-        advantages = torch.randn(3, 4, generator=generator)
-        loss = 0.0
-        for p, group in enumerate(groups):
-            for g, c in enumerate(group):
-                logits = decoder(torch.tensor([prompts[p] + c.tokens]))[0, len(prompts[p]) - 1 : -1]
-                logprobs = logits[:, : decoder.vocab_limit].log_softmax(-1)
-                chosen = logprobs.gather(1, torch.tensor(c.tokens)[:, None])
-                loss = loss - advantages[p, g] * chosen.mean() / 12
+    advantages = torch.tensor([row["advantage"] for row in rows]).view(3, 4)
+    sampled = torch.zeros(3, 4, 8)
+    for n, row in enumerate(rows):
+        sampled[n // 4, n % 4, : len(row["logprobs"])] = torch.tensor(row["logprobs"])
+    high = o.clip_high or o.clip
+    for number in range(o.updates_per_rollout):
+        new = logprobs(policy.decoder)
+        if number == 0:
+            old = new.detach()
+        ref = logprobs(policy.reference) if o.beta else None
+        rest = (o.clip, high, o.beta, o.normalizer, o.max_new_tokens)
+        loss = naive_loss(new, old, ref, advantages, mask, *rest)
+        optimizer.zero_grad()
         loss.backward()
-        expected = torch.cat([(p - p.grad).detach().flatten() for p in decoder.parameters()])
-        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
-        assert log["gap"] < 1e-4 and log["clip_fraction"] == 0 and log["entropy"] > 0
-
-    def test_masked_truncated_completions_do_not_train(self, world):
-        a, _ = self.one_update(world)
-        b, _ = self.one_update(world, mask_truncated=True)
-        assert not torch.equal(a, b)
-
-
-@pytest.mark.parametrize("weights, share", [
-    ({}, 0.0),  # ROUGE differs within both groups
-    ({"accuracy": 0.0}, 1.0),
-    ({"accuracy": 0.0, "format": 0.1}, 0.5),  # the second group's format differs too
-    ({"format": 0.1}, 0.0),
-])  # fmt: skip
-def test_the_groups_that_only_the_judge_orders(world, weights, share):
-    o = tiny(world, "unused", **({"format": 0.0} | weights))
-    row = {"reward": 1.0, "accuracy": 0.5, "format": 1.0, "personalization": 0.3}
-    other = row | {"accuracy": 0.6, "personalization": 0.4}
-    rows = [row, other, row, other | {"format": 0.0}]
-    groups = [[prlm.Completion([1], [0.0], True)] * 2] * 2
-    rollout = rl.Rollout([], [[1], [1]], groups, [], rows, torch.tensor([[1.0, -1], [1, -1]]))
-    metrics = rl.rollout_metrics(o, rollout, {"rollout": 1.0, "update": 1.0})
-    assert metrics["judge_only_groups"] == share
+        parameters = optimizer.param_groups[0]["params"]
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in parameters))
+        for parameter in parameters:
+            parameter.grad /= max(norm, 1)
+        optimizer.step()
+        gap = (old - sampled).abs()[mask]
+        ratio, gain = (new.detach() - old).exp(), advantages[..., None]
+        clipped = ((gain > 0) & (ratio > 1 + high)) | ((gain < 0) & (ratio < 1 - o.clip))
+        kl = (ref - new).exp() - (ref - new) - 1 if o.beta else torch.zeros(3, 4, 8)
+        log = {"loss": loss.item(), "grad_norm": norm, "kl": kl[mask].mean().item()}
+        log |= {"clip_fraction": clipped[mask].float().mean().item()}
+    return log | {"gap": gap.max().item(), "gap_mean": gap.mean().item()}
 
 
-@pytest.fixture(scope="module")
-def finished(world, tmp_path_factory):
-    """One undisturbed run."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    rl.main(tiny(world, out))
-    return out
+def trained(policy):
+    return torch.cat([p.detach().flatten() for p in policy.decoder.parameters() if p.requires_grad])
 
 
-class TestRun:
-    def test_the_last_score_is_forgotten_before_the_policy_moves_on(
-        self, world, tmp_path, monkeypatch
-    ):
-        out = tmp_path / "run"
-        how = dict(personalization=0.0, eval_temperature=0.0)
-        rl.main(tiny(world, out, steps=1, **how))
-        old = (out / "held_out" / "after.jsonl").stat().st_mtime_ns
-        real = rl.score_held_out
+class TestStep:
+    @pytest.mark.parametrize("normalizer", NORMALIZERS)
+    @pytest.mark.parametrize("lora_rank", [0, 2])
+    def test_equals_a_naive_step(self, normalizer, lora_rank):
+        """Weights and log, with every group in a micro-batch of its own, and with one for all."""
+        for beta, updates, masked in itertools.product((0.0, 0.3), (1, 2), (False, True)):
+            how = dict(normalizer=normalizer, lora_rank=lora_rank, beta=beta)
+            how |= dict(updates_per_rollout=updates, mask_truncated=masked)
+            how |= dict(clip_high=0.04 if beta else None)
+            o, policy, *rest = small_step(**how)
+            expected_log = naive_step(o, policy, *rest)
+            expected, start = trained(policy), trained(small_policy(o))
+            for budget in (1, 10_000):
+                o, policy, *rest = small_step(**how, tokens_per_micro_batch=budget)
+                log = rl.update(o, policy, *rest)
+                same(trained(policy) - start, expected - start, f"{how}, budget {budget}", 1e-4)
+                same(log, expected_log, f"the log, {how}, budget {budget}", 1e-4, 1e-6)
+            assert log["gap"] > 0.05 and (log["clip_fraction"] > 0) == (updates > 1)
 
-        def interrupted(o, out, name, *rest, **named):
-            if name == "after":
-                raise KeyboardInterrupt
-            real(o, out, name, *rest, **named)
+    def test_checkpointing_and_half_precision_are_close_and_the_weights_stay_whole(self):
+        found = {}
+        for dtype, checkpointing in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
+            o, policy, *rest = small_step(beta=0.1, updates_per_rollout=2, clip=0.2)
+            start = trained(policy)
+            policy.decoder.checkpointing = bool(checkpointing)
+            rl.update(o, rl.Policy(prlm.multiply_in(policy.decoder, dtype), None, None,
+                                   policy.reference), *rest)  # fmt: skip
+            found[dtype, checkpointing] = trained(policy) - start
+        whole, again, half, half_again = found.values()
+        assert torch.equal(whole, again) and torch.equal(half, half_again)
+        assert half.dtype == torch.float32 and 0 < (half - whole).norm() < 0.1 * whole.norm()
 
-        monkeypatch.setattr(rl, "score_held_out", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            rl.main(tiny(world, out, steps=2, **how))
-        assert "after" not in json.loads((out / "scores.json").read_text())
-        monkeypatch.setattr(rl, "score_held_out", real)
-        rl.main(tiny(world, out, steps=2, **how))
-        assert "after" in json.loads((out / "scores.json").read_text())
-        assert (out / "held_out" / "after.jsonl").stat().st_mtime_ns > old
+    def test_a_gradient_that_is_no_number_is_not_applied(self):
+        o, policy, optimizer, prompts, rows = small_step()
+        before = trained(policy)
+        rows[0]["advantage"] = math.nan
+        with pytest.raises(ValueError, match="the gradient's norm is nan: a lower --lr"):
+            rl.update(o, policy, optimizer, prompts, rows)
+        assert torch.equal(trained(policy), before)
 
-    def test_the_sampled_scores_can_be_left_out(self, world, tmp_path, capsys):
-        rl.main(tiny(world, tmp_path / "run", steps=1, eval_temperature=0.0, personalization=0.0))
-        scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-        keys = {"rouge-1", "rouge-2", "rouge-l", "bleu"}
-        assert [set(scores[name]) for name in ("no_profile", "before", "after")] == [keys] * 3
-        assert "rouge-l_sampled" not in capsys.readouterr().out
+    def test_a_rollout_is_what_the_policy_said_and_what_that_earns(self, world):
+        """Row by row: the ids that were sampled, their reward, the advantage in their group."""
+        o = tiny(world, "unused", personalization=0.3, format=0.2, temperature=0.7)
+        decoder, tokenizer = prlm.load_policy(o)
+        examples = retrieve.load_examples(o, "train")[:2]
+        prompts = retrieve.make_prompts(o, tokenizer, examples)
+        policy = rl.Policy(decoder, decoder, tokenizer, None)
+        judge = lambda asked, answers: [len(e.id) / (1 + len(a)) for e, a in zip(asked, answers)]  # noqa: E731
+        for normalizer in ("grpo", "dr_grpo"):
+            o.normalizer = normalizer
+            rows = rl.roll_out(o, policy, judge, examples, prompts, 5)
+            assert [row["id"] for row in rows] == [e.id for e in examples for _ in range(3)]
+            weights = {name: getattr(o, name) for name in reward.PARTS}
+            for n, row in enumerate(rows):
+                e, said = examples[n // 3], tokenizer.decode(row["tokens"])
+                (earned,) = reward.rewards([said], [e], judge, **weights)
+                expected = {"step": 5, "completion": said, "query": e.query, "target": e.target}
+                expected |= earned | {"prompt": tokenizer.decode(prompts[n // 3])}
+                same({key: row[key] for key in expected}, expected, f"row {n}")
+                group = [r["reward"] for r in rows[n // 3 * 3 :][:3]]
+                mean = sum(group) / 3
+                std = math.sqrt(sum((r - mean) ** 2 for r in group) / 2)
+                gain = (row["reward"] - mean) / (std + 1e-4 if normalizer == "grpo" else 1)
+                assert row["advantage"] == pytest.approx(gain, rel=1e-4, abs=1e-6)
+                (at_most,) = prlm.token_logprobs(
+                    decoder, [prompts[n // 3]], [[row["tokens"]]], 0.7
+                )[0]
+                same(torch.tensor([row["logprobs"]]), at_most, f"row {n}", 1e-4)
 
-    def test_leaves_what_the_readme_promises(self, world, finished):
-        names = {path.name for path in finished.iterdir()}
-        assert names >= {
-            "config.json", "metrics.jsonl", "samples.jsonl", "scores.json", "predictions.json",
-            "trainer.pt", "checkpoint", "reward",
-        }  # fmt: skip
-        metrics = lines(finished / "metrics.jsonl")
-        assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-        assert all(math.isfinite(v) for m in metrics for v in m.values())
-        assert all(m["gap"] < 1e-4 for m in metrics)
-        assert ["eval_rouge-l" in m for m in metrics] == [False, True, False, True]
-        assert len(lines(finished / "samples.jsonl")) == 4 * 2 * 3
-        scores = json.loads((finished / "scores.json").read_text())
-        keys = {m + s for m in ("rouge-1", "rouge-2", "rouge-l", "bleu") for s in ("", "_sampled")}
-        assert {name: set(s) for name, s in scores.items()} == dict.fromkeys(
-            ("no_profile", "before", "after"), keys
-        )
-        predictions = json.loads((finished / "predictions.json").read_text())
-        assert predictions["task"] == "LaMP_4"
-        assert [gold["id"] for gold in predictions["golds"]] == ["310", "311", "312"]
-        trained = prlm.load_decoder(finished / "checkpoint")
-        assert not torch.equal(trained.head, prlm.load_decoder(world / "policy").head)
+    def test_the_log_of_a_rollout(self, world):
+        """Two groups of two; the second earns the same twice."""
+        o = rl.Options(group_size=2)
+        table = [
+            (1.0, 0.5, 1.0, 0.1, 1.0, [5], True), (0.0, 0.1, 0.0, 0.3, -1.0, [5, 6, 7], False),
+            (2.0, 0.0, 1.0, -10.0, 0.0, [8], True), (2.0, 0.2, 0.0, 0.2, 0.0, [9], True),
+        ]  # fmt: skip
+        keys = ("reward", *reward.PARTS, "advantage", "tokens", "finished")
+        rows = [dict(zip(keys, row)) for row in table]
+        for row in rows:
+            row["logprobs"] = [-0.5 * token for token in row["tokens"]]
+        found = rl.rollout_metrics(o, [[1, 2], [3]], rows, {"rollout": 0.5, "update": 1.5})
+        expected = {"reward": 1.25, "accuracy": 0.2, "format": 0.5, "personalization": -2.35,
+                    "spread": math.sqrt(0.5) / 2, "zero_spread_groups": 0.5, "truncated": 0.25,
+                    "completion_tokens": 1.5, "entropy": 0.5 * 40 / 6, "tokens_per_second": 4.5,
+                    "seconds_rollout": 0.5, "seconds_update": 1.5}  # fmt: skip
+        same(found, expected, relative=1e-6)
 
-    def test_checkpoint_opens_in_transformers(self, finished):
-        transformers = pytest.importorskip("transformers")
-        model = transformers.AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
-        transformers.AutoTokenizer.from_pretrained(finished / "checkpoint")
-        tokens = torch.arange(40)[None]
+
+class TestRefresh:
+    def policy(self):
+        decoder = small_policy(rl.Options()).decoder
+        sampler = prlm.for_sampling(copy.deepcopy(decoder), torch.bfloat16)
+        return rl.Policy(decoder, sampler, None, None)
+
+    def test_it_rounds_up_or_down_in_proportion_and_repeats_itself(self):
+        policy, draws = self.policy(), []
+        weight = policy.decoder.model.embed_tokens.weight.detach()
+        weight[0] = weight[0].bfloat16().float()  # on the grid already
+        copied = policy.sampler.model.embed_tokens.weight
+        for seed in (*range(400), 0):
+            rl.refresh(policy, seed)
+            draws.append(copied.float().clone())
+        draws = torch.stack(draws)
+        assert torch.equal(draws[0], draws[-1]) and not torch.equal(draws[0], draws[1])
+        assert (draws[:, 0] == weight[0]).all()
+        ulp = 2.0 ** (weight.abs().log2().floor() - 7)
+        assert ((draws - weight).abs() < ulp).all()  # one of the two neighbours
+        error = (draws[:400].mean(0) - weight) / ulp  # a mean of 400 coins: deviation .025 at most
+        assert error.abs().max() < 0.125 and error.mean().abs() < 0.005
+        norms = (x.model.norm.weight for x in (policy.decoder, policy.sampler))
+        assert torch.equal(*norms)
+
+    def test_small_steps_arrive(self):
+        """Rounded to nearest, not one of a hundred steps of 1e-6 would leave the grid."""
+        policy = self.policy()
+        weight = policy.decoder.model.embed_tokens.weight
         with torch.no_grad():
-            ours = prlm.load_decoder(finished / "checkpoint")(tokens)
-            assert torch.allclose(model(tokens).logits, ours, rtol=1e-4, atol=1e-5)
+            weight.copy_(weight.bfloat16())
+            start = weight.clone()
+            weight += 1e-4
+        assert (weight.bfloat16() == start).float().mean() > 0.8
+        moved = []
+        for seed in range(50):
+            rl.refresh(policy, seed)
+            moved.append((policy.sampler.model.embed_tokens.weight.float() - start).mean().item())
+        assert sum(moved) / 50 == pytest.approx(1e-4, rel=0.1)
 
-    def test_a_complete_run_only_says_so(self, world, finished, capsys):
-        before = (finished / "metrics.jsonl").read_bytes()
-        rl.main(tiny(world, finished))
-        assert "is complete" in capsys.readouterr().out
-        assert (finished / "metrics.jsonl").read_bytes() == before
 
-    def test_a_stopped_run_ends_bit_equal(self, world, finished, tmp_path, monkeypatch):
-        """Killed in the fourth step: two steps were saved, what came after is done again."""
-        real, calls = rl.grpo_step, []
-
-        def dies(*args):
-            calls.append(args[1])
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        monkeypatch.setattr(rl, "grpo_step", dies)
-        o = tiny(world, tmp_path / "run")
-        with pytest.raises(KeyboardInterrupt):
-            rl.main(o)
-        with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-            file.write('{"step": 4, "rew')  # a line cut short
-        monkeypatch.setattr(rl, "grpo_step", real)
-        rl.main(o)
-        assert calls == [0, 1, 2, 3]
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            assert without_clock(tmp_path / "run" / name) == without_clock(finished / name)
-        for name in ("scores.json", "predictions.json", "checkpoint/model.safetensors"):
-            assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
-
-    def test_other_options_are_refused_and_named(self, world, finished):
-        with pytest.raises(ValueError, match=r"temperature 1\.0 -> 0\.5"):
-            rl.main(tiny(world, finished, temperature=0.5))
-
-    def test_a_foreign_directory_is_not_touched(self, world, tmp_path):
-        (tmp_path / "thesis.txt").write_text("mine")
-        for overwrite in (False, True):
-            with pytest.raises(ValueError, match="holds no result"):
-                rl.main(tiny(world, tmp_path, overwrite=overwrite))
-        assert (tmp_path / "thesis.txt").read_text() == "mine"
-
-    @pytest.mark.parametrize(
-        "name, value",
-        [("k", -1), ("group_size", 1), ("temperature", 0.0), ("steps", -1), ("lr", math.nan)],
-    )
-    def test_impossible_options_are_refused(self, world, tmp_path, name, value):
-        with pytest.raises(ValueError, match=name.replace("_", "-")):
-            rl.main(tiny(world, tmp_path / "x", **{name: value}))
-        assert not (tmp_path / "x").exists()
-
-    def test_every_option_takes_part(self, world, tmp_path):
-        rl.main(
-            tiny(
-                world,
-                tmp_path / "run",
-                steps=2,
-                beta=0.04,
-                updates_per_rollout=2,
-                scale="none",
-                normalizer="dr_grpo",
-                clip_high=0.28,
-                retriever="recency",
-                temperature=0.7,
-                personalization=0.0,
-            )
-        )
-        assert not (tmp_path / "run" / "reward").exists()
-        assert any(m["kl"] != 0 for m in lines(tmp_path / "run" / "metrics.jsonl"))
-
-    def test_without_reasoning_the_first_two_users(self, world, tmp_path):
-        changes = {"reasoning": False, "train_examples": 2, "personalization": 0.0}
-        rl.main(tiny(world, tmp_path / "run", steps=1, **changes))
-        samples = lines(tmp_path / "run" / "samples.jsonl")
-        assert {s["id"] for s in samples} == {"300", "301"}
-        assert all(s["completion"].startswith("<think>\n\n</think>\n\n") for s in samples)
-        assert all(len(s["tokens"]) == len(s["logprobs"]) > 0 for s in samples)
-
-    def test_a_saved_reward_model_is_used(self, world, finished, tmp_path):
-        rl.main(tiny(world, tmp_path / "run", steps=1, reward_model=str(finished / "reward")))
-        assert not (tmp_path / "run" / "reward" / "model.safetensors").exists()
-
-    def test_half_precision_samples_from_a_copy_that_follows(self, world, tmp_path, monkeypatch):
-        sampled, real = [], prlm.generate
-
-        def generate(decoder, *how, **named):
-            sampled.append(torch.cat([p.flatten() for p in decoder.parameters()]))
-            return real(decoder, *how, **named)
-
-        monkeypatch.setattr(prlm, "generate", generate)
-        o = tiny(world, tmp_path, precision="bfloat16", personalization=0.0, beta=0.1)
-        rl.main(o)
-        assert all(weights.dtype == torch.bfloat16 for weights in sampled)
-        saved = prlm.load_decoder(tmp_path / "checkpoint")
-        assert saved.head.dtype == torch.float32
-        last = torch.cat([p.detach().flatten() for p in saved.parameters()])
-        assert torch.equal(sampled[-1], last.bfloat16()) and not torch.equal(
-            sampled[0], sampled[-1]
-        )
-        gaps = [line["gap"] for line in lines(tmp_path / "metrics.jsonl")]
-        assert all(0 < gap < 0.5 for gap in gaps)
-
-    def test_the_command_fails_in_one_line(self, tmp_path):
-        where = ["--model", str(tmp_path / "no"), "--out", str(tmp_path / "x")]
-        run = [sys.executable, str(ROOT / "rl.py"), *where]
-        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-
-    def test_a_number_gone_wrong_stops_the_run_before_it_is_applied(
-        self, world, tmp_path, monkeypatch
-    ):
-        real = rl.grpo_loss
-        monkeypatch.setattr(rl, "grpo_loss", lambda *a, **k: real(*a, **k) * math.nan)
-        with pytest.raises(ValueError, match=r"step 1, records 30\d, 30\d: the loss is nan"):
-            rl.main(tiny(world, tmp_path / "run"))
-        assert not (tmp_path / "run" / "trainer.pt").exists()
-
-    def test_a_broken_state_is_named(self, world, tmp_path):
-        o = tiny(world, tmp_path / "run", steps=2, personalization=0.0)
-        rl.main(o)
-        (tmp_path / "run" / "scores.json").unlink()
-        whole = (tmp_path / "run" / "trainer.pt").read_bytes()
-        for broken in (b"", whole[: len(whole) // 2], b"not a state", pickle.dumps(open)):
-            (tmp_path / "run" / "trainer.pt").write_bytes(broken)
-            with pytest.raises(ValueError, match=r"trainer\.pt: not a state"):
-                rl.main(o)
-
-    def test_a_full_disk_is_named_and_the_old_state_stays(self, tmp_path, monkeypatch):
-        path, decoder = tmp_path / "trainer.pt", torch.nn.Linear(1, 1)
-        optimizer = torch.optim.AdamW(decoder.parameters())
-        rl.save_state(path, 1, decoder, optimizer)
-        before = path.read_bytes()
-
-        def full(*args):
-            raise RuntimeError("PytorchStreamWriter failed writing file")
-
-        monkeypatch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"disk full.*trainer\.pt"):
-            rl.save_state(path, 2, decoder, optimizer)
-        assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+class TestWarmStart:
+    def test_it_is_cross_entropy_over_the_tokens_of_all_rows(self, world, tmp_path):
+        """The log and the weights of two steps, whatever the micro-batches."""
+        o = tiny(world, tmp_path, warm_start=2, warm_start_lr=0.01)
+        train = retrieve.load_examples(o, "train")
+        tokenizer = prlm.load_tokenizer(o.model)
+        prompts = retrieve.make_prompts(o, tokenizer, train)
+        targets = rl.warm_start_targets(o, tokenizer, train)
+        decoder = prlm.load_decoder(o.model)
+        optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.0)
+        expected = []
+        for step in range(2):
+            rows = rl.choose(len(train), step, 8, o.seed)
+            nats = 0.0
+            for n in rows:
+                ids = torch.tensor([prompts[n] + targets[n]])
+                logits = decoder(ids)[0, len(prompts[n]) - 1 : -1, : decoder.vocab_limit]
+                nats -= logits.log_softmax(-1)[range(len(targets[n])), targets[n]].sum()
+            loss = nats / sum(len(targets[n]) for n in rows)
+            optimizer.param_groups[0]["lr"] = rl.learning_rate(step, 2, 0.01)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            expected.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()})
+        for budget in (1, 10_000):
+            o.tokens_per_micro_batch = budget
+            folder = rl.warm_start(o, tmp_path / str(budget), train)
+            same(lines(folder / "metrics.jsonl"), expected, f"budget {budget}", 1e-4)
+            got = prlm.load_decoder(folder).state_dict()
+            for name, x in decoder.state_dict().items():
+                same(got[name], x, f"{name}, budget {budget}", 1e-3, 1e-4)
+        assert rl.warm_start(o, tmp_path / "1", train) == tmp_path / "1" / "warm_start"

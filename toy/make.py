@@ -37,11 +37,11 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prlm
 import retrieve
-from prlm import Decoder, Encoder, Tokenizer
+from prlm import Decoder, Encoder, Tokenizer, option
 from retrieve import Example
 
 # ---- The world ------------------------------------------------------------------------------
@@ -327,7 +327,8 @@ def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tu
 
 def spell(task: str, reasoning: str, answer: Post) -> tuple[str, str]:
     """The two parts of a completion: the reasoning block and the answer in its form."""
-    return f"<think>\n{reasoning}\n</think>\n", retrieve.answer_block(task, answer.headline)
+    said = retrieve.answer_block(task).replace("{}", answer.headline)
+    return f"<think>\n{reasoning}\n</think>\n", said
 
 
 Row = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
@@ -339,23 +340,27 @@ def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int) -> Row:
     user = make_user(rng)
     posts = [] if rng.random() < phase.no_profile else choose_posts(rng, user, k)
     reasoning, answer = think(rng, user, posts, phase)
-    items = [post.item(task) for post in posts]
-    prompt = tokenizer.chat(retrieve.build_messages(user.example(task), items))
+    prompt = ask(tokenizer, user, task, posts)
     thought, said = spell(task, reasoning, answer)
     if rng.random() < CLOSED:
-        prompt, thought = prompt + tokenizer.encode(retrieve.CLOSED), ""
+        prompt, thought = prompt + tokenizer.fill(retrieve.CLOSED), ""
     elif rng.random() < phase.broken:
         kind = rng.choices(["open", "bare", "silent"], [6, 4, 5])[0]
         thought = {"open": thought.replace("</think>\n", ""), "bare": thought, "silent": ""}[kind]
         said = answer.headline if kind == "bare" else said
-    return prompt, [*tokenizer.encode(thought + said), *tokenizer.eos_ids]
+    return prompt, [*tokenizer.fill(thought + said), tokenizer.end_id]
+
+
+def ask(tokenizer: Tokenizer, user: User, task: str, posts: list[Post]) -> list[int]:
+    items = [post.item(task) for post in posts]
+    return tokenizer.chat(retrieve.build_messages(user.example(task), items))
 
 
 # ---- Pretraining the policy -----------------------------------------------------------------
 
 
 def policy_config(tokenizer: Tokenizer) -> dict:
-    eos, pad = min(tokenizer.eos_ids), tokenizer.vocabulary[SPECIALS[0]]
+    eos, pad = min(tokenizer.eos_ids), tokenizer.control[SPECIALS[0]]
     return {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": tokenizer.size,
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -380,23 +385,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"]
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"])  # Nesterov
-                x = update.unflatten(0, (group["parts"], -1))  # [parts, rows, columns]
-                tall = x.shape[1] > x.shape[2]
-                x = x.mT if tall else x
-                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-                for _ in range(5):
-                    square = x @ x.mT
-                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-                x = x.mT if tall else x
-                scale = max(1.0, x.shape[1] / x.shape[2]) ** 0.5
-                p.sub_(x.flatten(0, 1), alpha=group["lr"] * scale)
+        for group, p in ((group, p) for group in self.param_groups for p in group["params"]):
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(mean, group["momentum"])  # Nesterov
+            x = update.unflatten(0, (group["parts"], -1))  # [parts, rows, columns]
+            tall = x.shape[1] > x.shape[2]
+            x = x.mT if tall else x
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                square = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            x = x.mT if tall else x
+            scale = max(1.0, x.shape[1] / x.shape[2]) ** 0.5
+            p.sub_(x.flatten(0, 1), alpha=group["lr"] * scale)
 
 
 @torch.no_grad()
@@ -408,36 +410,12 @@ def look_back(decoder: Decoder, strength=6.4, pairs=6) -> None:
     Looking up what followed a token needs such a head first, and training takes long to find it:
     with it the copying of `repeats` appears after 150 steps, without it after 400.
     """
-    layer, angles = decoder.layers[0], decoder.frequencies[:pairs]
-    (heads, kv_heads, _), half = layer.heads, layer.c.head_dim // 2
-    bias = layer.qkv.bias.view(-1, layer.c.head_dim)  # [heads, D], the keys' behind the queries'
-    bias[: heads // kv_heads, :pairs] = strength
-    bias[heads, :pairs] = strength * angles.cos()
-    bias[heads, half : half + pairs] = strength * angles.sin()
-
-
-def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention [B, T, heads, D]: with gradient, on a CPU, by hand is twice as fast."""
-    (B, T, heads, D), K = q.shape, k.shape[2]
-    q = (q * D**-0.5).view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B * K, -1, D)
-    k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k, v))
-    hide = torch.full((T, T), -1e4).triu(1)
-    scores = torch.bmm(q, k.mT).view(B * K, -1, T, T) + hide  # [B*K, R, T, T]
-    weights = scores.softmax(-1).view(B * K, -1, T)
-    out = torch.bmm(weights, v).view(B, K, -1, T, D)
-    return out.permute(0, 3, 1, 2, 4).reshape(B, T, heads, D)
-
-
-def completion_loss(decoder: Decoder, rows: list[Row]) -> Tensor:
-    """Nats of every completion token [N]; rows are padded behind, where causality hides it."""
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + c) for p, c in rows], True)  # [B, T]
-    wanted = torch.zeros_like(tokens, dtype=torch.bool)
-    for n, (prompt, completion) in enumerate(rows):
-        wanted[n, len(prompt) : len(prompt) + len(completion)] = True
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden = decoder.run(tokens, positions, attend)  # [B, T, H]
-    logits = F.linear(hidden[:, :-1][wanted[:, 1:]], decoder.head)  # [N, V]
-    return F.cross_entropy(logits, tokens[wanted], reduction="none")
+    c, angles = decoder.config, decoder.frequencies[:pairs]
+    attention = decoder.model.layers[0].self_attn
+    queries = attention.q_proj.bias.view(-1, c.head_dim)  # [heads, D]
+    queries[: c.num_attention_heads // c.num_key_value_heads, :pairs] = strength
+    attention.k_proj.bias[:pairs] = strength * angles.cos()
+    attention.k_proj.bias[c.head_dim // 2 :][:pairs] = strength * angles.sin()
 
 
 def repeats(rng: random.Random, tokenizer: Tokenizer, rows: int) -> list[Row]:
@@ -453,15 +431,17 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
     rng = random.Random(f"{seed} pretraining")
     decoder = Decoder(policy_config(tokenizer)).train()
     with torch.no_grad():
-        decoder.embed.weight.mul_(5)  # it is the head too: smaller, its logits say little for long
+        decoder.head.mul_(5)  # the embedding too: smaller, its logits say little for long
     look_back(decoder)
-    layers = decoder.layers
+    c, named = decoder.config, dict(decoder.model.layers.named_parameters())
+    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    heads["v_proj"] = c.num_key_value_heads
     matrices = [
-        {"params": [layer.qkv.weight for layer in layers], "parts": sum(layers[0].heads)},
-        {"params": [layer.gate_up.weight for layer in layers], "parts": 2},
-        {"params": [matrix for layer in layers for matrix in (layer.o.weight, layer.down.weight)]},
-    ]
-    others = [p for n, p in decoder.named_parameters() if p.dim() != 2 or n.startswith("embed")]
+        {"params": [p], "parts": heads.get(name.split(".")[-2], 1)}
+        for name, p in named.items() if p.dim() == 2
+    ]  # fmt: skip
+    others = [p for p in named.values() if p.dim() == 1]
+    others += [decoder.head, decoder.model.norm.weight]
     optimizers = [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -479,7 +459,10 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
         else:
             k = rng.choice(phase.items)  # one k a batch: rows of like length waste no padding
             batch = [make_row(rng, tokenizer, phase, k) for _ in range(rows)]
-        loss = completion_loss(decoder, batch).mean()
+        logprobs, mask = prlm.token_logprobs(
+            decoder, [p for p, _ in batch], [[said] for _, said in batch]
+        )
+        loss = -logprobs[mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         for optimizer in optimizers:
@@ -498,7 +481,7 @@ def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], task: str) -
     same in the answer. closed: the same with the reasoning closed, so both look-ups at once.
     Below about 0.3 the skill is there for RL to amplify; well above, no reward will find it.
     """
-    rng, found = random.Random("gate"), Counter()
+    rng, found = random.Random("gate"), []
     for user in users:
         tells = [p for p in user.posts if user.tells(p) and p.column != user.query.column]
         shows = [p for p in user.posts if user.shows(p) and not user.tells(p)]
@@ -506,24 +489,21 @@ def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], task: str) -
         if not tells or not shows or len(rest) < 2:
             continue
         posts = [rng.choice(tells), rng.choice(shows), *rng.sample(rest, 2)]
-        items = [post.item(task) for post in rng.sample(posts, 4)]
-        prompt = tokenizer.chat(retrieve.build_messages(user.example(task), items))
-        reasoning = OPENING.format(user.query.keyword) + find(user.query)
-        thought, said = spell(task, reasoning, user.query)
-        completion = [*tokenizer.encode(thought + said), *tokenizer.eos_ids]
-        loss = completion_loss(decoder, [(prompt, completion)])
+        prompt = ask(tokenizer, user, task, rng.sample(posts, 4))
+        thought, said = spell(
+            task, OPENING.format(user.query.keyword) + find(user.query), user.query
+        )
+        prompts = [prompt, prompt + tokenizer.fill(retrieve.CLOSED)]
+        trace, answer = (tokenizer.fill(text) for text in (thought + said, said))
+        logprobs, _ = prlm.token_logprobs(decoder, prompts, [[trace], [answer]])
+        (open_loss,), (closed_loss,) = -logprobs  # [C] each
+        column = trace.index(tokenizer.backend.token_to_id(f" {user.query.column}"))
         first = tokenizer.encode(f" {user.query.motto}")[0]
-        column = completion.index(tokenizer.vocabulary[f" {user.query.column}"])
-        quoted, repeated = (n for n, token in enumerate(completion) if token == first)
-        answer = [*tokenizer.encode(said), *tokenizer.eos_ids]
-        at_once = completion_loss(decoder, [(prompt + tokenizer.encode(retrieve.CLOSED), answer)])
-        found["users"] += 1
-        found["column"] += loss[column].item()
-        found["motto"] += loss[quoted].item()
-        found["repeated"] += loss[repeated].item()
-        found["closed"] += at_once[answer.index(first)].item()
-    count = found.pop("users", 1)
-    return {name: total / count for name, total in found.items()}
+        quoted, repeated = (n for n, token in enumerate(trace) if token == first)
+        losses = {"column": open_loss[column], "motto": open_loss[quoted]}
+        losses |= {"repeated": open_loss[repeated], "closed": closed_loss[answer.index(first)]}
+        found.append(losses)
+    return {name: sum(line[name].item() for line in found) / len(found) for name in found[0]}
 
 
 # ---- The encoder ----------------------------------------------------------------------------
@@ -577,11 +557,9 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     optimizer = torch.optim.AdamW(encoder.parameters(), 1e-3)
 
     def embed(texts: list[str]) -> Tensor:
-        ids = [torch.tensor(tokenizer.encode_pair(text, None, 256)[0]) for text in texts]
-        tokens = torch.nn.utils.rnn.pad_sequence(ids, True)  # [B, T]
-        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-        hidden = encoder(tokens, mask) * mask[..., None]  # [B, T, H]
-        return F.normalize(hidden.sum(1) / mask.sum(1, keepdim=True), dim=-1)  # [B, H]
+        ids = prlm.Ragged([tokenizer.encode_pair(text, None, 256)[0] for text in texts])
+        hidden = encoder(ids.grid(ids.tokens), ids.mask) * ids.mask[..., None]  # [B, T, H]
+        return F.normalize(hidden.sum(1) / ids.lengths[:, None], dim=-1)  # [B, H]
 
     bar = tqdm(range(steps), "encoder", disable=None)
     for step in bar:
@@ -604,29 +582,18 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     return encoder.eval()
 
 
-def save_encoder(encoder: Encoder, directory: Path) -> None:
-    encoder.tokenizer.save(directory)
-    prlm.write_json(directory / "config.json", encoder.raw)
-    weights = {name: view.half() for name, view in encoder.views().items()}
-    prlm.write_safetensors(directory / "model.safetensors", weights)
-
-
 # ---- The command ----------------------------------------------------------------------------
 
 
 @dataclass
 class Options:
-    bounds = {  # noqa: RUF012
-        0: "seed",
-        1: "train_users dev_users pretrain_steps encoder_steps threads",
-    }
-    out: str = "toy"  # directory that gets lamp/, policy/ and encoder/
-    train_users: int = 400  # records of LaMP-4 to learn from; half as many of the other two
-    dev_users: int = 200  # records of other users, held out; half as many of the other two
-    pretrain_steps: int = 750  # of the policy, 32 rows each, after a fifth as many of repeats
-    encoder_steps: int = 100  # of the encoder, 64 pairs each
-    threads: int = 1  # CPU threads; another number changes the last bits of the weights
-    seed: int = 0  # of users, weights and training
+    out: str = option("toy", "directory that gets lamp/, policy/ and encoder/")
+    train_users: int = option(400, "records of LaMP-4 to learn from; half as many of the others", 1)
+    dev_users: int = option(200, "held-out users of LaMP-4; half as many of the others", 1)
+    pretrain_steps: int = option(750, "of 32 rows, after a fifth as many of repeats", 1)
+    encoder_steps: int = option(100, "of the encoder, 64 pairs each", 1)
+    threads: int = option(1, "another number changes the last bits of the weights", 1)
+    seed: int = option(0, "of users, weights and training", 0)
 
 
 def main(o: Options) -> None:
@@ -642,7 +609,9 @@ def main(o: Options) -> None:
         print(f"{out / 'lamp'}: {task}, {counts['train']} training, {counts['dev']} held-out users")
 
     authors = [user for users in everyone.values() for user in users["train"]]
-    save_encoder(train_encoder(o.seed, authors, o.encoder_steps), out / "encoder")
+    encoder = train_encoder(o.seed, authors, o.encoder_steps)
+    weights = {name: x.half() for name, x in encoder.state_dict().items()}
+    prlm.save_checkpoint(weights, encoder.raw, encoder.tokenizer, out / "encoder")
     tokenizer = make_tokenizer()
     decoder = pretrain(o.seed, tokenizer, o.pretrain_steps)
     for task, users in everyone.items():
