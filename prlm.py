@@ -76,7 +76,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half,
     so that rolling by half, which gives (x2, x1), is all that is left to do.
     """
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -112,18 +112,23 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.products or self.weight.dtype
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        out = F.linear(x, self.weight.to(dtype), bias)
-        if self.lora_A is not None:
-            change = F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
-            out = out + self.scale * change
-        return out
+        if self.lora_A is None:
+            return F.linear(x, self.weight.to(dtype), bias)
+        change = self.scale * F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
+        change = change if bias is None else change + bias
+        # Added within the product: the rounding of a result would swallow a small change.
+        product = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.weight.to(dtype).T)
+        return product.view(change.shape)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in x's precision."""
+    """x / sqrt(mean(x^2) + eps) * weight, in x's precision; the result in that of products."""
+
+    products: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        out = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return out.to(self.products or x.dtype)
 
 
 class Attention(nn.Module):
@@ -221,8 +226,8 @@ class Decoder(nn.Module):
         """
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
-        cos = torch.cat([angles.cos(), angles.cos()], -1)  # [.., 1, D]
-        sin = torch.cat([-angles.sin(), angles.sin()], -1)
+        cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
+        sin = torch.cat([-angles.sin(), angles.sin()], -1).to(self.products)
         x = self.model.embed_tokens(tokens).to(self.products)  # [.., H], as a copy would round it
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for number, layer in enumerate(self.model.layers):
@@ -261,12 +266,13 @@ class Ragged:
     ([5, 6, 7, 8], [0, 1, 2, 0], [[5, 6, 7], [8, 0, 0]])
     """
 
-    def __init__(self, sequences: list[list[int]], device="cpu"):
+    def __init__(self, sequences: list[list[int]], device="cpu", multiple: int = 1):
         tokens = [token for sequence in sequences for token in sequence]
         self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)  # [N]
         self.lengths = torch.tensor([*map(len, sequences)], dtype=torch.long, device=device)
         self.starts = self.lengths.cumsum(0) - self.lengths  # [rows] each one's first token
-        self.shape = (len(sequences), max(map(len, sequences), default=0))
+        longest = max(map(len, sequences), default=0)
+        self.shape = (len(sequences), -(-longest // multiple) * multiple)
         self.mask = torch.arange(self.shape[1], device=device) < self.lengths[:, None]  # [rows, T]
         self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
         self.cells = self.rows * self.shape[1] + self.positions  # [N] index in the grid
@@ -400,10 +406,10 @@ def generate(
         return []
     P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    laid = Ragged(prompts, device)
+    eos, pace = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device), pace_of(device)
+    laid = Ragged(prompts, device, multiple=pace.multiple)
     cache = Cache(decoder, laid, G, max_new_tokens)
-    run_step, pace = make_step(decoder, cache), pace_of(device)
+    run_step = make_step(decoder, cache)
     hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
     hidden = hidden[laid.starts + laid.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
     positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
@@ -864,9 +870,10 @@ class Pace(NamedTuple):
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
     coarse: bool  # cache windows in powers of 2, since a CUDA graph needs shapes that last
     logits: int  # how many numbers a chunk of logits may have
+    multiple: int  # of which a prompt batch's width should be: a GPU reads 16 bytes at a time
 
 
-ON_CPU, ON_CUDA = Pace(1, 0.75, False, 2**21), Pace(16, 0.5, True, 2**27)
+ON_CPU, ON_CUDA = Pace(1, 0.75, False, 2**21, 1), Pace(16, 0.5, True, 2**27, 8)
 CUDA_GRAPHS = True  # False: every decode step is launched kernel by kernel
 # cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1498,18 +1505,18 @@ def product_dtype(precision: str, device: str) -> torch.dtype:
 def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module, whose matrix products are computed in `dtype` from here on."""
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, Linear | RMSNorm):
             part.products = dtype
     return module
 
 
 def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """The decoder, frozen, with its matrices in the precision of products, so that a step casts
-    none. Norms and biases stay float32, as in training.
+    """The decoder, frozen, with its matrices and biases in the precision of products, so that a
+    step casts none. Norms stay float32, as in training.
     """
-    for parameter in decoder.parameters():
-        if parameter.dim() == 2:
-            parameter.data = parameter.data.to(dtype)
+    for module in decoder.modules():
+        if isinstance(module, Linear | nn.Embedding):
+            module.to(dtype)
     return multiply_in(decoder, dtype).requires_grad_(False)
 
 

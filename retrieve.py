@@ -271,10 +271,9 @@ def build_messages(
     while items and not fits(1, items):
         items = items[:-1]
     # Nothing longer than the budget can fit: so a very long text is split into tokens only once.
-    items = [
-        {key: tokenizer.cut(item[key].strip(), max_prompt_tokens) for key in fields}
-        for item in items
-    ]
+    most = max_prompt_tokens
+    items = [{key: tokenizer.cut(item[key].strip(), most) for key in fields} for item in items]
+    example = replace(example, query=tokenizer.cut(example.query.strip(), most))
     low, high = 0, most  # `low` fits, and nothing above `high` does
     while low < high:
         middle = (low + high + 1) // 2
@@ -293,11 +292,6 @@ def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> 
         messages = build_messages(example, items, tokenizer, budget)
         prompts.append(tokenizer.chat(messages) + said)
     return prompts
-
-
-def assistant_start(o: "PromptOptions", tokenizer: Tokenizer) -> str:
-    """What a prompt has said for the assistant already: it belongs to the completion's text."""
-    return tokenizer.opening if o.reasoning else CLOSED
 
 
 # ==== Below: not the method =====================================================================

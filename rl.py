@@ -273,7 +273,7 @@ def my_batches(o: Options, prompts, completions) -> list[list[int]]:
 
 
 def optimizer_step(optimizer) -> float:
-    """Sums the gradients of all processes, clips their norm to 1, applies them; returns the norm."""
+    """Sums the gradients of all processes, clips their norm to 1, steps; returns the norm."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters if dist.is_initialized() else ():
         if parameter.grad is None:  # a process without a share of this step
@@ -337,7 +337,7 @@ def main(o: Options, judge=None) -> None:
 
 
 def run(o: Options, out: Path, train, held, judge=None) -> None:
-    """The stages; each keeps its result in the run directory, and is skipped where that is there."""
+    """The stages; each keeps its result in the run directory, and is skipped if it is there."""
     start = warm_start(o, out, train)
     policy = make_policy(o, start)
     first_look(o, out, policy, train)
@@ -521,23 +521,23 @@ class Measured:
         return total | {"gap": max(share["gap"] for share in shares)}
 
 
-# ---- Before RL: a warm start, and a first look -----------------------------------------------------
+# ---- Before RL: a warm start, and a first look -------------------------------------------------
 
-EVIDENCE = "The user wrote: {}"  # what the warm start puts into the reasoning block
-EVIDENCE_TOKENS = 14  # a title, or the beginning of a tweet
+EVIDENCE = "The user wrote: {}\n"  # what the warm start puts into the reasoning block,
+EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # for so many items: a title, or how a tweet begins
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The completion to imitate for each training record, as ids that end with the EOS id.
 
         <think>
-        The user wrote: (the last field of the best retrieved item, at most 14 tokens)
+        The user wrote: (the last field of a retrieved item, at most 14 tokens; so for three)
         </think>
         <answer>
         {'title': '(what the user really wrote)'}
         </answer>
 
-    Without retrieved items the sentence is left out, with --no-reasoning the whole block. What the
+    Without retrieved items the sentences are left out, with --no-reasoning the whole block. What the
     prompt has opened already is not said again.
     """
     rank = make_ranker(o)
@@ -546,10 +546,10 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
     for example in examples:
         form, texts = answer_block(o.task), [one_line(example.target)]
         if o.reasoning:
-            items = rank(example, min(o.k, 1))
+            items = rank(example, min(o.k, EVIDENCE_ITEMS))
             quoted = [tokenizer.cut(item[last_field].strip(), EVIDENCE_TOKENS) for item in items]
-            evidence = EVIDENCE if quoted else ""
-            form = f"<think>\n{evidence}\n</think>\n{form}".removeprefix(tokenizer.opening)
+            evidence = EVIDENCE * len(quoted) or "\n"
+            form = f"<think>\n{evidence}</think>\n{form}".removeprefix(tokenizer.opening)
             texts = quoted + texts
         targets.append([*tokenizer.fill(form, *texts), tokenizer.end_id])
     return targets
@@ -632,11 +632,11 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     prlm.write_json(out / "look.json", found)
 
 
-# ---- A run's directory, its saved states, its end --------------------------------------------------
+# ---- A run's directory, its saved states, its end ----------------------------------------------
 
 
 def open_run(o: Options) -> Path:
-    """The run directory: a new one, or with --resume the one that is there, if its options agree."""
+    """The run directory: a new one, or with --resume what is there, if its options agree."""
     out = Path(o.out)
     config = out / "config.json"
     if not (o.resume and config.is_file()):

@@ -138,15 +138,13 @@ def _(m, r):
 @of("retrieve")
 def _(m, r):
     task = r.choice(["LaMP-4", "LaMP-5", "LaMP-7"])
-    retriever = r.choice(["none", "random", "recency", "bm25", "bm25", "dense", "best"])
+    retriever = r.choice(["none", "random", "recency", "bm25", "lucene", "dense", "best"])
     items = [{key: phrase(r) for key in m.TASKS[task].fields} for _ in range(r.randint(0, 6))]
     items = [item | {"date": r.choice(["2012", "2013-1", "2013-1-7", "?"])} for item in items]
     example = m.Example(str(r.random()), "u", task, phrase(r), items, None)
     shared = types.SimpleNamespace(scores=lambda q, t: np.array([len({*q} & {*x}) for x in t]))
-    idf, dense = r.choice(["okapi", "lucene"]), r.choice([shared, shared, None])
-    found = m.retrieve(
-        example, r.randint(-1, 7), retriever, r.randint(0, 3), dense, idf, r.random() < 0.3
-    )
+    dense = r.choice([shared, shared, None])
+    found = m.retrieve(example, r.randint(-1, 7), retriever, r.randint(0, 3), dense)
     return len(found) if retriever == "random" else found
 
 
@@ -172,27 +170,9 @@ def _(m, r):
 
 @of("extract_answer")
 def _(m, r):
-    pieces = [
-        *"{}'\"‘’“”:;.\n\t ,*#>-_\\",
-        "\\'",
-        "```",
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-    ]
-    pieces += [
-        "a b",
-        "it's",
-        "title",
-        "TITLE",
-        "tweet",
-        "'title': '",
-        '"Title": "',
-        "title: ",
-        "'}",
-    ]
-    pieces += ["generated title", ", 'tweet'", "“title”", "subtitle", "**Title:** ", "\n'title': "]
+    pieces = [*"{}'\"‘’“”:;.\n\t ,*#>-_\\", "\\'", "```", "a b", "it's", "title", "TITLE", "tweet"]
+    pieces += ["<think>", "</think>", "<answer>", "</answer>", "'title': '", '"Title": "', "'}"]
+    pieces += ["title: ", "generated title", ", 'tweet'", "“title”", "subtitle", "**Title:** "]
     weights = r.choices([0, 0.3, 1, 3], k=len(pieces))  # so that some cases have much of a few
     weights[0] = 1
     return m.extract_answer("".join(r.choices(pieces, weights, k=r.randint(0, 24))), "LaMP-4")
@@ -216,10 +196,9 @@ def _(m, r):
 @of("rope_frequencies")
 def _(m, r):
     low, context = 3 * r.random(), 2.0 ** r.randint(5, 13)
-    scaling = r.choice([[], [1 + 9 * r.random(), low, low + 0.1 + r.random(), context]])
-    theta = 10 ** (2 + 4 * r.random())
-    config = types.SimpleNamespace(theta=theta, head_dim=2 * r.randint(1, 64), scaling=scaling)
-    return m.rope_frequencies(config)
+    rope = dict(zip(m.LLAMA3_ROPE, [1 + 9 * r.random(), low, low + 0.1 + r.random(), context]))
+    rope |= {"rope_theta": 10 ** (2 + 4 * r.random()), "rope_type": r.choice(["llama3", "default"])}
+    return m.rope_frequencies(types.SimpleNamespace(head_dim=2 * r.randint(1, 64), rope=rope))
 
 
 @of("rotate")
@@ -232,15 +211,15 @@ def _(m, r):
 
 @of("Linear.forward")
 def _(m, r):
-    linear = m.Linear(r.randint(1, 5), sizes(r, r.randint(1, 3)), r.random() < 0.5)
+    linear = m.Linear(*sizes(r, 2), r.random() < 0.5)
     if r.random() < 0.8:
-        linear.add_lora(r.randint(1, 3), 1 + r.random())
+        rank, linear.scale = r.randint(1, 3), 1 + r.random()
+        linear.lora_A = torch.nn.Parameter(torch.empty(rank, linear.in_features))
+        linear.lora_B = torch.nn.Parameter(torch.empty(linear.out_features, rank))
     fill(r, linear)
-    linear.scale = r.choice([linear.scale, linear.scale, 0.0])
     x = normal(r, *sizes(r, r.randint(1, 2)), linear.in_features).requires_grad_()
     out = linear(x)
-    wanted = (x, linear.weight, linear.A, linear.B) if linear.scale else (x, linear.weight)
-    return out, torch.autograd.grad(out.square().sum(), wanted)
+    return out, torch.autograd.grad(out.square().sum(), [x, *linear.parameters()])
 
 
 @of("attention")
@@ -272,7 +251,7 @@ def _(m, r):
     for layer in (0, 1):
         cache.read_prompts(layer, *(normal(r, len(prompts.tokens), n, 2) for n in (6, K, K)))
     for _ in range(C):
-        cache.open(r.random() < 0.5)
+        cache.next_slot(r.random() < 0.5)
         for layer in (0, 1):
             new = [normal(r, len(prompts.lengths) * G, n, 2) for n in (6, K, K)]
             found.append(cache.read_next(layer, *new))
@@ -299,25 +278,25 @@ def _(m, r):
     return [[(c.tokens, torch.tensor(c.logprobs), c.finished) for c in row] for row in found]
 
 
-@of("HeadLogprobs.backward")
+@of("head_logprobs")
 def _(m, r):
-    n, V = r.choice([(1, 1), *[(5, 9)] * 18, (150, 17_000)])  # the last is two chunks
-    x, weight = normal(r, n, 3).requires_grad_(), normal(r, V, 3).requires_grad_()
-    targets = torch.tensor([r.randrange(V) for _ in range(n)])
-    logprobs, _ = m.HeadLogprobs.apply(x, weight, targets, 0.2 + r.random())
-    return torch.autograd.grad((logprobs * normal(r, n)).sum(), (x, weight))
+    one, n = decoder(m, r), r.choice([1, 5, 9, 150])
+    one.vocab_limit, hidden = r.choice([9, 9, 7]), normal(r, n, 12).requires_grad_()
+    targets = torch.tensor([r.randrange(9) for _ in range(n)])
+    logprobs = m.head_logprobs(one, hidden, targets, 0.2 + r.random())
+    total = (logprobs.masked_fill(logprobs.isinf(), 0.0) * normal(r, n)).sum()
+    return logprobs, torch.autograd.grad(total, (hidden, one.head))
 
 
-@of("score_completions")
+@of("token_logprobs")
 def _(m, r):
     one, prompts = decoder(m, r), [ids(r, 5) or [1] for _ in range(r.randint(1, 3))]
     one.vocab_limit, G = r.choice([9, 9, 7]), r.randint(1, 3)
     answers = [[ids(r, 4) for _ in range(G)] for _ in prompts]
     answers[0][0] = [1]  # one token at least
-    parts = m.score_completions(one, prompts, answers, r.choice([0.5, 1.0, 2.0, 0.0]))
-    weights = normal(r, *parts[0].shape)
-    total = (parts[0].masked_fill(parts[0].isinf(), 0.0) * weights).sum()
-    return parts, torch.autograd.grad(total, [*one.parameters()], allow_unused=True)
+    logprobs, mask = m.token_logprobs(one, prompts, answers, r.choice([0.5, 1.0, 2.0, 0.0]))
+    total = (logprobs.masked_fill(logprobs.isinf(), 0.0) * normal(r, *mask.shape)).sum()
+    return logprobs, mask, torch.autograd.grad(total, [*one.parameters()], allow_unused=True)
 
 
 # ---- reward.py and rl.py ---------------------------------------------------------------------
@@ -401,10 +380,10 @@ def _(m, r):
     return m.k3(normal(r, *shape), normal(r, *shape))
 
 
-@of("loss_size")
+@of("token_weights")
 def _(m, r):
-    mask = mask_of(r, *sizes(r, 3))
-    return m.loss_size(mask, r.choice(["grpo", "dapo", "dr_grpo", "x"]), r.choice([None, 5, 9]))
+    mask, name = mask_of(r, *sizes(r, 3)), r.choice(["grpo", "dapo", "dr_grpo", "x"])
+    return m.token_weights(mask, name, r.choice([None, 5, 9]))
 
 
 @of("grpo_loss")
@@ -418,6 +397,7 @@ def _(m, r):
     how |= {"beta": r.choice([0.0, r.random()]), "ref_logprobs": r.choice([ref, ref, None])}
     how |= {"normalizer": r.choice(["grpo", "dapo", "dr_grpo"])}
     how |= {"max_new_tokens": r.choice([9, 9, None])}
+    how |= {"weights": r.choice([None, normal(r, *shape) * mask])}
     loss = m.grpo_loss(new.requires_grad_(), old, gain, mask, **how)
     return loss, torch.autograd.grad(loss, new)
 
@@ -425,5 +405,4 @@ def _(m, r):
 @of("learning_rate")
 def _(m, r):
     steps = r.randint(1, 60)
-    share = r.choice([0.0, r.random(), 1.0])
-    return m.learning_rate(r.randrange(steps), steps, r.random(), share)
+    return m.learning_rate(r.randrange(steps), steps, r.random())

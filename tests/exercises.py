@@ -65,7 +65,7 @@ class Exercise:
     function: str  # or Class.method
     points: int
     graders: str  # classes or tests of test_<file>, or files::test
-    hints: dict[str, str]  # a part of the failed test's name -> what to look at; "": any other
+    hints: dict[str, str]  # a part of the failed test's name, case or words -> what to look at
     mutants: list[Mutant]
     solution: str  # another body that is right as well
 
@@ -159,7 +159,7 @@ EXERCISES = [
         3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
         "TestRetrieve TestDense::test_ranks_by_cosine",
         {"": "Rank a profile of three items by hand. Which texts are compared with which query?",
-         "ties": "What ties keeps the profile's order, also where all scores are 0.",
+         "naive": "What ties keeps the profile's order, also where all scores are 0.",
          "random": "Does the draw depend on anything but the seed and the record's id?",
          "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."},
         [
@@ -221,7 +221,7 @@ EXERCISES = [
              "speaks of them, without it does not.",
          "budget": "Count the tokens of the chat as it is sent, not of its parts. Is there a "
                    "larger number of tokens a field that fits too?",
-         "query": "The query is a field like the others: it is cut to the same number of tokens."},
+         "long": "The query is cut to the same number of tokens as any other field."},
         [
             Mutant("the chat format is not counted",
                    "Prompts are over the budget by the same few tokens, whatever they hold.",
@@ -252,7 +252,8 @@ EXERCISES = [
             def cut(text: str) -> str:
                 return text.strip() if most < 0 else tokenizer.cut(text.strip(), most)
 
-            shown = [{k: cut(item[k]) for k in TASKS[example.task].fields} for item in items[:count]]
+            keys = TASKS[example.task].fields
+            shown = [{key: cut(item[key]) for key in keys} for item in items[:count]]
             lines = [show(item, example.task) for item in shown]
             lines += [instruction(example.task, count > 0)]
             lines += [question(example.task, cut(example.query))]
@@ -307,8 +308,8 @@ EXERCISES = [
     Exercise(
         6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence", 3,
         "TestLongestCommonSubsequence TestRouge::test_golden_values",
-        {"": "The plain table is a correct answer; the bits are only faster.",
-         "gaps": "A subsequence may leave words out but not change their order."},
+        {"": "A subsequence may leave words out but not change their order. The plain table is a "
+             "correct answer; the bits are only faster."},
         [
             Mutant("only the last occurrence of a word is known",
                    "Headlines that repeat a word get too low a ROUGE-L.",
@@ -348,7 +349,7 @@ EXERCISES = [
              "reads a value and says where it ends.",
          "nothing": "Rules 1 and 2: what counts at all, and what is no key?",
          "placeholder": "Rule 4: the first value that says something, else the placeholder.",
-         "tags": "Rule 1: between the last <answer> and the first </answer>, if they are there."},
+         "several": "Rule 4; and rule 1: between the last <answer> and the first </answer>, if they are there."},
         [
             Mutant("thoughts without an answer behind them count",
                    "A completion that stops right after </think> earns accuracy.",
@@ -357,10 +358,9 @@ EXERCISES = [
             Mutant("a thought that never closes counts",
                    "Completions cut off in the middle of a thought earn accuracy.",
                    "if \"<think>\" in text:", "if not text:"),
-            Mutant("a value is searched for keys",
-                   "A headline that quotes somebody's 'title': 'clerk' can come out as \"clerk\".",
-                   "value, start = read_value(text, found.end())",
-                   "value, start = read_value(text, found.end())[0], found.end()"),
+            Mutant("small letters only",
+                   "Small models, which like to write Title: ..., earn nothing for it.",
+                   "re.I | re.M", "re.M"),
             Mutant("the last value counts",
                    "Afterthoughts and second attempts replace the answer.",
                    "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
@@ -482,10 +482,10 @@ EXERCISES = [
     ),
     Exercise(
         10, "Grouped-query attention", "prlm.py", "attention", 5,
-        "TestAttention",
+        "TestAttention::test_equals_a_naive_loop",
         {"": "Compare one query position of one head with a loop over the keys it may see. Which "
              "key-value head belongs to query head 1?",
-         "mask": "`visible` [B, T, S] is the same for all heads, and True where a query may look."},
+         "True": "`visible` [B, T, S] is the same for all heads, and True where a query may look."},
         [
             Mutant("not causal",
                    "The training loss falls to almost nothing, samples are nonsense.",
@@ -524,16 +524,16 @@ EXERCISES = [
         [
             Mutant("alpha is forgotten",
                    "What is sampled and what the merged checkpoint says drift apart.",
-                   "self.scale * change", "change"),
+                   "change = self.scale * F", "change = F"),
             Mutant("the frozen part is missing",
                    "From the first step on the model writes noise: B is 0, so all is 0.",
-                   "out + self.scale * change", "self.scale * change"),
-            Mutant("the bias counts twice",
+                   "return product.view(change.shape)", "return change"),
+            Mutant("beside an adapter the bias is forgotten",
                    "Llama is right, it has none; Qwen2 writes noise from the first step on.",
-                   "self.lora_B.to(dtype))", "self.lora_B.to(dtype), bias)"),
+                   "else change + bias", "else change"),
             Mutant("the frozen part is scaled too",
                    "Right where alpha is the rank; else word salad from the first step on.",
-                   "out + self.scale * change", "self.scale * (out + change)"),
+                   "self.weight.to(dtype).T", "self.scale * self.weight.to(dtype).T"),
             Mutant("the precision of products is ignored",
                    "--precision bfloat16 is no faster, and `gap` is as small as in float32.",
                    "dtype = self.products or self.weight.dtype", "dtype = self.weight.dtype"),
@@ -699,7 +699,7 @@ EXERCISES = [
          "agree": "A completion ends with its first EOS id, which belongs to it. Each token stands "
                   "one place behind the one before it, and the first one behind its prompt.",
          "beyond": "Only the first `decoder.vocab_limit` rows of the head are ids.",
-         "refused": "The docstring's last sentence; `check_ids` looks at the prompts."},
+         "RAISE": "The docstring's last sentence; `check_ids` looks at the prompts."},
         [
             Mutant("prompts tiled instead of repeated",
                    "Right with one prompt or one completion, `gap` is large otherwise.",
@@ -770,7 +770,7 @@ EXERCISES = [
              "does each token stand, and which may it see?",
          "one_token": "Which hidden state predicts the first token of a completion?",
          "gradients": "The gradient of all completions flows through the prompt's keys and values.",
-         "refused": "The docstring's last sentence; `check_ids` looks at the ids."},
+         "RAISE": "The docstring's last sentence; `check_ids` looks at the ids."},
         [
             Mutant("end-of-sequence not trained",
                    "Over the training, completions grow until all of them are truncated.",
@@ -908,7 +908,7 @@ EXERCISES = [
              "judge's values to its completion.",
          "weights": "The weights are in \"reward\" alone; the parts are listed without them.",
          "gold": "Without a target there is no accuracy, but the judge still sees the answer.",
-         "nothing": "An empty answer is not shown to the judge: the task's `penalty` stands for it."},
+         "nothing": "The judge does not see an empty answer: the task's `penalty` stands for it."},
         [
             Mutant("accuracy is not weighted",
                    "With --accuracy 0 the log still shows rewards near 3.",
@@ -1053,9 +1053,8 @@ EXERCISES = [
     Exercise(
         23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5,
         "TestLikelihoodRatio",
-        {"": "Score the answers after either prompt with `prlm.token_logprobs` and subtract.",
-         "batches": "Which row of the result belongs to which prompt, once there are batches?",
-         "twice": "The same prompt on both sides says nothing: every ratio is 0.",
+        {"": "Score the answers after either prompt with `prlm.token_logprobs` and subtract. Which "
+             "row of the result belongs to which prompt, once there are batches?",
          "budget": "`prlm.micro_batches` groups the prompts; no gradient is kept."},
         [
             Mutant("the mean over tokens",
@@ -1161,7 +1160,7 @@ EXERCISES = [
         26, "The three normalisers", "rl.py", "token_weights", 3,
         "TestWeights",
         {"": "Which of the three depend on how long a completion is? And none of them on padding.",
-         "refused": "An unknown name, or dr_grpo without max_new_tokens, is a ValueError."},
+         "RAISE": "An unknown name, or dr_grpo without max_new_tokens, is a ValueError."},
         [
             Mutant("prompts counted instead of completions",
                    "The loss is larger by the factor --group-size.",
@@ -1198,12 +1197,13 @@ EXERCISES = [
         "TestLoss",
         {"": "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where "
              "is the loss flat?",
-         "mask": "Zero times infinity is NaN: what lies outside the mask is taken out before the "
-                 "arithmetic, not after it.",
+         "nan": "Zero times infinity is NaN: what lies outside the mask is taken out before the "
+                "arithmetic, not after it.",
          "one_update": "At ratio 1 the gradient of ratio A is A grad log pi, though the loss is 0.",
-         "overflow": "exp(100) is infinite in float32, and its gradient NaN even if it is clipped "
-                     "later: bound the exponent by LARGEST.",
-         "refused": "The docstring's last sentence."},
+         "far": "exp(100) is infinite in float32, and its gradient NaN even if it is clipped "
+                "later: bound the exponent by LARGEST.",
+         "micro": "`weights` are those of the whole step: nothing else divides.",
+         "RAISE": "The docstring's last sentence."},
         [
             Mutant("mean over tokens instead of sequences",
                    "Long completions count more than short ones, as if dapo had been asked for.",
@@ -1249,7 +1249,7 @@ EXERCISES = [
         "TestSchedule",
         {"": "Plot it for 10 steps and for 40. What are the first rate, the rate right after the "
              "warm-up and the last one?",
-         "one_step": "A run of one step has the peak, and nothing is divided by 0."},
+         "few_steps": "A run of one step has the peak, and nothing is divided by 0."},
         [
             Mutant("the first step has rate 0",
                    "The first rollout changes nothing.",
@@ -1280,7 +1280,7 @@ EXERCISES = [
         {"": "Decode one target and read it as the continuation of its prompt: does it quote the "
              "item that ranks first, and where does the model learn to stop?",
          "without": "With the reasoning closed by the prompt, the answer block is all there is.",
-         "opening": "What the prompt has opened already is not said again."},
+         "<think>": "What the prompt has opened already is not said again."},
         [
             Mutant("no end of sequence",
                    "After the warm start every completion runs on to the limit: `truncated` is 1.",
@@ -1482,9 +1482,10 @@ def grade(e: Exercise, directory: Path) -> dict:
     if modules[e.file] == reference(e):
         problem = f"{directory / e.file} is the original: is it your own work?"
     elif not passed:
-        name, case, _ = wrong[0] if wrong else ("", "", "")
+        name, case, said = wrong[0] if wrong else ("", "", "")
         begin = f"begin with {name}{case and f', case {case}'}. " * bool(wrong)
-        hint = next((text for part, text in e.hints.items() if part and part in name), e.hints[""])
+        fitting = (key for key in e.hints if key and key in f"{name} {case} {said}")
+        hint = e.hints[next(fitting, "")]
         problem = f"{problem}\n{begin}hint: {hint}".strip()
     results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * passed}]
     results[0] |= {"max_score": e.points, "output": problem}

@@ -22,12 +22,6 @@ GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (
     ("the the the cat", "the cat the dog", 0.75, 1 / 3, 0.5, 0.64754454),
     ("Deep Learning for Graphs: A Survey", "A Survey on Deep Learning for Graphs.",
      12 / 13, 8 / 11, 8 / 13, 0.82128787),
-    ("Social Media Gone Awry: Tips for Teens to Stay Safe",
-     "Social media tips: how teens can stay safe", 2 / 3, 0.25, 2 / 3, 0.60336626),
-    ("got a busy day today.. but i'm bored right now ",
-     "i have a busy day today but i'm bored now", 9 / 11, 0.7, 9 / 11, 0.69793571),
-    ("@user Awesome!! Can't wait &quot;to&quot; watch it",
-     "@user awesome!! can't wait to watch it!", 8 / 9, 0.625, 8 / 9, 0.69327322),
     ("COVID-19 in 2020", "covid 19 in 2020", 1, 1, 1, 0.8153551),
     ("state-of-the-art", "state of the art", 1, 1, 1, 0.40455336),
     ("2n×4n grid", "2n4n grid", 0.4, 0, 0.4, 0.70710678),
@@ -82,13 +76,6 @@ class TestRouge:
             theirs = [s.fmeasure for s in scorer.score(reference, prediction).values()]
             assert list(rouge(prediction, reference).values()) == theirs
 
-    @quick
-    @given(any_text, any_text)
-    def test_any_two_texts(self, a, b):
-        scores = rouge(a, b)
-        assert scores == pytest.approx(rouge(b, a)) and all(0 <= v <= 1 for v in scores.values())
-        assert rouge(a, a)["rouge-1"] in (0, 1) and rouge(a, "") == dict.fromkeys(scores, 0)
-
 
 class TestBleu:
     @pytest.mark.parametrize("row", GOLDEN)
@@ -103,17 +90,15 @@ class TestBleu:
             expected = nltk.sentence_bleu([b], a, smoothing_function=smooth) if a else 0
             assert bleu("".join(a), "".join(b)) == pytest.approx(expected, rel=1e-9)
 
-    def test_by_hand(self):
-        """p = 3/4, 2/3, 1/2, and 1/2 of a match in 1; the brevity penalty exp(1 - 5/4)."""
-        assert bleu("ABCX", "abcde") == pytest.approx((1 / 8) ** 0.25 * 2.718281828459045**-0.25)
-        assert bleu("abcde", "abcd") == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-        assert bleu("aaaa", "abaa") < bleu("abaa", "abaa") == 1  # clipped counts
 
-    @quick
-    @given(any_text, any_text)
-    def test_any_two_texts(self, a, b):
-        assert 0 <= bleu(a, b) <= 1 and bleu(a, "") == bleu("", a) == 0
-        assert not a or bleu(a, a) == pytest.approx(1) or len(a.lower()) < 4
+@quick
+@given(any_text, any_text)
+def test_scores_of_any_two_texts(a, b):
+    scores = rouge(a, b)
+    assert scores == pytest.approx(rouge(b, a)) and all(0 <= v <= 1 for v in scores.values())
+    assert rouge(a, a)["rouge-1"] in (0, 1) and rouge(a, "") == dict.fromkeys(scores, 0)
+    assert 0 <= bleu(a, b) <= 1 and bleu(a, "") == bleu("", a) == 0
+    assert not a or bleu(a, a) == pytest.approx(1) or len(a.lower()) < 4
 
 
 ANSWERS = [  # every way of writing "A Start" that counts
@@ -142,44 +127,6 @@ ANSWERS = [  # every way of writing "A Start" that counts
 ]  # fmt: skip
 
 
-MARKS = {"'": "'‘’", "‘": "'‘’", "’": "'‘’", '"': '"“”', "“": '"“”', "”": '"“”'}
-
-
-def naive_value(text):
-    """What `read_value` finds at the start of a text: its rules, a character at a time."""
-    line, n = text.split("\n")[0], 1
-    if text.startswith(("{", "```")):
-        return "", 0
-    while line[:1] in MARKS and n < len(line):
-        if line[n] in MARKS[line[0]] and naive_end(text[n + 1 :]):
-            return naive_plain(line[1:n]), n + 1
-        n += 2 if line[n] == "\\" else 1
-    line = line.split("}")[0]
-    return naive_plain(line[line[:1] in MARKS :].strip("* \t")), len(line)
-
-
-def naive_end(rest):
-    """Whether a quotation mark with `rest` after it ends a value."""
-    after = rest.lstrip("*.,;").partition("\n")[0].strip()
-    if not after or after[0] == "}":
-        return True
-    key = rest[1:].strip() if rest[0] == "," else ""
-    inside = next(
-        (n for n in range(1, len(key)) if not key[n].isalnum() and key[n] not in "_ -"), 0
-    )
-    marks = key[:1] in MARKS and key[inside] in MARKS and inside > 1
-    return marks and key[inside + 1 :].strip()[:1] == ":"
-
-
-def naive_plain(value):
-    """Without the backslashes before quotation marks and backslashes, and blanks at the ends."""
-    found = ""
-    while value:
-        skipped = value[0] == "\\" and value[1:2] in ("'", '"', "\\")
-        found, value = found + value[skipped], value[skipped + 1 :]
-    return found.strip()
-
-
 MODELS_WORDS = [
     ("The user's historical tweets:\n\n\"My train is late.\"\n\nThe answer:\n\n\"My train.\"", ""),
     ("Your reasoning\n</thought>\n<answer>\nYour answer\n</answer>", ""),
@@ -203,19 +150,6 @@ MODELS_WORDS = [
     ("<think>\nThe user wrote: late\n</think>\n<answer>\n{'tweet': 'I'm late, isn't it fun'}\n"
      "</answer>", "I'm late, isn't it fun"),
 ]  # fmt: skip
-
-
-class TestReadValue:
-    def test_a_value_ends_where_the_rules_say(self):
-        draw, pieces = (
-            random.Random(0),
-            [*"'\"‘’“”'\"*.,;:}{\\\n_-", " ", "a", "It's", "', 'b': ", "```"],
-        )
-        for _ in range(20_000):
-            text = "".join(draw.choices(pieces, k=draw.randint(1, 14)))
-            start = draw.choice(["", "'", '"', "“"])
-            assert module.read_value(start + text, 0) == naive_value(start + text), start + text
-            assert module.read_value("12" + start + text, 2)[0] == naive_value(start + text)[0]
 
 
 class TestExtractAnswer:
@@ -251,12 +185,6 @@ class TestExtractAnswer:
                      "Title: {}", "**Title:**\n{}\n"):  # fmt: skip
             assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
 
-    def test_the_answer_tags_come_before_talk_about_them(self):
-        text = "hm</think>\nThe title: should be short.\n<answer>\n{'title': 'Yes'}\n</answer>"
-        assert extract_answer(text, "LaMP-4") == "Yes"
-        talk = "{'title': 'I think'}\n<answer>\nTitle: Yes\n</answer>\n{'title': 'So it was'}"
-        assert extract_answer(talk, "LaMP-4") == "Yes"
-
     @pytest.mark.parametrize("completion", [
         "", " \n", "A Start", "title", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
         "{'tweet': 'no'}", "{'subtitle': 'no'}", "subtitle: no", "<think>", "<think>\n</think>\n",
@@ -280,13 +208,16 @@ class TestExtractAnswer:
         assert extract_answer(completion, "LaMP-7") == expected
 
     @pytest.mark.parametrize(("completion", "expected"), [
+        # the placeholder is better than nothing, and nothing inside of a value is another key
         ("{'title': 'generated title'}", "generated title"),
         ("{'title': ''}\n{'title': 'Generated Title'}", "Generated Title"),
         ("{'title': 'generated title: no'}", "generated title: no"),
         ("Title: generated title\n'title': 'generated title!'", "generated title"),
+        # what stands in the answer's tags comes before talk about it
+        ("hm</think>\nTitle: no\n<answer>\n{'title': 'Yes'}\n</answer>", "Yes"),
+        ("{'title': 'no'}\n<answer>\nTitle: Yes\n</answer>\n{'title': 'So it was'}", "Yes"),
     ])  # fmt: skip
-    def test_the_placeholder_is_better_than_nothing(self, completion, expected):
-        """And nothing inside of a value is taken for another key."""
+    def test_which_of_several_counts(self, completion, expected):
         assert extract_answer(completion, "LaMP-4") == expected
 
     def test_placeholder(self):
@@ -373,11 +304,12 @@ class TestComplete:
         """However prompts are batched; no two batches, and no two purposes, share their noise."""
         decoder, tokenizer, examples = policy
         examples = [replace(e, query=e.query + " x" * (7 * n % 5)) for n, e in enumerate(examples)]
-        tokenizer.opening = "<think>\n"  # said in the prompt, and a part of the completion's text
         for group, k in ((1, 0), (3, 2)):
             echo.clear()
             o = EvalOptions(k=k, max_new_tokens=7, seed=3)
+            tokenizer.opening = ""
             prompts = make_prompts(o, tokenizer, examples)
+            tokenizer.opening = "<think>\n"  # as if they had said it: a part of the completion
             for seed, purpose in ((3, "a"), (3, "b"), (4, "a")):
                 o.seed = seed
                 groups = module.complete(

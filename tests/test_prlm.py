@@ -169,7 +169,9 @@ class TestLinear:
             parameter.data = torch.randn(parameter.shape, generator=noise)
         expected = F.linear(x, linear.weight, linear.bias).detach()
         for b, t, i in itertools.product(range(2), range(7), range(5)):
-            expected[b, t, i] += alpha / rank * (linear.lora_B[i] @ (linear.lora_A @ x[b, t])).item()
+            expected[b, t, i] += (
+                alpha / rank * (linear.lora_B[i] @ (linear.lora_A @ x[b, t])).item()
+            )
         same(linear(x), expected, "with adapters", 1e-5)
         linear(x).sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in (linear.lora_A, linear.lora_B))
@@ -292,7 +294,9 @@ class TestCache:
         cache = prlm.Cache(small(num_key_value_heads=kv_heads), prompts, 2, 4)
 
         def draw(rows):
-            return [2 * torch.randn(rows, n, size, generator=noise) for n in (6, kv_heads, kv_heads)]
+            return [
+                2 * torch.randn(rows, n, size, generator=noise) for n in (6, kv_heads, kv_heads)
+            ]
 
         seen = {}  # (layer, row) -> its keys and values
         for layer in (0, 1):
@@ -324,7 +328,10 @@ class TestCache:
         with torch.no_grad():
             for layer in decoder.model.layers:
                 layer.self_attn.k_proj.bias.view(2, 2, -1)[..., 2:] += 170
-        decoder, prompts = prlm.for_sampling(decoder, torch.bfloat16), ragged_prompts((7, 1, 12, 40))
+        decoder, prompts = (
+            prlm.for_sampling(decoder, torch.bfloat16),
+            ragged_prompts((7, 1, 12, 40)),
+        )
         groups = prlm.generate(decoder, prompts, 4, 48, 0.7, seed=0)
         sampled = torch.tensor([[c.logprobs for c in group] for group in groups])
         trained, _ = prlm.token_logprobs(decoder, prompts, ids_of(groups), 0.7)

@@ -1,7 +1,6 @@
 """The reward is the sum it says; the reward model equals transformers' and learns a contrast."""
 
 import copy
-import json
 import math
 import random
 from dataclasses import replace
@@ -14,7 +13,6 @@ from conftest import same
 import prlm
 import retrieve
 import reward
-import rl
 from retrieve import Example, load_lamp
 
 TOY = Path(__file__).parent.parent / "toy"
@@ -26,9 +24,9 @@ def close(a, b, relative=1e-5, case=""):
     same(a, b, case, relative)
 
 
-def make_model(directory, seed=0, scale=0.3):
+def make_model(directory, scale=0.3):
     """A reward model with every weight away from its default, so that scores differ widely."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = reward.RewardModel(prlm.load_encoder(directory))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,6 +39,11 @@ def model(world):
     return make_model(world / "encoder")
 
 
+@pytest.fixture(scope="session")
+def toy():
+    return prlm.load_decoder(TOY / "policy"), prlm.load_tokenizer(TOY / "policy")
+
+
 def random_texts(count, longest=20, seed=0):
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
@@ -48,6 +51,11 @@ def random_texts(count, longest=20, seed=0):
 
 def example(task="LaMP-4", target="tennis wins", query="golf today"):
     return Example("1", "u", task, query, [], target)
+
+
+def scores_of(model, queries, answers):
+    with torch.no_grad():
+        return model.score(queries, answers)
 
 
 class Fake:
@@ -58,8 +66,6 @@ class Fake:
 
     def score(self, queries, answers):
         return torch.tensor([float(self.table[answer]) for answer in answers])
-
-    score_all = score
 
 
 class TestInfoNCE:
@@ -73,10 +79,6 @@ class TestInfoNCE:
             own = math.exp(p / temperature)
             losses.append(-math.log(own / (own + sum(math.exp(n / temperature) for n in row))))
         close(reward.info_nce(positive, negatives, temperature), torch.tensor(losses).mean())
-
-    def test_one_negative_is_minus_log_sigmoid(self):
-        a, b = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
-        close(reward.info_nce(a, b[:, None]), -torch.sigmoid(a - b).log().mean())
 
     def test_a_missing_negative_counts_for_nothing(self):
         scores = torch.tensor([0.3, -1.0]), torch.tensor([[0.5, -math.inf], [2.0, 1.0]])
@@ -93,20 +95,21 @@ class TestInfoNCE:
         close(loss, torch.tensor(3e4))
 
 
-def transformers_model(kind, directory):
-    """A random model of transformers, saved where load_decoder finds it."""
+@pytest.fixture(scope="session")
+def pair(request, tmp_path_factory):
+    """(a random model of transformers, the same as ours)"""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{kind}Config")(
+    config = getattr(transformers, f"{request.param}Config")(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{request.param}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
-    model.save_pretrained(directory)
-    return model
+    model.save_pretrained(directory := tmp_path_factory.mktemp("model"))
+    return model, prlm.load_decoder(directory)
 
 
 def ratio_problem(prompts=4, group=3, longest=9):
@@ -123,9 +126,9 @@ def ratio_problem(prompts=4, group=3, longest=9):
 
 
 class TestLikelihoodRatio:
-    @pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
-    def test_equals_a_plain_computation_with_transformers(self, tmp_path, kind):
-        theirs = transformers_model(kind, tmp_path)
+    @pytest.mark.parametrize("pair", ["Qwen2", "Llama"], indirect=True)
+    def test_equals_a_plain_computation_with_transformers(self, pair):
+        theirs, decoder = pair
         with_profile, without, answers = ratio_problem()
 
         @torch.no_grad()
@@ -138,29 +141,25 @@ class TestLikelihoodRatio:
             [log_probability(p, answer) - log_probability(q, answer) for answer in group]
             for p, q, group in zip(with_profile, without, answers, strict=True)
         ])  # fmt: skip
-        ratios = reward.likelihood_ratio(
-            prlm.load_decoder(tmp_path), with_profile, without, answers
-        )
+        ratios = reward.likelihood_ratio(decoder, with_profile, without, answers)
         assert expected.abs().mean() > 1
         close(ratios, expected.float(), 1e-4, "ratios")
         same(ratios[1, 2].item(), 0.0, "an empty answer")
+        twice = reward.likelihood_ratio(decoder, with_profile, with_profile, answers)
+        same(twice, torch.zeros(4, 3), "the same prompt on both sides")
+        same(reward.likelihood_ratio(decoder, [], [], []), torch.zeros(0, 0), "no prompts")
 
-    def test_does_not_depend_on_batches_groups_or_neighbours(self, tmp_path):
-        transformers_model("Qwen2", tmp_path)
-        decoder = prlm.load_decoder(tmp_path)
+    @pytest.mark.parametrize("pair", ["Qwen2"], indirect=True)
+    def test_a_prompt_runs_once_within_the_budget_and_without_gradient(self, pair, monkeypatch):
+        """And neither batches, nor groups, nor neighbours change a ratio."""
+        asked, real, decoder = [], prlm.token_logprobs, pair[1]
         with_profile, without, answers = ratio_problem()
         whole = reward.likelihood_ratio(decoder, with_profile, without, answers)
-        close(reward.likelihood_ratio(decoder, with_profile, without, answers, 1), whole)
         alone = [
             [reward.likelihood_ratio(decoder, [p], [q], [[answer]]).item() for answer in group]
             for p, q, group in zip(with_profile, without, answers, strict=True)
         ]
         close(torch.tensor(alone), whole)
-
-    def test_a_prompt_runs_once_within_the_budget_and_without_gradient(self, tmp_path, monkeypatch):
-        transformers_model("Qwen2", tmp_path)
-        decoder, asked = prlm.load_decoder(tmp_path), []
-        real = prlm.token_logprobs
 
         def spy(decoder, prompts, completions):
             asked.append(prompts)
@@ -169,53 +168,49 @@ class TestLikelihoodRatio:
             return real(decoder, prompts, completions)
 
         monkeypatch.setattr(prlm, "token_logprobs", spy)
-        with_profile, without, answers = ratio_problem()
         ratios = reward.likelihood_ratio(decoder, with_profile, without, answers, 60)
+        close(ratios, whole)
         assert not ratios.requires_grad, "the result has a gradient"
         ran = sorted(prompt for batch in asked for prompt in batch)
         same(ran, sorted(with_profile + without), "prompts that ran")
         assert len(asked) > 2, "all groups ran at once"
 
-    def test_the_same_prompt_twice_says_nothing(self, tmp_path):
-        transformers_model("Qwen2", tmp_path)
-        with_profile, _, answers = ratio_problem()
-        decoder = prlm.load_decoder(tmp_path)
-        ratios = reward.likelihood_ratio(decoder, with_profile, with_profile, answers)
-        same(ratios, torch.zeros(4, 3), "the same prompt on both sides")
-
-    def test_nothing_to_compare(self, tmp_path):
-        transformers_model("Qwen2", tmp_path)
-        none = reward.likelihood_ratio(prlm.load_decoder(tmp_path), [], [], [])
-        same(none, torch.zeros(0, 0), "no prompts")
-
 
 class TestRewardModel:
     def test_scores_equal_transformers(self, model, tmp_path):
+        """And those of the model that is read from the same files, whatever type it came from."""
         transformers = pytest.importorskip("transformers")
         queries, answers = random_texts(6, seed=1), random_texts(6, seed=2)
         queries[0], answers[1] = " ".join(WORDS * 20), " ".join(WORDS * 9)  # beyond 64 tokens
+        model.bert.raw = model.bert.raw | {"dtype": "float16", "torch_dtype": "float16"}
         reward.save_reward_model(model, tmp_path)
-        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, dtype="auto"
+        ).eval()
+        assert {p.dtype for p in theirs.parameters()} == {torch.float32}
         file = str(tmp_path / "tokenizer.json")
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, pad_token="[PAD]")
         how = dict(truncation=True, max_length=64, padding=True, return_token_type_ids=True)
         batch = tokenizer(queries, answers, return_tensors="pt", **how)
         assert batch["token_type_ids"].sum() > 0
+        scores = scores_of(model, queries, answers)
         with torch.no_grad():
-            close(model.score(queries, answers), theirs(**batch).logits[:, 0], 1e-4)
+            close(scores, theirs(**batch).logits[:, 0], 1e-4)
+        assert torch.equal(scores_of(reward.load_reward_model(tmp_path), queries, answers), scores)
 
-    def test_a_pair_scores_the_same_alone_in_a_batch_and_in_chunks(self, model):
+    def test_a_pair_scores_the_same_alone_in_a_batch_and_in_chunks(self, model, monkeypatch):
         queries, answers = random_texts(30, seed=1), random_texts(30, seed=2)
         pairs = list(zip(queries, answers, strict=True))
-        with torch.no_grad():
-            alone = torch.cat([model.score([query], [answer]) for query, answer in pairs])
-            close(model.score(queries, answers), alone)
-        close(model.score_all(queries, answers, 7), alone)
+        alone = torch.cat([scores_of(model, [query], [answer]) for query, answer in pairs])
+        close(scores_of(model, queries, answers), alone)
         assert alone.std() > 0.1  # a constant would pass all of this
+        monkeypatch.setattr(reward, "BATCH", 7)
+        judged = model.judge([example(query=query) for query in queries], answers)
+        close(torch.tensor(judged), alone.sigmoid())
 
     def test_query_and_answer_both_count_and_differ(self, model):
         a, b, c = "tennis wins", "golf", "paris today"
-        scores = model.score_all([a, b, c, a], [b, a, b, c])
+        scores = scores_of(model, [a, b, c, a], [b, a, b, c])
         assert len({round(s, 4) for s in scores.tolist()}) == 4
 
     def test_no_dropout_outside_training_and_gradient_everywhere(self, model):
@@ -224,26 +219,9 @@ class TestRewardModel:
         assert torch.equal(first, second)
         model.score(["golf"], ["tennis wins"]).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
-        assert not model.score_all(["golf"], ["tennis"]).requires_grad
-
-    def test_load_reads_what_save_wrote(self, model, tmp_path):
-        queries, answers = random_texts(9, seed=1), random_texts(9, seed=2)
-        reward.save_reward_model(model, tmp_path)
-        again = reward.load_reward_model(tmp_path)
-        assert torch.equal(again.score_all(queries, answers), model.score_all(queries, answers))
-
-    @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-    def test_the_config_names_the_precision_of_the_weights(self, world, model, tmp_path, key):
-        transformers = pytest.importorskip("transformers")
-        model.encoder.raw = model.encoder.raw | {key: "float16"}  # what its encoder was loaded from
-        reward.save_reward_model(model, tmp_path)
-        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tmp_path, dtype="auto"
-        )
-        assert {p.dtype for p in theirs.parameters()} == {torch.float32}
 
     def test_directories_without_a_reward_model(self, world, model, tmp_path):
-        with pytest.raises(ValueError, match="classifier"):
+        with pytest.raises(ValueError, match="no reward model"):
             reward.load_reward_model(world / "encoder")
         with pytest.raises(FileNotFoundError, match="nowhere"):
             reward.load_reward_model(tmp_path / "nowhere")
@@ -251,7 +229,7 @@ class TestRewardModel:
         tensors = prlm.read_safetensors(tmp_path / "model.safetensors")
         two = {"classifier.weight": torch.ones(2, 16), "classifier.bias": torch.ones(2)}
         prlm.write_safetensors(tmp_path / "model.safetensors", tensors | two)
-        with pytest.raises(ValueError, match="labels"):
+        with pytest.raises(ValueError, match="one label"):
             reward.load_reward_model(tmp_path)
 
 
@@ -271,23 +249,12 @@ CASES = [  # completion, task, whether it holds an answer, accuracy, format
 
 
 class TestRewards:
-    @pytest.mark.parametrize(
-        "completion, expected",
-        [
-            ("<think>\na\n</think>\n{'title': 'b'}", 1),
-            ("a\n</think>\nb", 1),  # the prompt has opened it
-            ("<think>\na", 0),
-            ("{'title': 'b'}", 0),
-            ("", 0),
-        ],
-    )
+    @pytest.mark.parametrize(("completion", "expected"), [
+        ("<think>\na\n</think>\n{'title': 'b'}", 1), ("a\n</think>\nb", 1),  # the prompt opened it
+        ("<think>\na", 0), ("{'title': 'b'}", 0), ("", 0),
+    ])  # fmt: skip
     def test_format(self, completion, expected):
         assert reward.format_reward(completion) == expected
-
-    def test_accuracy_is_the_sum_of_three_rouges(self):
-        assert reward.accuracy_reward("a b c", "A, b c!") == 3
-        close(reward.accuracy_reward("a b c", "a b d"), 2 / 3 + 1 / 2 + 2 / 3)
-        assert reward.accuracy_reward("", "a b") == 0
 
     @pytest.mark.parametrize("weight", [None, 0.1, 2.0])
     def test_parts_and_sum(self, model, weight):
@@ -295,13 +262,13 @@ class TestRewards:
         completions = [case[0] for case in CASES]
         queries = random_texts(len(completions))
         examples = [example(case[1], query=q) for case, q in zip(CASES, queries, strict=True)]
-        how = {} if weight is None else {"judge": reward.bert_judge(model)}
+        how = {} if weight is None else {"judge": model.judge}
         rows = reward.rewards(completions, examples, **how, personalization=weight or 0.1)
         for row, e, case in zip(rows, examples, CASES, strict=True):
             _, task, answered, accuracy, shaped = case
             personal = 0.0
             if weight is not None and answered:
-                personal = model.score_all([e.query], [row["answer"]]).sigmoid().item()
+                personal = scores_of(model, [e.query], [row["answer"]]).sigmoid().item()
             elif weight is not None and task == "LaMP-4":
                 personal = -10.0
             total = accuracy + 0.1 * shaped + (weight or 0) * personal
@@ -313,28 +280,31 @@ class TestRewards:
         assert rows[0]["answer"] == "tennis wins"
 
     def test_nothing_to_judge(self, model):
-        judge = reward.bert_judge(model)
-        assert reward.rewards([], [], judge) == []
-        (row,) = reward.rewards(["hm"], [example()], judge)
+        assert reward.rewards([], [], model.judge) == []
+        (row,) = reward.rewards(["hm"], [example()], model.judge)
         assert row["reward"] == pytest.approx(-1.0) and row["answer"] == ""
 
     def test_the_weights(self):
         """By default 1, a tenth and a tenth; the parts in the rows are not multiplied by them."""
-        judge = reward.bert_judge(Fake({"tennis wins": math.log(3)}))  # whose sigmoid is 3/4
         completion = "hm\n</think>\n{'title': 'tennis wins'}"
         parts = {"accuracy": 3, "format": 1, "personalization": 0.75}
         expected = {"": 3.175, "accuracy": 0.175, "format": 3.075, "personalization": 3.1}
         for name, total in expected.items():
             weights = {name: 0.0} if name else {}
-            (row,) = reward.rewards([completion], [example()], judge, **weights)
+            (row,) = reward.rewards([completion], [example()], lambda *_: [0.75], **weights)
             assert {key: row[key] for key in parts} == pytest.approx(parts)
             assert row["reward"] == pytest.approx(total)
 
     def test_a_user_without_gold_text(self):
-        """Nothing but the accuracy is missing."""
-        judge = reward.bert_judge(Fake({"tennis wins": 0}))
-        (row,) = reward.rewards(["{'title': 'tennis wins'}"], [example(target=None)], judge)
+        """Nothing but the accuracy is missing. And a judge may give a tensor."""
+        asked = [example(target=None)]
+        (row,) = reward.rewards(["'title': 'golf'"], asked, lambda *_: torch.tensor([0.5]))
         assert (row["accuracy"], row["personalization"]) == (0.0, 0.5)
+
+    @pytest.mark.parametrize("values", [None, [], [1.0], [1.0, math.nan], [1.0, math.inf, 2.0]])
+    def test_a_judge_must_give_a_number_for_each_answer(self, values):
+        with pytest.raises(ValueError, match=r"the judge gave .*not 2 finite numbers"):
+            reward.rewards(["'title': 'a'", "'title': 'b'"], [example()] * 2, lambda *_: values)
 
     def test_a_judge_sees_only_answers_with_their_examples(self):
         seen, examples = [], [example(case[1], query=str(n)) for n, case in enumerate(CASES)]
@@ -406,6 +376,59 @@ class TestMicroBatches:
 class TestPairs:
     """From the policy's answers to a trained reward model."""
 
+    @pytest.mark.parametrize("negatives", [1, 3])
+    def test_pairs_are_with_against_without_the_profile(self, world, monkeypatch, negatives):
+        examples = load_lamp(world / "lamp", "LaMP-4", "train")
+        tokenizer, asked = prlm.load_tokenizer(world / "policy"), []
+
+        def fake(o, decoder, tokenizer, prompts, group_size=1, temperature=0.0, purpose=()):
+            texts = [tokenizer.decode(prompt) for prompt in prompts]
+            titles = [any(item["title"] in text for item in e.profile)
+                      for e, text in zip(examples, texts, strict=True)]  # fmt: skip
+            asked.append((group_size, temperature))
+            name = {(True,): "with", (False,): "without"}[tuple(set(titles))]
+            answers = [f"{name} {n}" for n in range(group_size)]
+            answers[name == "with"] = ""
+            group = [tokenizer.encode(f"{{'title': '{a}'}}") for a in answers]
+            return [[prlm.Completion(ids, [], True) for ids in group] for _ in prompts]
+
+        monkeypatch.setattr(reward, "complete", fake)
+        options = reward.RewardOptions(pairs_per_query=4, negatives=negatives, k=2)
+        pairs = reward.build_pairs(options, None, tokenizer, examples)
+        assert sorted(asked) == sorted([(4, 0.7), (4 * negatives, 0.7)])
+        for e in examples:
+            own = [pair for pair in pairs if pair["id"] == e.id]
+            assert {pair["query"] for pair in own} == {e.query.strip()}
+            positives = [pair["positive"] for pair in own]
+            used = [text for pair in own for text in pair["negatives"]]
+            for texts, name in ((positives, "with "), (used, "without ")):
+                assert len(set(texts)) == len(texts) and all(t.startswith(name) for t in texts)
+            sizes = [len(pair["negatives"]) for pair in own]
+            assert len(own) in (2, 3) and min(sizes) >= 1 and max(sizes) == negatives
+
+    def test_the_two_answers_of_a_pair_share_no_noise(self, toy, monkeypatch):
+        """Without profiles both are asked the same. If they drew the same noise, they would be the
+        same; so they may be equal, or begin alike, no more often than answers of different pairs.
+        """
+        seeds, real = [], prlm.generate
+        monkeypatch.setattr(
+            prlm, "generate", lambda *given, **how: seeds.append(how["seed"]) or real(*given, **how)
+        )
+        examples = [replace(e, profile=[]) for e in load_lamp(TOY / "lamp", "LaMP-4", "train")[:40]]
+        o = reward.RewardOptions(pairs_per_query=6, max_new_tokens=40, reasoning=False)
+        pairs = reward.build_pairs(o, *toy, examples)
+        assert len(pairs) > 200 and len(set(seeds)) == len(seeds) > 2
+
+        def alike(shift, length):
+            """Among pairs n and n + shift of one query."""
+            both = [(p, q) for p, q in zip(pairs, pairs[shift:]) if p["id"] == q["id"]]
+            texts = [(p["positive"][:length], q["negatives"][0][:length]) for p, q in both]
+            return sum(a == b for a, b in texts) / len(texts)
+
+        for length in (4, 100):
+            own, *others = [alike(shift, length) for shift in range(4)]
+            assert abs(own - sum(others) / 3) < 0.1, f"{own}, of different pairs {others}"
+
     def test_scores_of_pairs_with_unequal_numbers_of_negatives(self, model):
         pairs = contrast(5)
         positive, negatives = reward.score_pairs(model, pairs)
@@ -413,25 +436,26 @@ class TestPairs:
         assert positive.requires_grad and negatives.shape == (5, width)
         for n, pair in enumerate(pairs):
             count, query = len(pair["negatives"]), pair["query"]
-            close(positive[n : n + 1].detach(), model.score_all([query], [pair["positive"]]))
-            expected = model.score_all([query] * count, pair["negatives"])
+            close(positive[n : n + 1].detach(), scores_of(model, [query], [pair["positive"]]))
+            expected = scores_of(model, [query] * count, pair["negatives"])
             close(negatives[n, :count].detach(), expected)
             assert (negatives[n, count:] == -math.inf).all()
 
     def test_pair_accuracy_equals_a_naive_loop(self):
         rng = random.Random(0)
-        table = {str(n): rng.random() for n in range(500)}
+        table = {str(n): rng.randrange(50) for n in range(500)}  # ties are a half
         names = iter(table)
         pairs = [
             {"query": "q", "positive": next(names), "negatives": [next(names) for _ in range(size)]}
             for size in rng.choices((1, 2, 4), k=130)
         ]
-        won = [table[p["positive"]] > table[n] for p in pairs for n in p["negatives"]]
+        scores = [(table[p["positive"]], table[n]) for p in pairs for n in p["negatives"]]
+        won = [0.5 if a == b else float(a > b) for a, b in scores]
         assert reward.pair_accuracy(Fake(table), pairs) == sum(won) / len(won)
 
     def test_training_learns_a_contrast_and_repeats(self, world):
         """Dropout follows the option's seed alone, whatever was drawn before."""
-        start, pairs, reports, models = make_model(world / "encoder", scale=0), contrast(), [], []
+        start, pairs, reports, models = make_model(world / "encoder", 0), contrast(), [], []
         swapped = [
             pair | {"positive": pair["negatives"][0], "negatives": [pair["positive"]]}
             for pair in pairs
@@ -461,150 +485,35 @@ class TestPairs:
         pairs = contrast(100)
         for n, pair in enumerate(pairs):
             pair["query"] = f"query {n // 2}"
-        reward.train_reward_model(reward.RewardOptions(reward_epochs=2), model, pairs)
+        report = reward.train_reward_model(reward.RewardOptions(reward_epochs=2), model, pairs)
         assert len(seen[True]) == 45 and len(seen[False]) == 5 and not seen[True] & seen[False]
+        assert (report["held_out_pairs"], report["held_out_queries"]) == (10, 5)
 
-    def test_too_few_pairs_to_train_on(self, model):
-        for pairs in ([], contrast(1), contrast(2)):  # of one query only
-            with pytest.raises(ValueError, match="too few"):
-                reward.train_reward_model(reward.RewardOptions(), model, pairs)
-
-    @pytest.mark.parametrize("loss, gradient", [(0.5, math.inf), (math.nan, 0.0)])
-    def test_a_number_gone_wrong_is_not_applied(self, model, monkeypatch, loss, gradient):
-        def breaks(o, model, pairs):
-            for p in model.parameters():
-                p.grad = torch.full_like(p, gradient)
-            return loss
-
-        monkeypatch.setattr(reward, "info_nce_backward", breaks)
-        before = [p.detach().clone() for p in model.parameters()]
-        with pytest.raises(ValueError, match="lower --reward-lr"):
-            reward.train_reward_model(reward.RewardOptions(), model, contrast(20))
-        after = list(model.parameters())
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-    def test_bfloat16_products_leave_float32_gradients(self, model):
-        pairs, losses = contrast(8), {}
-        for precision in ("float32", "bfloat16", "auto"):  # auto: float32 on a CPU
-            o = reward.RewardOptions(negatives=2, precision=precision)
-            losses[precision] = reward.info_nce_backward(o, model, pairs)
-        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-        assert losses["auto"] == losses["float32"] != losses["bfloat16"]
-        assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
-
-    def test_the_report_says_what_it_stands_on(self, model):
-        """Held-out pairs and queries, an interval, and the mean loss of the last epoch."""
-        model.encoder.dropout[:] = [0.0, 0.0]
+    def test_the_report_is_the_last_epochs_loss_and_the_held_out_accuracy(self, model):
+        rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        bert = prlm.Encoder(model.bert.raw | rates)
+        bert.tokenizer = model.tokenizer
+        model = reward.RewardModel(bert)
         pairs, o = contrast(100), reward.RewardOptions(reward_lr=1e-12, reward_epochs=2)
         report = reward.train_reward_model(o, model, pairs)
-        assert (report["held_out_pairs"], report["held_out_queries"]) == (10, 5)
-        bounds = report["pair_accuracy_low"], report["pair_accuracy_high"]
-        assert bounds == reward.wilson(report["pair_accuracy"], 5)
         kept, held = reward.split_pairs(pairs, o.seed)
         assert len(kept) == 90 and report["pair_accuracy"] == reward.pair_accuracy(model, held)
         with torch.no_grad():  # at this learning rate the model has stayed what it was
             losses = [reward.info_nce(*reward.score_pairs(model, [pair])) for pair in kept]
         close(torch.tensor(report["loss"]), sum(losses) / len(losses))
 
-    @pytest.mark.parametrize("negatives", [1, 3])
-    def test_pairs_are_with_against_without_the_profile(self, world, monkeypatch, negatives):
-        examples = load_lamp(world / "lamp", "LaMP-4", "train")
-        tokenizer, asked = prlm.load_tokenizer(world / "policy"), []
+    def test_a_loss_gone_wrong_is_told(self, model, monkeypatch):
+        monkeypatch.setattr(reward, "info_nce_backward", lambda *_: math.nan)
+        with pytest.raises(ValueError, match="lower --reward-lr"):
+            reward.train_reward_model(reward.RewardOptions(), model, contrast(20))
 
-        def fake(o, decoder, tokenizer, prompts, group_size=1, temperature=0.0, description=""):
-            texts = [tokenizer.decode(prompt) for prompt in prompts]
-            titles = [any(item["title"] in text for item in e.profile)
-                      for e, text in zip(examples, texts, strict=True)]  # fmt: skip
-            asked.append((group_size, temperature))
-            name = {(True,): "with", (False,): "without"}[tuple(set(titles))]
-            answers = [f"{name} {n}" for n in range(group_size)]
-            answers[name == "with"] = ""
-            return [[f"{{'title': '{a}'}}" for a in answers] for _ in prompts]
-
-        monkeypatch.setattr(reward, "complete", fake)
-        options = reward.RewardOptions(pairs_per_query=4, negatives=negatives, k=2)
-        pairs = reward.build_pairs(options, None, tokenizer, examples)
-        assert sorted(asked) == sorted([(4, 0.7), (4 * negatives, 0.7)])
-        for e in examples:
-            own = [pair for pair in pairs if pair["id"] == e.id]
-            assert {pair["query"] for pair in own} == {e.query.strip()}
-            positives = [pair["positive"] for pair in own]
-            used = [text for pair in own for text in pair["negatives"]]
-            for texts, name in ((positives, "with "), (used, "without ")):
-                assert len(set(texts)) == len(texts) and all(t.startswith(name) for t in texts)
-            sizes = [len(pair["negatives"]) for pair in own]
-            assert len(own) in (2, 3) and min(sizes) >= 1 and max(sizes) == negatives
-
-    def test_pairs_of_a_real_policy(self, world):
-        """It is random, so most answers are empty; what is left has both sides."""
-        decoder = prlm.load_decoder(world / "policy")
-        tokenizer = prlm.load_tokenizer(world / "policy")
-        examples = load_lamp(world / "lamp", "LaMP-4", "train")
-        options = reward.RewardOptions(pairs_per_query=6, max_new_tokens=12, max_prompt_tokens=300)
-        pairs, again = (reward.build_pairs(options, decoder, tokenizer, examples) for _ in range(2))
-        assert pairs == again and 0 < len(pairs) <= 36
-        assert all(pair["positive"] and all(pair["negatives"]) for pair in pairs)
-
-    def test_a_reward_model_is_made_once(self, world, tmp_path, monkeypatch):
-        calls = []
-
-        def spy(name, result=None):
-            real = getattr(reward, name)
-
-            def counted(*arguments):
-                calls.append(name)
-                return real(*arguments) if result is None else result
-
-            monkeypatch.setattr(reward, name, counted)
-
-        spy("build_pairs", contrast(40))
-        spy("train_reward_model")
-        options = reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1)
-        directory = tmp_path / "runs" / "reward"
-
-        def get():
-            return reward.obtain_reward_model(options, None, None, [], directory)
-
-        first = get()
-        assert calls == ["build_pairs", "train_reward_model"]
-        report = json.loads((directory / "report.json").read_text())
-        assert report.keys() >= {"pairs", "pair_accuracy"}
-        second = get()
-        assert len(calls) == 2
-        queries, answers = random_texts(5, seed=1), random_texts(5, seed=2)
-        expected = first.score_all(queries, answers)
-        assert torch.equal(second.score_all(queries, answers), expected)
-        (directory / "report.json").unlink()  # killed before the end: the pairs are kept,
-        assert torch.equal(get().score_all(queries, answers), expected)  # the same model comes out
-        assert calls[2:] == ["train_reward_model"]
-
-    def test_a_faulty_encoder_or_reward_model_is_found_before_the_slow_part(self, world, tmp_path):
-        for files in ({"encoder": str(world / "policy")}, {"reward_model": str(world / "encoder")}):
-            with pytest.raises(ValueError, match=next(iter(files.values()))):
-                reward.check_judge(reward.RewardOptions(**files))
-
-    def test_a_better_policy_after_too_few_pairs(self, world, tmp_path, monkeypatch):
-        """What the first one gave is not kept: the same directory serves the next."""
-        options = reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1)
-        for pairs in ([], contrast(2)):  # none, or of one query only
-            monkeypatch.setattr(reward, "build_pairs", lambda *_, pairs=pairs: pairs)
-            with pytest.raises(ValueError, match=f"{len(pairs)} pairs of .* too few"):
-                reward.obtain_reward_model(options, None, None, [], tmp_path)
-        monkeypatch.setattr(reward, "build_pairs", lambda *_: contrast(40))
-        reward.obtain_reward_model(options, None, None, [], tmp_path)
-        assert json.loads((tmp_path / "report.json").read_text())["pairs"] == 40
-
-
-@pytest.mark.parametrize("rows, text", [
-    ([3], "record 0 is not an object"), ([{"query": "q"}], "record 0 is not an object of strings"),
-    ([{"query": "q", "own": 3}], "record 0 is not an object of strings"),
-    ([{"query": "q", "own": "a", "other": "b"}, {"query": "q", "own": "a"}], "record 1 does not"),
-])  # fmt: skip
-def test_a_broken_probe_is_named(tmp_path, rows, text):
-    (tmp_path / "LaMP_4").mkdir()
-    prlm.write_json(tmp_path / "LaMP_4" / "probe.json", rows)
-    with pytest.raises(ValueError, match=rf"probe\.json: {text}"):
-        reward.read_rivals(reward.RewardOptions(data=str(tmp_path)))
+    def test_bfloat16_products_leave_float32_gradients(self, model):
+        pairs, losses = contrast(8), []
+        for dtype in (torch.float32, torch.bfloat16):
+            prlm.multiply_in(model, dtype)
+            losses.append(reward.info_nce_backward(reward.RewardOptions(), model, pairs))
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def users(count=4):
@@ -621,122 +530,70 @@ def reader(examples, answers):
     return [float(a.split()[0] in own) for a, own in zip(answers, titles, strict=True)]
 
 
-class TestProbe:
-    def test_swap_test_of_one_who_reads_and_one_who_is_blind(self):
-        report = reward.probe(reader, users())
-        low, high = reward.wilson(1.0, 4)
-        expected = {"swap_test": 1.0, "swap_test_low": low, "swap_test_high": high, "users": 4}
-        assert report == expected
-        blind = reward.probe(lambda examples, answers: [float(len(a)) for a in answers], users())
-        assert blind["swap_test"] == 0.5
-        against = reward.probe(lambda *given: [-value for value in reader(*given)], users())
-        assert against["swap_test"] == 0.0
+class TestSwapTest:
+    def test_of_one_who_reads_and_one_who_is_blind(self):
+        judges = {1.0: reader, 0.0: lambda *given: [-value for value in reader(*given)]}
+        judges[0.5] = lambda examples, answers: [float(len(answer)) for answer in answers]
+        for expected, judge in judges.items():
+            assert reward.swap_test(judge, users()) == expected
 
-    def test_the_other_profile_is_another_users(self):
-        """Records of one user stand together in many files; nothing else of a record changes."""
-        examples = [replace(e, user_id=f"u{n // 3}") for n, e in enumerate(users(6))]
-        for own, swapped in zip(examples, reward.swap_profiles(examples), strict=True):
-            (owner,) = (e.user_id for e in examples if e.profile == swapped.profile)
-            assert owner != own.user_id
+    @pytest.mark.parametrize("by", ["id", "profile"])
+    def test_the_other_profile_is_another_users(self, by):
+        """Records of one user stand together in many files, under one user id or, where data has
+        none, with profile items in common. Nothing else of a record changes.
+        """
+        examples, asked = users(6), []
+        for n, e in enumerate(examples):
+            if by == "id":
+                examples[n] = replace(e, user_id=f"u{n // 3}")
+            else:
+                shared = {"title": f"everybody's {n // 3}", "text": "y", "id": str(n)}
+                examples[n] = replace(e, profile=[*e.profile, shared])
+        reward.swap_test(lambda e, a: asked.append(e) or [0.0] * len(e), examples)
+        owners = []
+        for own, swapped in zip(*asked, strict=True):
+            (owner,) = (n for n, e in enumerate(examples) if e.profile == swapped.profile)
+            assert owner // 3 != int(own.id) // 3
             assert replace(swapped, profile=own.profile) == own
+            owners.append(own)
+        assert owners == examples
 
-    def test_rivals_are_judged_beside_their_users_profiles(self):
-        rows = [
-            {"query": f" query {n}", "own": f"w{n}", "other": f"w{1 - n}", "plain": f"w{n} about"}
-            for n in range(2)
-        ]
-        rows.append({"query": "nobody's", "own": "w0", "other": "w1", "plain": "w2"})  # left out
-        report = reward.probe(reader, users(), rows)
-        assert (report["own_over_other"], report["own_over_plain"]) == (1.0, 0.5)
-
-    def test_one_user_has_no_other(self):
-        assert reward.probe(reader, users(1)) == {}
-
-    def test_wilsons_bounds_are_196_standard_errors_from_the_share(self):
-        """Their own standard errors, which is what keeps the interval open at 0 and 1."""
-        for won, count in ((0, 5), (3, 7), (40, 50), (200, 200)):
-            low, high = reward.wilson(won / count, count)
-            assert 0 <= low < high <= 1
-            for bound in (low, high):
-                squared = 1.96**2 * bound * (1 - bound) / count
-                assert (won / count - bound) ** 2 == pytest.approx(squared, abs=1e-12)
+    def test_without_a_second_user_there_is_none(self):
+        one = users(1)
+        again = replace(one[0], id="9", user_id="9", query="another")  # the same profile
+        assert reward.swap_test(reader, one) is reward.swap_test(reader, [*one, again]) is None
 
 
-class TestJudge:
-    """From the options to a judge and its report."""
-
-    @pytest.fixture
-    def toy(self):
-        return prlm.load_decoder(TOY / "policy"), prlm.load_tokenizer(TOY / "policy")
-
-    def test_ratio_equals_one_answer_at_a_time(self, toy):
+class TestRatioJudge:
+    def test_equals_one_answer_at_a_time(self, toy):
         """Answers of several users in any order: each is compared beside its own two prompts."""
         decoder, tokenizer = toy
         examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:3]
         asked = [examples[n] for n in (0, 1, 0, 2, 0)]
-        answers = ["on golf no joke", "about tennis", examples[0].target, "why", "on and on"]
+        answers = ["on golf no joke", "about tennis", examples[0].target, "why", "on\n\n and on"]
         o = reward.RewardOptions(judge="ratio", k=3)
         values = reward.ratio_judge(o, decoder, tokenizer)(asked, answers)
         for e, answer, value in zip(asked, answers, values, strict=True):
-            logits = []
+            logits, answer = [], answer.replace("\n\n", "")  # it is asked for in one line
             for k in (3, 0):
                 messages = retrieve.build_messages(e, retrieve.retrieve(e, k))
-                prompt = tokenizer.chat(messages) + tokenizer.encode(retrieve.CLOSED)
+                prompt = tokenizer.chat(messages) + tokenizer.fill(retrieve.CLOSED)
                 ids = tokenizer.encode(f"<answer>\n{{'title': '{answer}'}}\n</answer>")
                 logprobs, _ = prlm.token_logprobs(decoder, [prompt], [[ids]])
                 logits.append(logprobs.sum().item())
             assert math.log(value / (1 - value)) == pytest.approx(logits[0] - logits[1], abs=1e-3)
 
-    def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
-        o = reward.RewardOptions(judge="ratio", data=str(TOY / "lamp"), probe_examples=30)
-        judge = reward.make_judge(o, *toy, [], tmp_path / "new")
-        report = json.loads((tmp_path / "new" / "report.json").read_text())
-        assert report["swap_test"] > 0.8 and report["own_over_other"] > 0.8
-        assert report["users"] == 30
-        said = capsys.readouterr().out
-        assert f"swap test {report['swap_test']:.3f} (" in said and "own over other" in said
-        examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
-        assert all(0 < v < 1 for v in judge(examples, [e.target for e in examples]))
-
-    def test_a_saved_reward_model_is_examined_too(self, world, model, toy, tmp_path, capsys):
-        reward.save_reward_model(model, tmp_path / "saved")
-        o = reward.RewardOptions(reward_model=str(tmp_path / "saved"), data=str(world / "lamp"))
-        judge = reward.make_judge(o, *toy, [], tmp_path / "run")
-        expected = model.score_all(["golf"], ["tennis"]).sigmoid().tolist()
-        assert judge([example(query="golf")], ["tennis"]) == expected
-        report = json.loads((tmp_path / "run" / "report.json").read_text())
-        assert report["swap_test"] == 0.5  # it is blind to the profile
-        assert "it does not see the profile" in capsys.readouterr().out
-
-    def test_no_weight_no_judge(self, tmp_path):
-        assert rl.obtain_judge(rl.Options(personalization=0), tmp_path, None, []) is None
-
-    @pytest.mark.parametrize("none", [{"k": 0}, {"retriever": "none"}])
-    def test_a_ratio_without_a_profile_is_refused(self, none):
-        (name, value), *_ = none.items()
-        with pytest.raises(ValueError, match=f"--{name} {value} leaves none"):
-            reward.check_judge(reward.RewardOptions(judge="ratio", **none))
-
-    def test_few_held_out_queries_are_mentioned(self):
-        report = {"pairs": 71, "held_out_pairs": 6, "held_out_queries": 2, "loss": 0.5}
-        report |= {"pair_accuracy": 0.75, "pair_accuracy_low": 0.2, "pair_accuracy_high": 0.97}
-        said = reward.describe("bert", report)
-        assert "0.750 (0.20 to 0.97), from 6 pairs of 2 held-out queries: too few" in said
-        assert "too few" not in reward.describe("bert", report | {"held_out_queries": 40})
-
     def test_a_very_likely_answer_is_still_told_from_a_likelier_one(self, toy, monkeypatch):
-        monkeypatch.setattr(
-            reward, "likelihood_ratio", lambda *_, **__: torch.tensor([[20.0, 25, -800]])
-        )
+        found = torch.tensor([[20.0, 25, -800]])
+        monkeypatch.setattr(reward, "likelihood_ratio", lambda *_, **__: found)
         examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:1] * 3
         judge = reward.ratio_judge(reward.RewardOptions(), *toy)
         one, more, least = judge(examples, ["a", "b", "c"])
         assert 0 <= least < one < more <= 1
 
-    def test_ratio_of_records_that_differ_in_their_profile_alone(self, toy):
+    def test_of_records_that_differ_in_their_profile_alone(self, toy):
         """As in the swap test: same id, same query. And no answers at all."""
-        o = reward.RewardOptions(judge="ratio", data=str(TOY / "lamp"))
-        judge = reward.ratio_judge(o, *toy)
+        judge = reward.ratio_judge(reward.RewardOptions(), *toy)
         own, other = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
         swapped = replace(own, profile=other.profile)
         alone = [*judge([own], [own.target]), *judge([swapped], [own.target])]
@@ -744,16 +601,82 @@ class TestJudge:
         assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
         assert judge([], []) == []
 
-    def test_only_the_papers_judge_is_called_blind(self):
-        report = {"swap_test": 0.5, "swap_test_low": 0.4, "swap_test_high": 0.6, "users": 40}
-        assert "does not see the profile" in reward.describe("bert", report)
-        assert "does not see" not in reward.describe("ratio", report)
 
-    def test_an_answer_of_several_lines_is_asked_for_in_one(self):
-        block = retrieve.answer_block("LaMP-7", "so tired \n\n of mondays")
-        assert reward.extract_answer(block, "LaMP-7") == "so tired of mondays"
+class TestMakeJudge:
+    """From the options to a judge and its report."""
 
-    def test_a_judge_may_return_a_tensor(self):
-        asked = [example(query="golf", target="golf")]
-        rows = reward.rewards(["{'title': 'golf'}"], asked, judge=lambda *_: torch.tensor([0.25]))
-        assert json.loads(json.dumps(rows))[0]["personalization"] == 0.25
+    @pytest.fixture
+    def o(self, world):
+        return reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1, device="cpu")
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Counts the two slow parts; the pairs are `contrast`'s."""
+        calls, train = [], reward.train_reward_model
+        monkeypatch.setattr(reward, "build_pairs", lambda *_: calls.append("pairs") or contrast(40))
+        monkeypatch.setattr(
+            reward, "train_reward_model", lambda *given: calls.append("train") or train(*given)
+        )
+        return calls
+
+    def test_what_is_there_is_not_made_again(self, o, calls, tmp_path, capsys):
+        asked = [example(query=query) for query in random_texts(5, seed=1)], random_texts(5, seed=2)
+        first = reward.make_judge(o, None, None, [], users(), tmp_path / "a/b")(*asked)
+        assert calls == ["pairs", "train"]
+        report = prlm.read_json(tmp_path / "a/b/report.json")
+        assert report["swap_test"] == 0.5 and report["pairs"] == 40  # it is blind to the profile
+        said = capsys.readouterr().out
+        assert f"pair accuracy {report['pair_accuracy']:.3f} on" in said
+        assert "2 held-out queries" in said and "does not see the profile" in said
+        model = reward.load_reward_model(tmp_path / "a/b")
+        assert model.judge(*asked) == first
+        assert reward.make_judge(o, None, None, [], users(), tmp_path / "a/b")(*asked) == first
+        saved = replace(o, reward_model=str(tmp_path / "a/b"), encoder=None)
+        assert reward.make_judge(saved, None, None, [], users(1), tmp_path / "new")(*asked) == first
+        assert "no second user" in capsys.readouterr().out and len(calls) == 2
+        (tmp_path / "a/b/report.json").unlink()  # killed before the end: the pairs are kept,
+        again = reward.make_judge(o, None, None, [], users(), tmp_path / "a/b")(*asked)
+        assert again == first and calls[2:] == ["train"]  # the same model comes out
+
+    def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
+        o, held = reward.RewardOptions(judge="ratio"), load_lamp(TOY / "lamp", "LaMP-4", "dev")
+        judge = reward.make_judge(o, *toy, [], held[:30], tmp_path / "new")
+        report = prlm.read_json(tmp_path / "new" / "report.json")
+        assert report["swap_test"] > 0.8
+        said = capsys.readouterr().out
+        assert f"swap test {report['swap_test']:.3f} on" in said and "not see" not in said
+        assert all(0 < v < 1 for v in judge(held[:2], [e.target for e in held[:2]]))
+
+    @pytest.mark.parametrize("none", [{"k": 0}, {"retriever": "none"}])
+    def test_without_a_profile_there_is_nothing_to_compare(self, model, o, tmp_path, none):
+        """A judge that is trained already needs none."""
+        ((name, value),) = none.items()
+        for judge in ("ratio", "bert"):
+            with pytest.raises(ValueError, match=f"--{name} {value} leaves none"):
+                reward.make_judge(replace(o, judge=judge, **none), None, None, [], [], tmp_path)
+        reward.save_reward_model(model, tmp_path / "saved")
+        saved = replace(o, reward_model=str(tmp_path / "saved"), **none)
+        assert reward.make_judge(saved, None, None, [], users(), tmp_path)(users(1), ["golf"])
+
+    def test_too_few_pairs_or_a_wrong_checkpoint(self, world, o, tmp_path, monkeypatch):
+        for pairs in ([], contrast(2)):  # none, or of one query only
+            monkeypatch.setattr(reward, "build_pairs", lambda *_, pairs=pairs: pairs)
+            with pytest.raises(ValueError, match=f"{len(pairs)} pairs of .* too few"):
+                reward.make_judge(o, None, None, [], [], tmp_path / str(len(pairs)))
+        for wrong in ({"encoder": str(world / "policy")}, {"reward_model": str(world / "encoder")}):
+            with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+                reward.make_judge(replace(o, **wrong), None, None, [], [], tmp_path / "new")
+        with pytest.raises(ValueError, match="--encoder"):
+            reward.make_judge(replace(o, encoder=None), None, None, [], [], tmp_path / "new")
+
+    def test_command(self, world, calls, tmp_path, capsys):
+        places = {name: str(world / name) for name in ("policy", "lamp", "encoder")}
+        given = {"model": places["policy"], "data": places["lamp"], "encoder": places["encoder"]}
+        given |= {"preset": "toy", "device": "cpu", "out": str(tmp_path / "judge")}
+        reward.main(o := prlm.resolve(reward.Options, given))
+        judge = reward.load_reward_model(o.out).judge(users(2), ["golf", "paris"])
+        assert len(set(judge)) == 2 and prlm.read_json(tmp_path / "judge/options.json")["k"] == o.k
+        with pytest.raises(ValueError, match="--overwrite"):
+            reward.main(o)
+        reward.main(replace(o, overwrite=True))
+        assert calls == ["pairs", "train"] * 2

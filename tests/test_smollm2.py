@@ -122,8 +122,8 @@ class TestWeights:
 
     def test_saved_again_it_is_the_same(self, checkpoint, tokenizer, decoder, tmp_path):
         prlm.save_decoder(decoder, tokenizer, tmp_path)
-        tensors = prlm.read_checkpoint(checkpoint)
-        again = prlm.read_checkpoint(tmp_path)
+        tensors = prlm.read_tensors(checkpoint)
+        again = prlm.read_tensors(tmp_path)
         assert tensors.keys() == again.keys()
         assert all(torch.equal(tensors[name], again[name]) for name in tensors)
         kept = json.loads((tmp_path / "generation_config.json").read_text())
@@ -144,7 +144,7 @@ class TestText:
     def test_special_ids(self, tokenizer):
         assert tokenizer.eos_ids == {2}
         names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-        assert [tokenizer.vocabulary[name] for name in names] == [0, 1, 2]
+        assert [tokenizer.control[name] for name in names] == [0, 1, 2]
         assert tokenizer.size == 49152 and tokenizer.opening == ""
 
     def test_digits_stand_alone(self, tokenizer):

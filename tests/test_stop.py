@@ -1,6 +1,8 @@
 """A run can be stopped anywhere and ends bit-equal to one that never was."""
 
-import json
+import contextlib
+import io
+import multiprocessing
 import os
 import random
 import signal
@@ -11,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rl import CLOCK, tiny
+from test_rl import tiny, without_clock
 
 import prlm
 import rl
 
 ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("fork")  # such a child need not load torch again
+torch.optim.SGD([torch.zeros(1)])  # nor what the first optimizer imports
 
 
 def flags_of(options) -> list[str]:
@@ -31,18 +35,41 @@ def flags_of(options) -> list[str]:
     return flags
 
 
-def start(world, out, **changes):
-    """`python rl.py` with the tiny settings, as a process of its own with one thread."""
-    options = tiny(world, out, **dict(steps=24, save_every=3, eval_every=8) | changes)
-    command = [sys.executable, str(ROOT / "rl.py"), *flags_of(options)]
+def command_of(options):
+    """`python rl.py`, a process of its own with one thread, to be started."""
     one = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=one)
+    command = [sys.executable, str(ROOT / "rl.py"), *flags_of(options)]
+    return dict(args=command, env=one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process):
-    """(exit status, what it printed, what it complained about)."""
-    out, complaint = process.communicate(timeout=300)
-    return process.returncode, out.decode(), complaint.decode()
+def forked(o, dies_at: int) -> None:
+    """What `python rl.py` does; its output goes to the file {out}.log."""
+    left = dies_at
+
+    def count(event, arguments):  # of what it does to files of the run, before it is done
+        nonlocal left
+        if event in ("open", "os.rename", "os.remove", "os.mkdir"):
+            left -= str(arguments[0]).startswith(o.out + os.sep)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies_at:
+        sys.addaudithook(count)
+    log = os.open(f"{o.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout, sys.stderr = (open(os.dup2(log, number), "w") for number in (1, 2))  # noqa: SIM115
+    sys.argv = ["rl.py", *flags_of(o)]
+    prlm.command(rl.main, rl.Options, "")
+
+
+def start(o, dies_at: int = 0):
+    process = FORK.Process(target=forked, args=(o, dies_at))
+    process.start()
+    return process
+
+
+def finish(process) -> int:
+    process.join(120)
+    return process.exitcode
 
 
 def steps(out) -> int:
@@ -50,132 +77,137 @@ def steps(out) -> int:
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
-def wait_for_steps(process, out, count: int) -> None:
-    while process.poll() is None and steps(out) < count:
-        time.sleep(0.01)
+def wait_for(condition, process) -> None:
+    while process.is_alive() and not condition():
+        time.sleep(0.005)
 
 
 def state(out) -> dict:
     """Everything that a run leaves, less what a clock has measured."""
-    found = {}
-    for name in ("scores.json", "predictions.json", "checkpoint/model.safetensors"):
-        found[name] = (out / name).read_bytes()
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = [json.loads(line) for line in (out / name).read_text().splitlines()]
-        found[name] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-    trainer = torch.load(out / "trainer.pt", weights_only=True)
-    found["weights"] = {name: x.tolist() for name, x in trainer["model"].items()}
-    found["optimizer"] = str(trainer["optimizer"])
-    return found
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    found = {str(path.relative_to(out)): path.read_bytes() for path in files}
+    del found["config.json"]
+    for name in [name for name in found if name.endswith("trainer.pt")]:
+        saved = torch.load(out / name, weights_only=True)
+        found[name] = saved["step"], str(saved["optimizer"])
+        found |= {f"{name} {key}": x.tolist() for key, x in saved["model"].items()}
+    return found | {"metrics.jsonl": without_clock(out / "metrics.jsonl")}
+
+
+def same_state(out, expected) -> None:
+    out, expected = state(out), state(expected)
+    assert out.keys() == expected.keys()
+    assert [name for name in out if out[name] != expected[name]] == []
+
+
+def place(out) -> str:
+    """How far a run has come."""
+    marks = {"config.json": "nothing", "warm_start/model.safetensors": "warm start",
+             "reward/report.json": "judge", "held_out/before.jsonl": "scores",
+             "checkpoint/model.safetensors": "GRPO"}  # fmt: skip
+    return next((where for file, where in marks.items() if not (out / file).is_file()), "end")
+
+
+def whole(world, out, **changes):
+    """Options of a run with all that a run does: about two seconds."""
+    how = dict(steps=8, save_every=2, eval_every=4, warm_start=6, beta=0.1, resume=True, force=True)
+    return tiny(world, out, **how | changes)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
+    """(the run's directory, what the command printed and complained)"""
     out = tmp_path_factory.mktemp("whole") / "run"
-    status, _, complaint = finish(start(world, out))
-    assert status == 0, complaint
-    return state(out)
+    done = subprocess.run(**command_of(whole(world, out)))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, done.stderr
 
 
-def kill_and_resume(world, out, kills: int, seed: int) -> int:
-    """Kills a run `kills` times at random moments, lets it end; how often it was still alive."""
-    rng, done = random.Random(seed), 0
-    while done < kills:
-        process = start(world, out)
-        if done < 2:  # in the first second: loading, the reward model, the first scores
-            while process.poll() is None and not (out / "config.json").is_file():
-                time.sleep(0.01)
-        else:
-            wait_for_steps(process, out, min(steps(out) + rng.randint(1, 3), 23))
-        time.sleep(rng.random() * 0.4)
-        process.send_signal(signal.SIGKILL)
-        if finish(process)[0] != -signal.SIGKILL:
-            break  # it was complete before the signal came
-        done += 1
-        half_written = [p.name for p in out.rglob("*.json") if p.stat().st_size == 0]
-        assert not half_written
-    status, printed, complaint = finish(start(world, out))
-    assert status == 0, complaint
-    assert "complete" in printed
-    return done
+def test_without_a_terminal_the_log_is_plain_lines(undisturbed):
+    _, printed, complaint = undisturbed
+    assert complaint == "" and printed.endswith("\n") and not {"\r", "\x1b"} & {*printed}
+    said = [line for line in printed.splitlines() if line.startswith(("warm start, step", "step "))]
+    assert [line.split(":")[0] for line in said] == [
+        *(f"warm start, step {n}" for n in range(1, 7)), *(f"step {n} of 8" for n in range(1, 9)),
+    ]  # fmt: skip
 
 
-class TestStop:
-    def test_killed_six_times_it_ends_bit_equal(self, world, undisturbed, tmp_path):
-        assert kill_and_resume(world, tmp_path / "run", 6, seed=0) >= 5
-        assert state(tmp_path / "run") == undisturbed
-        left = [p.name for p in (tmp_path / "run").rglob("*") if p.name.endswith(".tmp")]
-        assert not left
+def test_killed_anywhere_it_ends_bit_equal(world, undisturbed, tmp_path):
+    """Before some operation on its files, or at some time: with SIGKILL nothing can be tidied."""
+    out, rng, places = tmp_path / "run", random.Random(0), []
+    o = whole(world, out)
+    for n in range(14):
+        process = start(o, dies_at=rng.randint(5, 20 + 5 * n) if n else 3)
+        if n % 4 == 3:
+            time.sleep(rng.random() / 2)
+            process.kill()
+        if finish(process) == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        places.append(place(out))
+        with open(out / "metrics.jsonl", "a") if steps(out) else io.StringIO() as file:
+            file.write('{"step": 4, "rew')  # a line cut short
+    assert {*places} >= {"nothing", "warm start", "judge", "GRPO"} and len(places) > 8
+    assert finish(start(o)) == 0
+    same_state(out, undisturbed[0])
 
-    @pytest.mark.slow
-    def test_soak_thirty_kills(self, world, undisturbed, tmp_path):
-        kills, round_ = 0, 0
-        while kills < 30:
-            kills += kill_and_resume(world, tmp_path / f"run{round_}", 8, seed=round_)
-            assert state(tmp_path / f"run{round_}") == undisturbed
-            round_ += 1
 
-    @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_asked_to_stop_it_saves_and_says_how_to_go_on(
-        self, world, undisturbed, tmp_path, number, status
-    ):
-        out = tmp_path / "run"
-        process = start(world, out)
-        wait_for_steps(process, out, 4)
-        process.send_signal(number)
-        code, _, complaint = finish(process)
-        assert code == status and "the same command" in complaint and "Traceback" not in complaint
-        stopped = steps(out)
-        assert torch.load(out / "trainer.pt", weights_only=True)["step"] == stopped
-        code, printed, _ = finish(start(world, out))
-        assert code == 0 and f"resuming after step {stopped}" in printed
-        assert state(out) == undisturbed
+@pytest.mark.parametrize("number, reader", [
+    (signal.SIGINT, "alive"), (signal.SIGTERM, "alive"), (signal.SIGINT, "dead"),
+    (signal.SIGTERM, "dead"),
+])  # fmt: skip
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(world, undisturbed, tmp_path, number, reader):
+    """A reader dies first where Ctrl-C ends all of `rl.py 2>&1 | tee log`."""
+    out, log = tmp_path / "run", tmp_path / "run.log"
+    if reader == "dead":
+        os.mkfifo(log)
+    process = start(whole(world, out, save_every=50))
+    with open(log) if reader == "dead" else contextlib.nullcontext():
+        wait_for(lambda: steps(out) >= 2, process)
+    os.kill(process.pid, number)
+    assert finish(process) == 128 + number
+    done = torch.load(out / "trainer.pt", weights_only=True)["step"]
+    assert 2 <= done == steps(out) < 8
+    if reader == "alive":
+        said = log.read_text()
+        assert said.endswith("stopped; the same command with --resume goes on\n")
+        assert "stopping after this step" in said and "Traceback" not in said
+        assert finish(start(whole(world, out))) == 0
+        assert f"GRPO: on after step {done}\n" in log.read_text()
+        same_state(out, undisturbed[0])
 
-    def test_asked_to_stop_before_the_first_step(self, world, tmp_path):
-        process = start(world, tmp_path / "run", pairs_per_query=50)
-        while process.poll() is None and not (tmp_path / "run" / "config.json").is_file():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        code, _, complaint = finish(process)
-        assert code == 130 and "the same command" in complaint and "Traceback" not in complaint
 
-    def test_two_processes_do_not_share_a_run(self, world, tmp_path):
-        first = start(world, tmp_path / "run", steps=1000)
-        wait_for_steps(first, tmp_path / "run", 1)
-        code, _, complaint = finish(start(world, tmp_path / "run", steps=1000))
-        first.kill()
-        finish(first)
-        assert code == 2 and "another process" in complaint
+@pytest.mark.parametrize("slow, mark, asked, status", [
+    ("update", "metrics.jsonl", 2, -signal.SIGINT), ("make_judge", "look.json", 1, 130),
+])  # fmt: skip
+def test_the_second_signal_and_one_outside_of_the_steps_end_at_once(
+    world, tmp_path, monkeypatch, slow, mark, asked, status
+):
+    monkeypatch.setattr(rl, slow, lambda *_: time.sleep(60))
+    out, log = tmp_path / "run", tmp_path / "run.log"
+    process = start(whole(world, out, warm_start=0))
+    wait_for((out / mark).is_file, process)
+    time.sleep(0.2)
+    for _ in range(asked):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    process.join(10)
+    assert process.exitcode == status and "Traceback" not in log.read_text()
 
-    def test_a_directory_is_held_once(self, tmp_path):
-        with prlm.alone(tmp_path / "run"):
-            with pytest.raises(ValueError, match="another process"), prlm.alone(tmp_path / "run"):
-                pass
-            with prlm.alone(tmp_path / "other"):
-                pass
-        with prlm.alone(tmp_path / "run"):
-            pass
 
-    @pytest.mark.parametrize("in_loop, asked", [(False, 1), (True, 2)])
-    def test_signals_wait_only_within_the_loop(self, in_loop, asked, capsys):
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            stop = prlm.Stop()
-            stop.in_loop = in_loop
-            for _ in range(asked - 1):
-                signal.raise_signal(signal.SIGTERM)
-                assert stop.signal == signal.SIGTERM
-            with pytest.raises(SystemExit) as left:
-                signal.raise_signal(signal.SIGTERM)
-            assert left.value.code == 143 and "the same command" in capsys.readouterr().err
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+def test_a_signal_during_the_last_save_is_obeyed(world, tmp_path, monkeypatch):
+    save = rl.save_state
 
-    def test_overwrite_starts_anew(self, world, tmp_path):
-        o = tiny(world, tmp_path / "run", steps=1, personalization=0.0)
+    def signalled(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    o = whole(world, tmp_path / "run", steps=2, warm_start=0, personalization=0.0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(rl, "save_state", signalled)
         rl.main(o)
-        changes = dict(personalization=0.0, overwrite=True, temperature=0.5)
-        rl.main(tiny(world, tmp_path / "run", steps=2, **changes))
-        assert steps(tmp_path / "run") == 2
-        assert {p.name for p in tmp_path.iterdir()} == {"run", ".run.lock"}
+    assert left.value.code == 143 and steps(tmp_path / "run") == 2
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    rl.main(o)
+    assert (tmp_path / "run" / "predictions.json").is_file()

@@ -1,32 +1,24 @@
 """The paper's questions, asked of the toy world by one command.
 
-  1. Does reasoning trained by RL beat plain personalized RAG?   (three tasks, five rows)
+  1. Does reasoning trained by RL beat plain personalized RAG?   (three tasks, six rows)
   2. What do the reasoning and the contrastive reward each contribute?   (one change at a time)
   3. Is it robust to how many items are retrieved, and by what?   (k by retriever)
   4. What does the judge know, and what does a policy learn from it, alone too?
      (pair accuracy, swap test, rivals, correlation with ROUGE; rewards without gold texts)
 
-Every training is a run of rl.py with the options that its row changes, so it can be stopped and
-resumed (the supervised baseline is rl.py's warm start alone). One process and thread per core.
-The report states, it does not judge: what the figures mean stands in the README.
+Every training is a run of rl.py, whose command is printed; what is there already is not made again,
+so the same command goes on after a stop. The report states, it does not judge.
 
     python toy/experiments.py --quick        # one seed of the main table
-    python toy/experiments.py                # everything, three seeds
+    python toy/experiments.py                # everything, three seeds: half an hour on two cores
 """
 
-import contextlib
-import multiprocessing
-import os
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
@@ -35,18 +27,21 @@ import prlm
 import retrieve
 import reward
 import rl
+from prlm import SHIPPED, option
+from toy import common
 
 # ---- The arms: what each row of a table changes ---------------------------------------------
 
 # Form and judge alone: what the users really wrote is not rewarded.
-NO_GOLD = {"accuracy": 0.0, "personalization": 1.0, "eval_every": 10}
+NO_GOLD = {"accuracy": 0.0, "personalization": 1.0}
 KL = {"beta": 0.3}  # stay near the base: a judge of style alone forgets what the query is about
 ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
-    "prlm": ("PrLM", {}),
+    "base": ("RAG base", {"steps": 0, "personalization": 0.0}),
+    "sft": ("supervised on the answers", {"reasoning": False, "personalization": 0.0, "steps": 0}),
     "no_reasoning": ("GRPO without reasoning", {"reasoning": False}),
-    "sft": ("supervised on the answers", {"reasoning": False, "personalization": 0.0}),
+    "prlm": ("PrLM", {}),
     "no_judge": ("without the personalization reward", {"personalization": 0.0}),
-    "untrained": ("reward model untrained", {}),
+    "untrained": ("reward model untrained", {"reward_epochs": 0}),
     "negatives4": ("InfoNCE with 4 negatives", {"negatives": 4}),
     "ratio": ("ratio judge", {"judge": "ratio"}),
     "ratio1": ("ratio judge, weight 1", {"judge": "ratio", "personalization": 1.0}),
@@ -56,185 +51,94 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "ratio_no_gold_kl": ("no gold texts, ratio judge, KL", NO_GOLD | KL | {"judge": "ratio"}),
 }
 MAIN = ["sft", "no_reasoning", "prlm"]
-WITHOUT_GOLD = ["bert_no_gold", "ratio_no_gold", "bert_no_gold_kl", "ratio_no_gold_kl"]
-ABLATIONS = ["prlm", "no_reasoning", "no_judge", "untrained", "negatives4", "ratio", "ratio1"]
-ABLATIONS += WITHOUT_GOLD
+WITHOUT_GOLD = [arm for arm in ARMS if "no_gold" in arm]
+ABLATIONS = [arm for arm in ARMS if arm not in ("base", "sft")]
 JUDGES = ["prlm", "negatives4", "untrained", "ratio"]  # arms whose judges differ
+ROBUST = ["base", "no_reasoning", "prlm"]  # what is asked with other prompts than in training
 RETRIEVERS, ITEMS = ["random", "recency", "bm25", "dense"], [1, 2, 4, 8]
-TASK = "LaMP-4"  # of everything but the main table
+TASKS = ["LaMP-4", "LaMP-5", "LaMP-7"]
+TASK = TASKS[0]  # of everything but the main table
 
 
 @dataclass
 class Options:
-    bounds = {1: "seeds steps jobs"}  # noqa: RUF012
-    quick: bool = False  # one seed of the main table, and nothing else
-    seeds: int = 3  # trainings of every arm
-    steps: int = 60  # of every training
-    jobs: int = 2  # processes at a time, each on one core
-    model: str = prlm.beside("toy/policy")  # checkpoint directory of the base policy
-    encoder: str = prlm.beside("toy/encoder")  # BERT checkpoint
-    data: str = prlm.beside("toy/lamp")  # directory with LaMP's files
-    out: str = "runs/experiments"  # what is there already is not computed again
+    quick: bool = option(False, "one seed of the main table, and nothing else")
+    seeds: int = option(3, "trainings of every arm", 1)
+    steps: int = option(30, "of every training", 1)
+    jobs: int = option(2, "processes at a time, each on one core", 1)
+    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the base policy")
+    encoder: str = option(str(SHIPPED / "encoder"), "BERT checkpoint")
+    data: str = option(str(SHIPPED / "lamp"), "directory with LaMP's files")
+    out: str = option("runs/experiments", "what is there already is not made again")
+    grid: str | None = option(None, "a run to ask with other prompts; for the jobs of this script")
 
 
-def tasks(o: Options) -> list[str]:
-    """Those that the data directory holds."""
-    return [task for task in retrieve.TASKS if (Path(o.data) / task.replace("-", "_")).is_dir()]
+def place(o: Options, task: str, arm: str, seed: int) -> Path:
+    return Path(o.out) / task / arm / f"seed{seed}"
 
 
-def options_of(o: Options, task: str, arm: str, seed: int) -> rl.Options:
-    """The options of an arm's training: `python rl.py` with these does the same."""
-    out = str(Path(o.out) / task / arm / f"seed{seed}")
-    same = {"model": o.model, "encoder": o.encoder, "data": o.data, "device": "cpu"}
-    same |= {"task": task, "seed": seed, "steps": o.steps, "out": out}
-    if arm == "sft":  # a warm start and nothing after it, as many records a step as RL has prompts
-        same |= {"steps": 0, "warm_start": o.steps, "warm_start_batch": 16, "warm_start_lr": 1e-3}
-    return rl.Options(**same, **ARMS[arm][1])
+def seeds_of(o: Options, arm: str) -> range:
+    return range(1 if o.quick or arm == "base" else o.seeds)
 
 
-# ---- Trainings ------------------------------------------------------------------------------
+def options_of(o: Options, task: str, arm: str, seed: int) -> dict:
+    """The options of an arm's training, as rl.py takes them."""
+    same = {"model": o.model, "encoder": o.encoder, "data": o.data, "preset": "toy"}
+    same |= {"task": task, "seed": seed, "steps": o.steps, "device": "cpu"}
+    if arm == "sft":  # as many records as RL has prompts: 8 a step instead of 16
+        same |= {"warm_start": 2 * o.steps, "warm_start_lr": 1e-3}
+    return same | ARMS[arm][1]
 
 
-def untrained_model(o: rl.Options) -> str:
-    """The directory of a reward model that has learned nothing, made beside the run."""
-    folder = Path(o.out).with_name(f"judge{o.seed}")
-    torch.manual_seed(o.seed)
-    reward.save_reward_model(reward.RewardModel(prlm.load_encoder(o.encoder)), folder)
-    return str(folder)
+# ---- Trainings, and answers to other prompts -------------------------------------------------
 
 
-def train(o: Options, task: str, arm: str, seed: int) -> None:
-    chosen = options_of(o, task, arm, seed)
-    if arm == "untrained":
-        chosen = replace(chosen, reward_model=untrained_model(chosen))
-    rl.main(chosen)
+def chain(o: Options, task: str, arm: str, seed: int) -> list[tuple[list[str], Path]]:
+    """The commands of an arm and seed, each with the file that shows it is done."""
+    out, options = place(o, task, arm, seed), options_of(o, task, arm, seed)
+    common.is_done(out, options)  # else ValueError
+    train = common.command("rl.py", {**options, "out": out, "resume": True})
+    commands = [(train, out / "predictions.json")]
+    if task == TASK and arm in ROBUST and not o.quick:
+        grid = common.command("toy/experiments.py", {"grid": out})
+        commands.append((grid, out / "grid.json"))
+    return commands
 
 
-def read_scores(o: rl.Options) -> dict:
-    return prlm.read_json(Path(o.out) / "scores.json")
-
-
-# ---- Answers of any policy to any prompt ----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One evaluation: a policy, the base (seed None) or a trained one, and how it is asked."""
-
-    task: str
-    arm: str
-    seed: int | None
-    k: int = 4
-    retriever: str = "bm25"
-
-    def path(self, o: Options) -> Path:
-        name = f"{self.task} {self.arm} {self.seed} {self.k} {self.retriever}.json"
-        return Path(o.out) / "answers" / name.replace(" ", "_")
-
-
-def answer(o: Options, cell: Cell) -> None:
-    """Greedy answers for the held-out users, into the cell's file, once."""
-    if cell.path(o).is_file():
-        return
-    how = replace(
-        options_of(o, cell.task, cell.arm, cell.seed or 0), k=cell.k, retriever=cell.retriever
-    )
-    folder = o.model if cell.seed is None else Path(how.out) / "checkpoint"
-    decoder, tokenizer = prlm.load_decoder(folder), prlm.load_tokenizer(folder)
-    held = retrieve.load_lamp(o.data, cell.task, "dev")
-    _, answers = scoring.evaluate(decoder, tokenizer, held, how)
-    cell.path(o).parent.mkdir(parents=True, exist_ok=True)
-    prlm.write_json(cell.path(o), answers)
-
-
-def scores_of(o: Options, cell: Cell) -> dict[str, np.ndarray]:
-    """Each metric of each held-out user [N]."""
-    held, answers = retrieve.load_lamp(o.data, cell.task, "dev"), prlm.read_json(cell.path(o))
-    rows = [scoring.score(answers[e.id], e.target) for e in held]
-    return {metric: np.array([row[metric] for row in rows]) for metric in scoring.METRICS}
-
-
-# ---- Work, shared out -----------------------------------------------------------------------
-
-
-def prepare() -> None:
-    """A worker: one thread, no progress bar of its own, and no life after its parent's."""
-    torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def quietly(o: Options, work, name: str) -> str:
-    """Runs work() with what it prints in a log file."""
-    log = Path(o.out) / "log" / f"{name.replace(' ', '_')}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        work()
-    return name
-
-
-def share_out(o: Options, work: dict, title: str) -> None:
-    """All of {name: function}, --jobs at a time, under one progress bar."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(o.jobs, context, prepare) as pool:
-        futures = [pool.submit(quietly, o, job, name) for name, job in work.items()]
-        try:
-            with tqdm(as_completed(futures), title, len(futures), disable=None) as bar:
-                for future in bar:
-                    bar.set_postfix_str(future.result())
-        except BaseException:  # Ctrl-C too: what is under way will be resumed another time
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+def answer_grid(run: Path) -> None:
+    """{retriever: [mean ROUGE-L at each k of ITEMS]} of a run's policy, into its grid.json."""
+    o = prlm.resolve(scoring.Options, {"run": str(run), "device": "cpu"})
+    held, (decoder, tokenizer) = retrieve.load_examples(o, "dev"), prlm.load_policy(o)
+    found = {}
+    for name in RETRIEVERS:
+        how = replace(o, retriever=name)
+        answers = [scoring.answer_all(how, decoder, tokenizer, held, k=k) for k in ITEMS]
+        found[name] = [scoring.mean_scores(records)["rouge-l"] for records in answers]
+    prlm.write_json(run / "grid.json", found)
 
 
 # ---- What comes out of it -------------------------------------------------------------------
 
 
-def bootstrap(ours: np.ndarray, theirs: np.ndarray, draws=10_000) -> tuple[float, float, float]:
-    """(p, low, high) of mean(ours - theirs) over users [N], who are redrawn with replacement.
-
-    p is two-sided: twice the smaller share of redrawn means on either side of 0. The interval is
-    that of 95 %. Paired: a user brings both scores, each the mean over seeds, so what differs
-    between seeds is not in it.
-    """
-    difference, rng = ours - theirs, np.random.default_rng(0)
-    drawn = rng.integers(0, len(difference), (draws, len(difference)))
-    means = difference[drawn].mean(1)  # [draws]
-    tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
-    low, high = np.quantile(means, [0.025, 0.975])
-    return min(1.0, 2 * tail / (draws + 1)), float(low), float(high)
+def scores_of(o: Options, task: str, arm: str, stage: str, metric: str) -> np.ndarray:
+    """A metric of each held-out user, for every seed of an arm. [seeds, users]"""
+    files = [place(o, task, arm, s) / "held_out" / f"{stage}.jsonl" for s in seeds_of(o, arm)]
+    return np.array([[record[metric] for record in prlm.read_lines(file)] for file in files])
 
 
-def compare(scores: dict, task: str, rows: dict[str, list[Cell]], ours: str) -> list[dict]:
-    """A line a row: mean and spread of each metric over its seeds, and `ours` against it.
-
-    `scores` holds scores_of each cell.
-    """
-    users = {name: [scores[cell] for cell in cells] for name, cells in rows.items()}
-    best = np.mean([scores["rouge-l"] for scores in users[ours]], 0)  # [N]
-    lines = []
-    for name, seeds in users.items():
-        line = {"task": task, "row": name, "seeds": len(seeds), "users": len(best)}
-        for metric in scoring.METRICS:
-            means = [float(scores[metric].mean()) for scores in seeds]
-            line[metric] = float(np.mean(means))
-            line[f"{metric}_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
-        if name != ours:
-            theirs = np.mean([scores["rouge-l"] for scores in seeds], 0)
-            line["p"], line["low"], line["high"] = bootstrap(best, theirs)
-        lines.append(line)
-    return lines
+def compare(o: Options, task: str, rows: dict[str, tuple[str, str]]) -> str:
+    """A line for each of the rows {name: (arm, stage)}: its scores, and PrLM against it."""
+    ours, lines = scores_of(o, task, "prlm", "after", "rouge-l"), []
+    for name, (arm, stage) in rows.items():
+        metrics = [scores_of(o, task, arm, stage, metric).mean(1) for metric in scoring.METRICS]
+        theirs = scores_of(o, task, arm, stage, "rouge-l")
+        against = [""] * 4 if arm == "prlm" else common.against(ours, theirs)
+        lines.append([name, *map(common.spread, metrics), *against])
+    return common.markdown(["", *scoring.METRICS, *common.AGAINST], lines)
 
 
 def correlation(path: Path) -> tuple[float, float]:
-    """Pearson's r of the learned reward and ROUGE over a run's samples: all, and within groups.
+    """Pearson's r of the judge's values and ROUGE over a run's samples: all, and within groups.
 
     Within: both minus the mean of their prompt's group, which is all that advantages see.
     """
@@ -246,257 +150,160 @@ def correlation(path: Path) -> tuple[float, float]:
     return tuple(float(np.corrcoef(x.T)[0, 1]) if x.std(0).all() else 0.0 for x in (pairs, within))
 
 
-def held_out_accuracy(o: rl.Options, pairs: list[dict]) -> float:
-    """The pair accuracy of a run's judge on the held-out ones of these pairs."""
-    decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
-    judge = reward.make_judge(o, decoder, tokenizer, [], Path(o.out) / "reward")
-    examples = {e.id: e for e in retrieve.load_lamp(o.data, o.task, "train")}
-    _, held = reward.split_pairs(pairs, o.seed)
-    rows = [(examples[p["id"]], p["positive"], text) for p in held for text in p["negatives"]]
-    asked, better, worse = zip(*rows, strict=True)
-    return reward.prefers(judge, own=(asked, better), other=(asked, worse))
+def prefers(judge, examples, better: list[str], worse: list[str]) -> float:
+    """How often the judge values the better answer higher; ties are a half."""
+    pairs = zip(judge(examples, better), judge(examples, worse), strict=True)
+    return float(np.mean([(np.sign(a - b) + 1) / 2 for a, b in pairs]))
 
 
-def judges(o: Options, seeds: range) -> list[dict]:
-    """What each arm's judge knows, and the policy that it has trained; a line an arm and seed.
+def examine(o: Options, arm: str, seed: int) -> dict[str, float]:
+    """What an arm's judge knows, and the policy that it has trained.
 
-    Judges that rl.py trains are asked about the held-out of their own pairs, others of PrLM's.
+    Pairs are the held-out ones of the arm, or PrLM's for a judge that is not trained on any.
     """
-    lines = []
+    run = place(o, TASK, arm, seed)
+    how = prlm.resolve(rl.Options, {"resume": True, "out": str(run)})
+    decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
+    judge = reward.make_judge(how, decoder, tokenizer, [], [], run / "reward")
+    found = prlm.read_json(run / "reward" / "report.json")
+    if arm == "ratio":
+        pairs = prlm.read_json(place(o, TASK, "prlm", seed) / "reward" / "pairs.json", list)
+        examples = {example.id: example for example in retrieve.load_examples(how, "train")}
+        rows = [(p, n) for p in reward.split_pairs(pairs, seed)[1] for n in p["negatives"]]
+        asked, better = [examples[p["id"]] for p, _ in rows], [p["positive"] for p, _ in rows]
+        found["pair_accuracy"] = prefers(judge, asked, better, [worse for _, worse in rows])
+    probe = prlm.read_json(Path(o.data) / TASK.replace("-", "_") / "probe.json", list)
+    rivals = {row["query"]: row for row in probe}
+    held = [e for e in retrieve.load_examples(how, "dev") if e.query in rivals]
+    texts = {key: [rivals[e.query][key] for e in held] for key in ("own", "other", "plain")}
+    for rival in ("other", "plain"):
+        found[f"own_over_{rival}"] = prefers(judge, held, texts["own"], texts[rival])
+    found["r"], found["r_group"] = correlation(run / "samples.jsonl")
+    return found | {"rouge-l": prlm.read_json(run / "scores.json")["after"]["rouge-l"]}
+
+
+def judges(o: Options) -> str:
+    keys = {
+        "pair_accuracy": "pair accuracy", "swap_test": "swap test",
+        "own_over_other": "own over another user's style", "own_over_plain": "own over a plain one",
+        "r": "r with ROUGE", "r_group": "r within a group", "rouge-l": "ROUGE-L after RL",
+    }  # fmt: skip
+    rows = []
     for arm in JUDGES:
-        for seed in seeds:
-            run = options_of(o, TASK, arm, seed)
-            out, trained = Path(run.out), Path(options_of(o, TASK, "prlm", seed).out)
-            if arm == "untrained":
-                run = replace(run, reward_model=untrained_model(run))
-            found = {}
-            if arm in ("untrained", "ratio"):
-                pairs = prlm.read_json(trained / "reward" / "pairs.json", list)
-                found["pair_accuracy"] = held_out_accuracy(run, pairs)
-            report = prlm.read_json(out / "reward" / "report.json") | found
-            total, within = correlation(out / "samples.jsonl")
-            report |= {"r": total, "r_group": within}
-            report["rouge-l"] = read_scores(run)["after"]["rouge-l"]
-            lines.append({"row": ARMS[arm][0], "seed": seed, **report})
-    return lines
+        found = [examine(o, arm, seed) for seed in seeds_of(o, arm)]
+        rows.append([ARMS[arm][0], *(common.spread([line[key] for line in found]) for key in keys)])
+    return common.markdown(["", *keys.values()], rows)
 
 
-def efforts(o: Options, task: str, arms: list[str], seeds: range) -> list[dict]:
+def grids(o: Options) -> dict[str, np.ndarray]:
+    """{name of the policy: ROUGE-L [retrievers, k], the mean over seeds}."""
+    files = {
+        arm: [place(o, TASK, arm, s) / "grid.json" for s in seeds_of(o, arm)] for arm in ROBUST
+    }
+    return {
+        ARMS[arm][0]: np.mean([[*prlm.read_json(path).values()] for path in paths], 0)
+        for arm, paths in files.items()
+    }
+
+
+def efforts(o: Options, arms: list[str]) -> str:
     """What a training cost: sampled tokens, and seconds of rollouts and updates."""
-    lines = []
+    rows = []
     for arm in arms:
-        for seed in seeds:
-            run = options_of(o, task, arm, seed)
-            metrics, rows = prlm.read_lines(Path(run.out) / "metrics.jsonl"), run.prompts_per_step
-            size = rows * run.group_size
-            sampled = sum(line.get("completion_tokens", 0) * size for line in metrics)
-            seconds = sum(
-                line.get("seconds_rollout", 0) + line.get("seconds_update", 0) for line in metrics
-            )
-            cost = {"steps": run.steps, "sampled_tokens": round(sampled), "seconds": round(seconds)}
-            lines.append({"task": task, "row": ARMS[arm][0], "seed": seed, **cost})
-    return lines
+        runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
+        lines = [line for run in runs for line in prlm.read_lines(run / "metrics.jsonl")]
+        tokens = sum(line["completion_tokens"] * 16 * 8 for line in lines) / len(runs)
+        seconds = sum(line["seconds_rollout"] + line["seconds_update"] for line in lines)
+        rows.append([ARMS[arm][0], f"{tokens:,.0f}", f"{seconds / len(runs):,.0f}"])
+    return common.markdown(["", "sampled tokens", "seconds of steps on one core"], rows)
 
 
 # ---- The report -----------------------------------------------------------------------------
 
 
-def markdown(columns: list[str], rows: list[list]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def spread(line: dict, key: str) -> str:
-    deviation = line.get(f"{key}_sd")
-    return f"{line[key]:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
-
-
-def show_rows(lines: list[dict]) -> str:
-    ours = next(line for line in lines if "p" not in line)
-    names = ["", *scoring.METRICS, f"{ours['row']} − this, ROUGE-L, 95 %", "p"]
-    rows = []
-    for line in lines:
-        against = ["", ""]
-        if "p" in line:
-            gain = ours["rouge-l"] - line["rouge-l"]
-            against = [
-                f"{gain:+.3f} ({line['low']:+.3f} … {line['high']:+.3f})",
-                f"{line['p']:.4f}",
-            ]
-        rows.append([line["row"], *(spread(line, metric) for metric in scoring.METRICS), *against])
-    return markdown(names, rows)
-
-
-def average(lines: list[dict], keys: list[str]) -> list[list[str]]:
-    """Rows of a table: each name's mean ± standard deviation over its seeds."""
-    rows = []
-    for name in dict.fromkeys(line["row"] for line in lines):
-        mine = [line for line in lines if line["row"] == name]
-        cells = [name]
-        for key in keys:
-            values = [line[key] for line in mine if key in line]
-            deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{deviation}" if values else "–")
-        rows.append(cells)
-    return rows
-
-
-def draw_curves(o: Options, arms: list[str], seeds: range, path: Path) -> None:
+def draw_curves(figure, o: Options, arms: list[str]) -> None:
     """Held-out ROUGE-L, completion length and closed reasoning by step, the mean over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = {
-        "eval_rouge-l": "held-out ROUGE-L, greedy",
+        "eval_rouge-l": "ROUGE-L of 64 held-out users, greedy",
         "completion_tokens": "tokens a completion",
         "format": "reasoning closed",
     }
     for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for arm in arms:
-            runs = [Path(options_of(o, TASK, arm, seed).out) for seed in seeds]
-            logs = [prlm.read_lines(run / "metrics.jsonl") for run in runs]
-            if any(key not in line for log in logs for line in log[-1:]):
-                continue
-            steps = [line["step"] for line in logs[0] if key in line]
-            values = np.mean([[line[key] for line in log if key in line] for log in logs], 0)
-            if key == "eval_rouge-l" and arm != "sft":
-                before = np.mean(
-                    [read_scores(options_of(o, TASK, arm, s))["before"]["rouge-l"] for s in seeds]
-                )
-                steps, values = [0, *steps], [before, *values]
-            axis.plot(steps, values, f"C{[*ARMS].index(arm)}", label=ARMS[arm][0])
+        for n, arm in enumerate(arms):
+            runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
+            logs = [[x for x in prlm.read_lines(r / "metrics.jsonl") if key in x] for r in runs]
+            steps = [line["step"] for line in logs[0]]
+            values = [np.mean([log[i][key] for log in logs]) for i in range(len(steps))]
+            if key == "eval_rouge-l":
+                start = scores_of(o, TASK, arm, "before", "rouge-l")[:, :64].mean()
+                steps, values = [0, *steps], [start, *values]
+            axis.plot(steps, values, f"C{n}", label=ARMS[arm][0])
         axis.set(title=title, xlabel="step")
     figure.axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
 
 
-def draw_grid(grid: list[dict], path: Path) -> None:
+def draw_grid(figure, found: dict[str, np.ndarray]) -> None:
     """Held-out ROUGE-L by k, a line a retriever, a panel a policy."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    names = list(dict.fromkeys(line["row"] for line in grid))
-    for axis, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
-        for retriever in RETRIEVERS:
-            mine = [line for line in grid if (line["row"], line["retriever"]) == (name, retriever)]
-            axis.plot(
-                [line["k"] for line in mine],
-                [line["rouge-l"] for line in mine],
-                "o-",
-                label=retriever,
-            )
+    axes = figure.subplots(1, len(found), sharey=True)
+    for axis, (name, table) in zip(axes, found.items(), strict=True):
+        for retriever, values in zip(RETRIEVERS, table, strict=True):
+            axis.plot(ITEMS, values, "o-", label=retriever)
         axis.set(title=name, xlabel="items in the prompt", xticks=ITEMS)
-    figure.axes[0].set(ylabel="held-out ROUGE-L, greedy")
-    figure.axes[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axes[0].set(ylabel="held-out ROUGE-L, greedy")
+    axes[-1].legend(fontsize=8)
 
 
-def pictures(draw, *arguments) -> str:
-    """The Markdown of a picture, or why there is none."""
-    try:
-        draw(*arguments)
-    except ImportError:
-        return "(no picture: matplotlib is not installed)\n"
-    return f"![]({arguments[-1].name})\n"
+HOW = """Greedy answers for held-out users; ± is the standard deviation over seeds. The differences
+are PrLM minus the row in ROUGE-L: over users, the trained policies stay (paired bootstrap); over
+seeds, the users stay (Student's t).
+"""
 
 
-def report(o: Options, results: dict, seeds: range) -> str:
-    out, text = Path(o.out), "# The paper's questions, asked of the toy world\n"
-    arms = MAIN if o.quick else list(ARMS)
-    text += (
-        f"\n{len(seeds)} seed(s), {o.steps} steps each; greedy answers for held-out users; mean ± "
-    )
-    text += (
-        "standard deviation over seeds.\np: paired bootstrap over users, 10,000 draws, two-sided.\n"
-    )
-    for task in tasks(o):
-        lines = [line for line in results["main"] if line["task"] == task]
-        text += f"\n## {task}: {lines[0]['users']} held-out users\n\n{show_rows(lines)}"
+def report(o: Options) -> str:
+    out, seeds = Path(o.out), len(seeds_of(o, "prlm"))
+    text = f"# The paper's questions, asked of the toy\n\n{seeds} seed(s), {o.steps} steps. {HOW}"
+    for task in TASKS:
+        rows = {"no profile": ("base", "no_profile"), ARMS["base"][0]: ("base", "before")}
+        rows["RAG base, reasoning closed"] = ("no_reasoning", "before")
+        rows |= {ARMS[arm][0]: (arm, "after") for arm in MAIN}
+        users = scores_of(o, task, "base", "before", "rouge-l").shape[1]
+        text += f"\n## {task}: {users} held-out users\n\n{compare(o, task, rows)}"
+    shown = ["no_reasoning", "prlm"]
     if not o.quick:
-        text += f"\n## One change at a time, {TASK}\n\n" + show_rows(results["ablations"])
+        rows = {ARMS[arm][0]: (arm, "after") for arm in ABLATIONS}
+        text += f"\n## One change at a time, {TASK}\n\n{compare(o, TASK, rows)}"
         text += f"\n## Other prompts than in training (k 4, bm25), {TASK}, ROUGE-L\n"
-        for name in dict.fromkeys(line["row"] for line in results["grid"]):
-            cells = {
-                (c["retriever"], c["k"]): c["rouge-l"] for c in results["grid"] if c["row"] == name
-            }
-            best = max(cells.values())
-            rows = [
-                [r, *(f"{cells[r, k]:.3f} ({cells[r, k] - best:+.3f})" for k in ITEMS)]
-                for r in RETRIEVERS
-            ]
+        for name, table in grids(o).items():
+            cells = [[f"{x:.3f} ({x - table.max():+.3f})" for x in row] for row in table]
+            lines = [[retriever, *row] for retriever, row in zip(RETRIEVERS, cells, strict=True)]
             text += f"\n{name} (in brackets: from its best cell)\n\n"
-            text += markdown(["", *(f"k = {k}" for k in ITEMS)], rows)
-        text += "\n" + pictures(draw_grid, results["grid"], out / "robustness.png")
-        keys = ["pair_accuracy", "swap_test", "own_over_other", "own_over_plain", "r", "r_group"]
-        names = ["", "pair accuracy", "swap test", "own over another user's style"]
-        names += ["own over a plain one", "r with ROUGE", "r within a group", "ROUGE-L after RL"]
-        keys.append("rouge-l")
-        text += "\n## The judges (shares are .5 by chance)\n\n"
-        text += markdown(names, average(results["judges"], keys))
-    text += "\n## Learning curves, " + TASK + "\n\n"
-    shown = [arm for arm in arms if arm not in WITHOUT_GOLD]
-    text += pictures(draw_curves, o, shown, seeds, out / "curves.png")
-    if not o.quick:
-        text += "\n## Learning curves without gold texts, " + TASK + "\n\n"
-        text += pictures(draw_curves, o, WITHOUT_GOLD, seeds, out / "no_gold.png")
-    costs = ["steps", "sampled_tokens", "seconds"]
-    rows = []
-    for name in dict.fromkeys(line["row"] for line in results["efforts"]):
-        mine = [line for line in results["efforts"] if line["row"] == name]
-        rows.append([name, *(f"{np.mean([line[key] for line in mine]):,.0f}" for key in costs)])
-    text += "\n" + markdown(["", "steps", "sampled tokens", "seconds on one core"], rows)
-    return text
+            text += common.markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
+        text += "\n" + common.picture(draw_grid, out / "robustness.png", grids(o))
+        text += f"\n## The judges (shares are .5 by chance)\n\n{judges(o)}"
+        shown = [arm for arm in ABLATIONS if arm not in WITHOUT_GOLD]
+        text += f"\n## Learning curves without gold texts, {TASK}\n\n"
+        text += common.picture(draw_curves, out / "no_gold.png", o, WITHOUT_GOLD)
+    text += f"\n## Learning curves, {TASK}\n\n"
+    text += common.picture(draw_curves, out / "curves.png", o, shown)
+    return text + "\n" + efforts(o, shown if o.quick else ABLATIONS)
 
 
 def main(o: Options) -> None:
-    seeds = range(1 if o.quick else o.seeds)
+    if o.grid:
+        torch.set_num_threads(1)
+        answer_grid(Path(o.grid))
+        return
     work = {}
-    for seed in seeds:  # a whole seed first: an early look at all rows
-        for task in tasks(o):
-            for arm in dict.fromkeys(MAIN + (ABLATIONS if task == TASK and not o.quick else [])):
-                work[f"{task} {arm} seed {seed}"] = partial(train, o, task, arm, seed)
-    share_out(o, work, "trainings")
-
-    main_rows = {}
-    for task in tasks(o):
-        rows = {
-            "no profile": [Cell(task, "prlm", None, k=0)],
-            "RAG base": [Cell(task, "prlm", None)],
-            "RAG base, reasoning closed": [Cell(task, "no_reasoning", None)],
-        }
-        rows |= {ARMS[arm][0]: [Cell(task, arm, seed) for seed in seeds] for arm in MAIN}
-        main_rows[task] = rows
-    ablations = {ARMS[arm][0]: [Cell(TASK, arm, seed) for seed in seeds] for arm in ABLATIONS}
-    tested = {"RAG base": [("prlm", None)]}
-    tested |= {ARMS[arm][0]: [(arm, seed) for seed in seeds] for arm in ("no_reasoning", "prlm")}
-    grid = {
-        (name, retriever, k): [Cell(TASK, *policy, k, retriever) for policy in policies]
-        for name, policies in tested.items()
-        for retriever in RETRIEVERS
-        for k in ITEMS
-    }
-    groups = [cells for rows in main_rows.values() for cells in rows.values()]
-    if not o.quick:
-        groups += [*ablations.values(), *grid.values()]
-    cells = dict.fromkeys(cell for group in groups for cell in group)
-    share_out(o, {cell.path(o).stem: partial(answer, o, cell) for cell in cells}, "answers")
-
-    ours, scores = ARMS["prlm"][0], {cell: scores_of(o, cell) for cell in cells}
-    results = {
-        "main": [line for t, rows in main_rows.items() for line in compare(scores, t, rows, ours)]
-    }
-    results["efforts"] = efforts(o, TASK, MAIN if o.quick else list(ARMS), seeds)
-    if not o.quick:
-        results["ablations"] = compare(scores, TASK, ablations, ours)
-        results["grid"] = [
-            {"row": name, "retriever": retriever, "k": k}
-            | {"rouge-l": float(np.mean([scores[cell]["rouge-l"].mean() for cell in policies]))}
-            for (name, retriever, k), policies in grid.items()
-        ]
-        results["judges"] = judges(o, seeds)
-    prlm.write_json(Path(o.out) / "results.json", results)
-    prlm.write_text(Path(o.out) / "report.md", report(o, results, seeds))
-    print(f"{o.out}/report.md, {o.out}/results.json")
+    for seed in range(o.seeds):  # a whole seed first: an early look at all rows
+        for task in TASKS:
+            more = ABLATIONS if task == TASK and not o.quick else []
+            for arm in dict.fromkeys(["base", *MAIN, *more]):
+                if seed in seeds_of(o, arm):
+                    work[f"{task} {arm} seed {seed}"] = chain(o, task, arm, seed)
+    if failed := common.run_jobs(work, o.jobs, Path(o.out) / "log"):
+        raise ValueError("\n".join(failed))
+    prlm.write_text(Path(o.out) / "report.md", report(o))
+    print(f"{o.out}/report.md")
 
 
 if __name__ == "__main__":
