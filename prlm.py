@@ -94,6 +94,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return out.transpose(1, 2)
 
 
+def embedding(rows: int, size: int) -> nn.Embedding:
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
+
+
+def init_matrices(module: nn.Module) -> None:
+    """Normal with a standard deviation of .02; biases 0. Skipped where weights will be loaded."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 2 and not parameter.is_meta:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias") and not parameter.is_meta:
+            nn.init.zeros_(parameter)
+
+
 class Linear(nn.Linear):
     """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021).
 
@@ -191,14 +204,12 @@ class Decoder(nn.Module):
         self.config = c = parse_config(raw, where)
         self.vocab_limit = c.vocab_size  # ids from here on are rows without a token: never sampled
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.embed_tokens = embedding(c.vocab_size, c.hidden_size)
         self.model.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+        init_matrices(self)
         self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
         self.checkpointing = False  # True: each layer's activations are recomputed in backward
 
@@ -512,8 +523,8 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
     limit = decoder.vocab_limit
 
     def chunk(x: Tensor, ids: Tensor, head: Tensor) -> Tensor:
-        logits = decoder.logits(x, head) / temperature  # cast here: its gradient sums in float32
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = decoder.logits(x, head)  # casts the head here: its gradient sums in float32
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
     size, head = max(128, pace_of(hidden.device).logits // limit), decoder.head[:limit]
@@ -645,18 +656,14 @@ class Encoder(nn.Module):
             "position": self.max_length,
             "token_type": c.type_vocab_size,
         }
-        parts = {f"{n}_embeddings": nn.Embedding(size, self.hidden) for n, size in tables.items()}
+        parts = {f"{n}_embeddings": embedding(size, self.hidden) for n, size in tables.items()}
         norm = nn.LayerNorm(self.hidden, c.layer_norm_eps)
         self.embeddings = nn.ModuleDict(parts | {"LayerNorm": norm})
         layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         dense = Linear(self.hidden, self.hidden)
         self.pooler = nn.ModuleDict({"dense": dense}) if pooler else None
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        init_matrices(self)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
@@ -690,7 +697,7 @@ CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
 THINK = re.compile(r"(</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\r?\n)([^<>{}'\"]+)<\|im_end\|>")
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>")
 OPENS_THINKING = re.compile(r"(?:<｜Assistant｜>|assistant\\n)<think>\\n")
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
@@ -814,7 +821,7 @@ def chat_template(files: dict, settings: dict) -> str:
     found = files.get("chat_template.jinja", settings.get("chat_template"))
     if isinstance(found, list):  # several: [{"name", "template"}]
         found = next((t.get("template") for t in found if t.get("name") == "default"), "")
-    return found if isinstance(found, str) else ""
+    return found.replace("\r\n", "\n") if isinstance(found, str) else ""
 
 
 def chat_format(known, template: str) -> str | None:
@@ -832,8 +839,10 @@ def chat_format(known, template: str) -> str | None:
 
 def render_chat(turns: list[tuple], kind: str, template: str, control) -> tuple[str, list[str]]:
     """(form, texts) for `Tokenizer.fill`: the turns, and the beginning of the assistant's."""
-    if "<think>" in control:  # as R1's and Qwen3's templates: only an answer's reasoning is news
-        turns = [(r, t.rpartition("</think>")[2] if r == "assistant" else t) for r, t in turns]
+    if kind == R1 or "</think>" in template:  # earlier answers lose their reasoning
+        blank = "\n" if kind == CHATML else ""
+        cut = [(role, text.rpartition("</think>")[2].lstrip(blank)) for role, text in turns]
+        turns = [c if c[0] == "assistant" else turn for c, turn in zip(cut, turns, strict=True)]
     system = next((text for role, text in turns if role == "system"), None)
     if kind == LLAMA3:
         turns = [(role, text.strip()) for role, text in turns]
@@ -1156,9 +1165,11 @@ def load_tokenizer(directory) -> Tokenizer:
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = path.with_name(f"{kind}.json")
         content = read_json(file) if file.is_file() else {}
-        ids, token = content.get("eos_token_id") or [], content.get("eos_token")
-        token = backend.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
-        ids = [*(ids if isinstance(ids, list) else [ids]), *([] if token is None else [token])]
+        ids, token = content.get("eos_token_id"), content.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids = [] if ids is None else [*ids] if isinstance(ids, list) else [ids]
+        known = backend.token_to_id(token) if isinstance(token, str) else None
+        ids += [] if known is None else [known]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
         eos_ids += ids

@@ -271,7 +271,8 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
             losses = []
             for start in range(0, len(kept), BATCH):
                 optimizer.zero_grad()
-                losses.append(info_nce_backward(o, model, kept[start : start + BATCH]))
+                batch = kept[start : start + BATCH]
+                losses.append(info_nce_backward(o, model, batch) * len(batch) / len(kept))
                 optimizer.step()
                 schedule.step()
                 bar.update()
@@ -282,7 +283,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
         dist.broadcast(parameter.data, 0)  # GPUs may round differently; all judge alike
     report = {"pairs": len(pairs), "held_out_pairs": len(held)}
     report |= {"held_out_queries": len({pair["id"] for pair in held})}
-    report |= {"loss": sum(losses) / max(len(losses), 1)}
+    report |= {"loss": sum(losses)}
     return report | {"pair_accuracy": pair_accuracy(model, held)}
 
 

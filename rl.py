@@ -327,7 +327,8 @@ def main(o: Options, judge=None) -> None:
         if o.personalization and judge is None:
             check_judge(o)
         train, held = load_examples(o, "train"), load_examples(o, "dev")
-        prlm.load_policy(o)  # a faulty model is refused before anything is written
+        _, tokenizer = prlm.load_policy(o)  # a faulty file or option, before anything is written
+        make_prompts(o, tokenizer, train[:1])
         out = prlm.gather(open_run(o) if prlm.world()[0] == 0 else None)[0]
         if (out / "predictions.json").is_file():
             print(f"{out} was finished before")
@@ -431,8 +432,8 @@ def refresh(policy: Policy, seed: int | None = None) -> None:
             copied.dtype == torch.bfloat16 and seed is not None
         ):  # the upper half of a float32's bits
             bits = weight.detach().view(torch.int32)
-            noise = torch.randint(2**16, bits.shape, device=device, generator=generator)
-            weight = ((bits + noise.int()) & -(2**16)).view(torch.float32)
+            how = {"dtype": torch.int32, "device": device, "generator": generator}
+            weight = (bits + torch.randint(2**16, bits.shape, **how) & -(2**16)).view(torch.float32)
         copied.copy_(weight)
 
 
@@ -537,8 +538,8 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
         {'title': '(what the user really wrote)'}
         </answer>
 
-    Without retrieved items the sentences are left out, with --no-reasoning the whole block. What the
-    prompt has opened already is not said again.
+    Without retrieved items the sentences are left out, with --no-reasoning the whole block. What
+    the prompt has opened already is not said again.
     """
     rank = make_ranker(o)
     *_, last_field = task_of(o.task).fields

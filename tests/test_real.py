@@ -1,146 +1,169 @@
 """The experiment on real text: its commands, run on a tiny world, and its tables."""
 
-import shlex
 import signal
-import subprocess
-import sys
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import real
 from conftest import write_lamp, write_policy
 
 import prlm
 import retrieve
+import rl
+from toy import common
 
-SMALL = (
-    "--max-new-tokens 12 --max-prompt-tokens 400 --prompts-per-step 1 --group-size 2 --force "
-    "--steps 1 --k 2"
-)
+SMALL = "--max-new-tokens 12 --max-prompt-tokens 400 --prompts-per-step 1 --group-size 2 --k 2"
 
 
 @pytest.fixture
-def o(tmp_path, monkeypatch):
-    """Options for one tiny task and three arms, whose commands run in this process."""
-    write_policy(tmp_path / "policy")
+def jobs(monkeypatch):
+    """Jobs run in this process, one after the other; returns their commands and exit statuses."""
+    done = SimpleNamespace(commands=[], statuses={})
+
+    def start(words, log):
+        done.commands.append(words)
+        status = next((s for part, s in done.statuses.items() if part in " ".join(words)), 0)
+        if status == 0:
+            chapter = __import__(Path(words[1]).stem)
+            chapter.main(
+                prlm.resolve(chapter.Options, prlm.parse_flags(chapter.Options, "", words[2:]))
+            )
+        return SimpleNamespace(wait=lambda: status, terminate=lambda: None)
+
+    def submit(function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    pool = nullcontext(SimpleNamespace(submit=submit))
+    monkeypatch.setattr(common, "start", start)
+    monkeypatch.setattr(common, "ThreadPoolExecutor", lambda _: pool)
+    return done
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    answers = [f"{{'subject': '{text}'}}" for text in ("tennis wins", "golf", "oslo today")]
+    write_policy(folder / "policy", answers=answers)
     for split in ("train", "dev"):
-        write_lamp(tmp_path / "lamp" / "LaMP_4", split=split)
-    commands = []
+        write_lamp(folder / "lamp" / "commits", "commits", users=4, split=split)
+    return real.Options(
+        model=str(folder / "policy"), data=str(folder / "lamp"), out=str(folder / "out"),
+        arms="warm,none,prlm", seeds=2, warm=1, steps=1, more=SMALL, jobs=1,
+    )  # fmt: skip
 
-    def run(words, **_):
-        commands.append(words[1:])
-        chapter = __import__(Path(words[1]).stem)
-        chapter.main(prlm.parse_options(chapter.Options, "", words[2:])[0])
-        return SimpleNamespace(returncode=0, wait=lambda: None)
 
-    pool = SimpleNamespace(map=map)  # in this thread, since a run sets signal handlers
-    monkeypatch.setattr(real, "ThreadPoolExecutor", lambda jobs: nullcontext(pool))
-    monkeypatch.setattr(real.subprocess, "Popen", run)
-    arms = {
-        "warm": ("warm start", None, SMALL.replace("--steps 1", "--steps 0") + " --warm-start 1"),
-        "prlm": ("warm start + GRPO", "warm", SMALL),
-        "closed": ("the same, closed", "warm", SMALL + " --no-reasoning"),
+def test_the_whole_programme_in_miniature(options, jobs, capsys):
+    """Each arm starts from its own seed's warm start, is scored on both sides, and done once."""
+    real.main(options)
+    trained = [words for words in jobs.commands if words[1] == "rl.py"]
+    assert len(trained) == 6 and len(jobs.commands) == 3 * 6
+    for words in trained:
+        said = prlm.parse_flags(rl.Options, "", words[2:])
+        arm, _, seed = Path(said["out"]).name.partition("_seed")
+        warm = str(real.place(options, "warm", seed) / "checkpoint")
+        assert said["model"] == (options.model if arm in real.FIRST else warm)
+        assert said["seed"] == int(seed) and ("warm_start" in said) == (arm in real.FIRST)
+    for arm, k in (("prlm", 0), ("none", 2)):  # rl.py scores the other side
+        folder = real.place(options, arm, 0) / "other_side"
+        assert prlm.read_json(folder / "config.json")["k"] == k
+        assert not (folder.parent / "trainer.pt").exists()
+    text = (Path(options.out) / "commits" / "report_choose.md").read_text()
+    for arm in ("warm", "none", "prlm"):  # scores, two shares, judges, training
+        assert text.count(f"| {real.ARMS[arm][0]} |") >= 4
+    assert "| copying the query |" in text and "2 held-out authors (choose)" in text
+
+    count = len(jobs.commands)
+    real.main(options)
+    assert len(jobs.commands) == count
+    with pytest.raises(ValueError, match=r"was made with lr 6e-05, not 0\.001"):
+        real.main(replace(options, more=f"{SMALL} --lr 1e-3"))
+
+
+def test_the_share_is_the_mean_of_authors_with_minus_without(options, jobs):
+    real.main(options)
+    halves = [real.Authors(replace(options, half=half)) for half in ("choose", "report")]
+    assert not halves[0].rows.keys() & halves[1].rows.keys()
+    everyone = real.Authors(replace(options, half="all"))
+    assert halves[0].rows.keys() | halves[1].rows.keys() == everyone.rows.keys()
+    found = real.collect(options, everyone)
+    sides = {
+        side: [row["rouge-1"] for row in prlm.read_lines(real.place(options, "prlm", 1) / file)]
+        for side, file in (
+            ("with", "held_out/after.jsonl"),
+            ("without", "other_side/samples.jsonl"),
+        )
     }
-    monkeypatch.setattr(real, "ARMS", arms)
-    monkeypatch.setattr(real, "MAIN_TASK", "LaMP-4")
-    names = dict(model=str(tmp_path / "policy"), data=str(tmp_path / "lamp"))
-    o = real.Options(**names, out=str(tmp_path / "out"), users=4, records=5, seeds=2, jobs=1)
-    o.arms = ",".join(arms)
-    o.items = "0,2"
-    o.commands = commands
-    return o
+    wanted = np.mean(sides["with"]) - np.mean(sides["without"])  # an author has one record here
+    assert real.shares(found, "prlm", "rouge-1", [1]).mean() == pytest.approx(wanted)
+    assert real.shares(found, "prlm", "rouge-1", [0, 1]).shape == (2, 4)
 
 
-def test_every_command_runs_once_and_the_report_has_all_rows(o, capsys):
-    real.main(o)
-    assert sum("rl.py" in words[0] for words in o.commands) == 4  # warm, prlm twice, closed
-    warm = str(real.place(o, "LaMP-4", "warm") / "checkpoint")
-    starts = [words[words.index("--model") + 1] for words in o.commands if "rl.py" in words[0]]
-    assert starts == [o.model, warm, warm, warm]
-    text = (Path(o.out) / "report.md").read_text()
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if " | " in line]
-    names = ["copying the query", "copying the nearest item", "released, no profile"]
-    names += ["released, RAG", "warm start, no profile", "warm start, RAG", "warm start + GRPO"]
-    assert [row for row in rows if row in names] == names
-    assert "before GRPO" in rows and "after GRPO" in rows and "ratio, released" in rows
-
-    count = len(o.commands)
-    real.main(replace(o))
-    assert len(o.commands) == count  # all was there
+def test_authors_without_a_prefix_do_not_count_for_it(options):
+    authors = real.Authors(replace(options, half="all"))
+    first = authors.examples[0]
+    authors.examples = [replace(e, target="golf") for e in authors.examples]
+    authors.examples[0] = replace(first, target="http: Golf")
+    authors.examples.append(replace(first, id="x", target="BUG: golf"))  # the same author
+    answers = {e.id: "http: golf" for e in authors.examples}
+    assert np.nanmean(authors.means(answers, "prefix")) == 0.5
+    assert np.isnan(authors.means(answers, "prefix")).sum() == 3
+    assert authors.means(answers, "kind").tolist() == [0.5, 0, 0, 0]
 
 
-def test_scores_are_of_the_users_and_the_prompts_they_name(o):
-    real.main(replace(o, seeds=1))
-    cell = real.Cell("LaMP-4", "closed")
-    config = prlm.read_json(cell.folder(o) / "config.json")
-    assert config["reasoning"] is False and config["k"] == 3 and config["limit"] == 4
-    assert len(real.scores_of(o, cell)) == 4
-    scores = real.copied(o, "LaMP-4")["copying the query"]
-    table = real.table(o, "LaMP-4", {"ours": [scores], "theirs": [scores]}, "ours")
-    mean = sum(row["rouge-1"] for row in scores) / 4
-    assert f"| theirs | 1 | {mean:.3f} |" in table and "+0.000 (+0.000 … +0.000) | 1.0000" in table
-
-
-def test_what_fails_is_named_and_the_rest_is_not_started(o, monkeypatch):
-    calls = []
-
-    def fail(words, **_):
-        calls.append(words)
-        return SimpleNamespace(returncode=2, wait=lambda: None)
-
-    alone = {name: (text, None, options) for name, (text, _, options) in real.ARMS.items()}
-    monkeypatch.setattr(real, "ARMS", alone)
-    monkeypatch.setattr(real.subprocess, "Popen", fail)
-    with pytest.raises(ValueError, match=r"LaMP-4 warm 0 ended with status 2: see .*warm_0\.txt"):
+def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path, capsys):
+    jobs.statuses = {"warm_seed0 ": 2}
+    o = replace(options, out=str(tmp_path), arms="warm,prlm")
+    with pytest.raises(ValueError) as error:
         real.main(o)
-    assert len(calls) == 1
-    with pytest.raises(ValueError, match="has the files of none of the tasks LaMP-5"):
-        real.main(replace(o, tasks="LaMP-5"))
-    with pytest.raises(ValueError, match="task 'LaMP-9' is none of"):
-        real.main(replace(o, tasks="LaMP-9"))
-    with pytest.raises(ValueError, match="needs warm and prlm, and knows warm, prlm, closed"):
-        real.main(replace(o, arms="warm,ratio"))
-    with pytest.raises(ValueError, match="holds results of other options"):
-        real.main(replace(o, users=3))
-    with pytest.raises(ValueError, match="--items '0,x' is not a list of numbers"):
-        real.main(replace(o, items="0,x"))
+    assert "commits warm seed 0: rl.py ended with status 2, see" in str(error.value)
+    assert "commits prlm seed 0: commits warm seed 0 is missing" in str(error.value)
+    assert f"| {real.ARMS['prlm'][0]} | 1 |" in capsys.readouterr().out  # seed 1 is there
+    with pytest.raises(ValueError, match=r"--arms knows warm, .*, not x"):
+        real.main(replace(o, arms="prlm,x"))
 
 
-def test_sigterm_ends_the_trainings_too(o, monkeypatch):
+def test_other_tasks_and_judges():
+    o = real.Options(model="my model", task="LaMP-7", encoder="e", more="--k 5", data="d")
+    assert real.manners("LaMP-7") == () and "bert" in real.arms_of(o)
+    assert "bert" not in real.arms_of(replace(o, encoder=None))  # it needs an encoder
+    command = real.chain(o, "no_gold", 0)[0][0]
+    for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):
+        assert option in " ".join(command)
+    assert "--k 0" in " ".join(real.without(o, "warm", 0)[0])
+
+
+def test_sigterm_ends_the_commands_and_starts_no_more(jobs, monkeypatch, tmp_path):
     ended = []
 
-    def hang(words, **_):
-        process = SimpleNamespace(returncode=143, terminate=lambda: ended.append(words))
-        process.wait = lambda: signal.raise_signal(signal.SIGTERM)  # while the training runs
+    def hang(words, log):
+        process = SimpleNamespace(terminate=lambda: ended.append(words))
+        process.wait = lambda: signal.raise_signal(signal.SIGTERM) or 143
         return process
 
-    monkeypatch.setattr(real.subprocess, "Popen", hang)
+    monkeypatch.setattr(common, "start", hang)
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(ValueError, match="stopped; the same command resumes"):
-            real.main(o)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert len(ended) == 1
+    work = {name: [(["python", name], tmp_path / name)] for name in ("a", "b")}
+    with pytest.raises(ValueError, match="stopped; the same command goes on"):
+        common.run_jobs(work, 1, tmp_path)
+    assert ended == [["python", "a"]] and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_other_tasks_get_two_arms_and_a_shorter_warm_start(monkeypatch):
-    o = real.Options(model="my model", data="d", out="o")
-    words = shlex.split(real.training(o, "LaMP-5", "warm", 0))
-    assert words[words.index("--warm-start") + 1] == "75" and "my model" in words
-    assert "--warm-start 125" in real.training(o, "LaMP-7", "warm", 0)
-    assert real.arms_of(o, "LaMP-5") == real.EVERY_TASK
-    assert "bert" not in real.arms_of(o, "LaMP-7")  # it needs an encoder
-    assert "bert" in real.arms_of(replace(o, encoder="e"), "LaMP-7")
-
-
-def test_its_help_is_there():
-    command = [sys.executable, str(Path(real.__file__)), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "--users" in done.stdout
+def test_jobs_are_processes_with_a_log(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import os, sys; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])"
+    )
+    words = common.command(str(tmp_path / "x.py"), {"a_b": True, "c": None, "d": False})
+    assert words[2:] == ["--a-b", "--no-d"]
+    failed = common.run_jobs({"j": [(words, tmp_path / "none")]}, 1, tmp_path / "log")
+    assert len(failed) == 1 and "ended with status 0" in failed[0]  # but left no file
+    assert (tmp_path / "log" / "j.txt").read_text() == "--a-b 1\n"
 
 
 def test_our_own_tweets_are_lamps():

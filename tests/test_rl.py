@@ -25,7 +25,7 @@ def tiny(world, out, **changes):
     settings = dict(
         model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
         steps=4, prompts_per_step=2, group_size=3, max_new_tokens=12, max_prompt_tokens=400, k=2,
-        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=1e-2, device="cpu",
+        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=3e-3, device="cpu",
         out=str(out),
     )  # fmt: skip
     return rl.Options(**settings | changes)

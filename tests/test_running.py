@@ -121,7 +121,7 @@ class TestRun:
         assert {e.id for e in asked} <= {f"30{n}" for n in range(6)} and asked[0].profile
         for row in lines(tmp_path / "run/samples.jsonl"):
             assert row["personalization"] == (len(row["answer"]) or -10.0)
-        with pytest.raises(ValueError, match="the judge gave .*nan.* finite numbers"):
+        with pytest.raises(ValueError, match=r"the judge gave .*nan.* finite numbers"):
             rl.main(
                 quick(world, tmp_path / "two", personalization=0.1),
                 lambda _, a: [math.nan] * len(a),
@@ -148,7 +148,7 @@ class TestDirectory:
     def test_a_result_is_not_touched_without_a_word(self, world, finished):
         before = files_of(finished)
         for changes in ({}, {"temperature": 0.5}):
-            with pytest.raises(ValueError, match="holds a result.*--resume.*--overwrite"):
+            with pytest.raises(ValueError, match=r"holds a result.*--resume.*--overwrite"):
                 rl.main(tiny(world, finished, beta=0.1, **changes))
         assert files_of(finished) == before
 
@@ -213,7 +213,7 @@ class TestDirectory:
             o = prlm.resolve(rl.Options, {"out": out, "resume": True, **given})
             assert (o.lr, o.save_every, o.steps, o.resume) == (0.5, 7, 2, True)
         for given in ({"k": 5, "steps": 9}, {"steps": 1}):
-            with pytest.raises(ValueError, match="was made with --" + [*given][0]):
+            with pytest.raises(ValueError, match="was made with --" + next(iter(given))):
                 rl.main(prlm.resolve(rl.Options, {"out": out, "resume": True, **given}))
 
     @pytest.mark.parametrize("how", [
@@ -235,7 +235,7 @@ class TestDirectory:
 
         monkeypatch.setattr(rl, "update", update)
         one, two = tmp_path / "one", tmp_path / "two"
-        how |= dict(steps=4, lr=1e-3)
+        how |= dict(steps=4)
         rl.main(quick(world, one, **how))
         dies.append(8)
         with pytest.raises(KeyboardInterrupt):
@@ -248,11 +248,12 @@ class TestDirectory:
         names = torch.load(one / "trainer.pt", weights_only=True)["model"].keys()
         base, trained = (prlm.load_decoder(d) for d in (world / "policy", one / "checkpoint"))
         changed = [n for n, x in trained.state_dict().items() if (x != base.state_dict()[n]).any()]
-        if "lora_rank" in how:
+        if how.get("lora_rank"):
             assert all(".lora_" in name for name in names)
+        if how.get("lora_rank") and "precision" not in how:
             assert all(name.endswith("proj.weight") for name in changed) and len(changed) == 14
-        else:
-            assert len(changed) == len(base.state_dict())
+        else:  # in half precision a frozen base is rounded
+            assert {*changed} >= {n for n in base.state_dict() if n.endswith("proj.weight")}
         gaps = [line["gap"] for line in lines(one / "metrics.jsonl")]
         assert all(0 < gap < 0.5 for gap in gaps) and (max(gaps) < 1e-4) != ("precision" in how)
 
@@ -269,21 +270,14 @@ class TestDirectory:
 
 class TestLook:
     def test_a_base_that_never_answers_is_stopped(self, world, tmp_path, capsys):
-        """And the way out that is named works."""
         write_policy(tmp_path / "mute", seed=0, answers=())
         out, how = tmp_path / "run", dict(model=str(tmp_path / "mute"), format=0.0)
-        how |= dict(max_new_tokens=60, reasoning=False)
-        with pytest.raises(ValueError, match="learn nothing.*--warm-start.*--force"):
-            rl.main(quick(world, out, **how))
-        assert "rewards differ in 0% of groups" in capsys.readouterr().out
-        with pytest.raises(ValueError, match="learn nothing"):
-            rl.main(quick(world, out, **how, resume=True))
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=r"learn nothing.*--warm-start.*--force"):
+                rl.main(quick(world, out, **how, resume=resume))
+            assert "rewards differ in 0% of groups" in capsys.readouterr().out
         rl.main(quick(world, out, **how, resume=True, force=True))
         assert steps(out) == 2
-        changes = dict(warm_start=150, warm_start_lr=1e-2, overwrite=True)
-        rl.main(quick(world, out, **how, **changes))
-        look = prlm.read_json(out / "look.json")
-        assert look["answered"] > 0.5 and look["groups_with_spread"] > 0.1
 
     @pytest.mark.parametrize("answers, judge, spread", [
         (["one", "one", "two"], 0.1, True),  # the judge may value the two differently
@@ -324,7 +318,7 @@ class TestOptions:
         ({"temperature": 0.0}, "--temperature must"), ({"lr": math.nan}, "--lr must"),
         ({"encoder": None}, "--encoder DIRECTORY"), ({"k": 0}, "--k 0 leaves none"),
         ({"retriever": "none", "judge": "ratio"}, "--retriever none leaves none"),
-        ({"max_prompt_tokens": 5}, "instruction"), ({"device": "meta"}, "--device meta"),
+        ({"device": "meta"}, "--device meta"),
         ({"model": "no/where"}, "hf download no/where"), ({"data": "no"}, "no"),
     ])  # fmt: skip
     def test_what_cannot_be_is_refused_before_anything_is_written(

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 TEXTS = [
-    "", " ", "  two  spaces", "line\n\n\nbreaks\r\n\ttab ", "12345 3.14 x86 2²", "don't WON'T",
+    "", "  two  spaces", "line\n\n\nbreaks\r\n\ttab ", "12345 3.14 x86 2²", "don't WON'T",
     "naïve café — “quotes” …", "日本語のテキスト", "🙂👩‍👩‍👧 emoji", "@user &quot;RT&quot; #tag http://t.co/a1B2",
     "<|im_end|> inside <|im_start|>user", "<think>\nhm\n</think>", "{'title': 'It's'}", "a" * 100,
     "\u00a0\u200b\ufeff", "x\x00y", "Ġ stands for a space",
@@ -30,7 +30,6 @@ CHATS = [
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\nc"},
      {"role": "user", "content": "9 + 10?"}],
 ]  # fmt: skip
-DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +66,6 @@ def original():
     return load(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32).eval()
 
 
-def odd_batch():
-    """Ids [3, 20] from all over the vocabulary."""
-    return torch.randint(0, 49152, (3, 20), generator=torch.Generator().manual_seed(0))
-
-
 def test_half_split_undoes_the_interleaved_order():
     rows = torch.arange(12)[:, None]  # two heads of D = 6, channel pairs side by side
     expected = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
@@ -86,26 +80,24 @@ def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.slow
 class TestWeights:
-    def test_every_weight_is_that_of_transformers_own_reading(self, reference, original):
+    def test_every_weight_and_setting_is_that_of_transformers_own_reading(
+        self, reference, original
+    ):
         mine, theirs = reference.state_dict(), original.state_dict()
         assert mine.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert torch.equal(mine[name], tensor), name
-
-    def test_config(self, reference, original):
-        config = reference.config.to_dict()
-        theirs = original.config.to_dict()
+        config, theirs = reference.config.to_dict(), original.config.to_dict()
         assert config["rms_norm_eps"] == pytest.approx(theirs["rms_norm_eps"], rel=1e-6)
-        assert config["rope_parameters"]["rope_theta"] == 100_000
-        assert theirs["rope_parameters"]["rope_theta"] == 100_000
-        shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        for rope in (config["rope_parameters"], theirs["rope_parameters"]):
+            assert rope["rope_theta"] == 100_000
+        shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim")
         heads = ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
         assert all(config[name] == theirs[name] for name in (*shape, *heads))
-        assert (config["head_dim"], theirs["head_dim"]) == (64, 64)
 
     @torch.no_grad()
     def test_logits(self, decoder, reference, original):
-        tokens = odd_batch()
+        tokens = torch.randint(0, 49152, (3, 20), generator=torch.Generator().manual_seed(0))
         logits = decoder(tokens)
         for model in (reference, original):
             expected = model(tokens).logits
@@ -114,16 +106,16 @@ class TestWeights:
     def test_greedy_text(self, tokenizer, decoder, original):
         prompt = tokenizer.chat([{"role": "user", "content": "Name the capital of France."}])
         mine = prlm.generate(decoder, [prompt], 1, 40, 0.0, tokenizer.eos_ids)[0][0]
-        theirs = original.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=2
-        )[0, len(prompt) :].tolist()
+        how = dict(do_sample=False, max_new_tokens=40, eos_token_id=2)
+        theirs = original.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
         assert mine.tokens == theirs
         assert mine.finished and "Paris" in tokenizer.decode(mine.tokens)
 
     def test_saved_again_it_is_the_same(self, checkpoint, tokenizer, decoder, tmp_path):
         prlm.save_decoder(decoder, tokenizer, tmp_path)
-        tensors = prlm.read_tensors(checkpoint)
-        again = prlm.read_tensors(tmp_path)
+        tensors, again = (
+            prlm.read_safetensors(folder / "model.safetensors") for folder in (checkpoint, tmp_path)
+        )
         assert tensors.keys() == again.keys()
         assert all(torch.equal(tensors[name], again[name]) for name in tensors)
         kept = json.loads((tmp_path / "generation_config.json").read_text())
@@ -142,7 +134,7 @@ class TestText:
             assert tokenizer.decode(ids) == text
 
     def test_special_ids(self, tokenizer):
-        assert tokenizer.eos_ids == {2}
+        assert tokenizer.eos_ids == {2} and tokenizer.end_id == 2
         names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
         assert [tokenizer.control[name] for name in names] == [0, 1, 2]
         assert tokenizer.size == 49152 and tokenizer.opening == ""
@@ -153,12 +145,10 @@ class TestText:
 
     @pytest.mark.parametrize("messages", CHATS)
     def test_chat(self, tokenizer, checkpoint, messages):
+        """With the GGUF's own template, which has a default system message."""
         theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        roles = [message["role"] for message in messages]
-        turns = messages if roles[0] == "system" else [
-            {"role": "system", "content": DEFAULT}, *messages
-        ]  # fmt: skip
-        expected = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in turns)
-        assert rendered == expected + "<|im_start|>assistant\n"
-        assert tokenizer.chat(messages) == theirs(rendered).input_ids
+        how = dict(add_generation_prompt=True, return_dict=False)
+        assert theirs.chat_template == smollm2.read_gguf(GGUF)[0]["tokenizer.chat_template"]
+        assert tokenizer.chat(messages) == theirs.apply_chat_template(messages, **how)
+        if messages[0]["role"] != "system":
+            assert "named SmolLM" in tokenizer.decode(tokenizer.chat(messages))

@@ -143,10 +143,15 @@ def markdown(columns: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def spread(values) -> str:
-    """Mean ± standard deviation, the latter if there are several values."""
-    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{deviation}" if len(values) else "–"
+def mean(seeds) -> str:
+    """The mean of seeds, each a number or one for each user, ± the deviation between them.
+
+    NaN is a user of whom a metric says nothing.
+    """
+    rows = [np.ravel(row) for row in seeds]
+    means = [row[~np.isnan(row)].mean() for row in rows if not np.isnan(row).all()]
+    deviation = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+    return f"{np.mean(means):.3f}{deviation}" if means else "–"
 
 
 def against(ours, theirs) -> list[str]:

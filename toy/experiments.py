@@ -130,10 +130,10 @@ def compare(o: Options, task: str, rows: dict[str, tuple[str, str]]) -> str:
     """A line for each of the rows {name: (arm, stage)}: its scores, and PrLM against it."""
     ours, lines = scores_of(o, task, "prlm", "after", "rouge-l"), []
     for name, (arm, stage) in rows.items():
-        metrics = [scores_of(o, task, arm, stage, metric).mean(1) for metric in scoring.METRICS]
+        metrics = [scores_of(o, task, arm, stage, metric) for metric in scoring.METRICS]
         theirs = scores_of(o, task, arm, stage, "rouge-l")
         against = [""] * 4 if arm == "prlm" else common.against(ours, theirs)
-        lines.append([name, *map(common.spread, metrics), *against])
+        lines.append([name, *map(common.mean, metrics), *against])
     return common.markdown(["", *scoring.METRICS, *common.AGAINST], lines)
 
 
@@ -191,7 +191,7 @@ def judges(o: Options) -> str:
     rows = []
     for arm in JUDGES:
         found = [examine(o, arm, seed) for seed in seeds_of(o, arm)]
-        rows.append([ARMS[arm][0], *(common.spread([line[key] for line in found]) for key in keys)])
+        rows.append([ARMS[arm][0], *(common.mean([line[key] for line in found]) for key in keys)])
     return common.markdown(["", *keys.values()], rows)
 
 

@@ -64,20 +64,10 @@ PEOPLE = ["coach", "fans", "mayor", "voters", "chef", "guests", "tourist", "guid
 PEOPLE += ["investor", "doctor", "nurse", "singer", "band", "professor", "students"]
 PLACES = ["paris", "oslo", "cairo", "lima", "tokyo", "delhi", "quito", "rome", "perth", "boston"]
 # No two mottos begin with the same word, so its first token tells which one a headline follows.
-MOTTOS = [
-    "explained in one minute",
-    "what nobody tells you",
-    "seven facts worth knowing",
-    "why everyone was wrong",
-    "behind closed doors again",
-    "my honest notes today",
-    "how we ended here",
-    "lessons from last year",
-    "and the true price",
-    "beyond all loud hype",
-    "once more with feeling",
-    "should worry us now",
-]
+MOTTOS = """explained in one minute; what nobody tells you; seven facts worth knowing;
+why everyone was wrong; behind closed doors again; my honest notes today; how we ended here;
+lessons from last year; and the true price; beyond all loud hype; once more with feeling;
+should worry us now""".replace("\n", " ").split("; ")
 SIGN_OFFS = ["no joke", "read on", "just saying", "trust me", "more soon", "you decide"]
 
 
@@ -184,15 +174,13 @@ def write_probe(task: str, users: list[User], directory: Path) -> None:
     """
     rng, rows = random.Random(f"{task} probe"), []
     for user in users:
-        others = [u.query for u in users if u.query.motto != user.query.motto]
-        if others:
+        if others := [u.query for u in users if u.query.motto != user.query.motto]:
             other = rng.choice(others)
             styled = replace(user.query, motto=other.motto, sign_off=other.sign_off)
             answers = {"own": user.query, "other": styled, "plain": replace(user.query, plain=True)}
-            row = {"query": user.example(task).query}
-            rows.append(row | {name: post.headline for name, post in answers.items()})
-    if rows:
-        prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
+            headlines = {name: post.headline for name, post in answers.items()}
+            rows.append({"query": user.example(task).query, **headlines})
+    prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
 
 
 # ---- The policy's tokenizer -----------------------------------------------------------------
@@ -267,9 +255,7 @@ class Phase:
     careful: float  # looks up the query's day, and the column of that
     careless: float  # takes any column; the rest writes a plain headline
     no_profile: float = 0.02  # prompts without items
-    # Of the rows whose prompt leaves the reasoning open: it never ends, or there is none at all, or
-    # the answer has no form.
-    broken: float = 0.0
+    broken: float = 0.0  # open reasoning that never ends, or is missing, or an answer without form
 
 
 CLOSED = 0.3  # rows whose prompt already holds an empty reasoning block: answer at once
@@ -385,7 +371,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for group, p in ((group, p) for group in self.param_groups for p in group["params"]):
+        for group, p in ((g, p) for g in self.param_groups for p in g["params"]):
             mean = self.state[p].setdefault("mean", torch.zeros_like(p))
             mean.lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(mean, group["momentum"])  # Nesterov
@@ -471,39 +457,6 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         bar.set_postfix(phase=phase.name if step >= 0 else "repeats", loss=f"{smooth:.3f}")
     return decoder.eval()
-
-
-@torch.no_grad()
-def gate(decoder: Decoder, tokenizer: Tokenizer, users: list[User], task: str) -> dict[str, float]:
-    """Mean nats on what decides, given a careful trace: one post tells, another shows, two mislead.
-
-    column: the query's day looked up. motto: its first token, the column looked up. repeated: the
-    same in the answer. closed: the same with the reasoning closed, so both look-ups at once.
-    Below about 0.3 the skill is there for RL to amplify; well above, no reward will find it.
-    """
-    rng, found = random.Random("gate"), []
-    for user in users:
-        tells = [p for p in user.posts if user.tells(p) and p.column != user.query.column]
-        shows = [p for p in user.posts if user.shows(p) and not user.tells(p)]
-        rest = [p for p in user.posts if not user.tells(p) and p.column != user.query.column]
-        if not tells or not shows or len(rest) < 2:
-            continue
-        posts = [rng.choice(tells), rng.choice(shows), *rng.sample(rest, 2)]
-        prompt = ask(tokenizer, user, task, rng.sample(posts, 4))
-        thought, said = spell(
-            task, OPENING.format(user.query.keyword) + find(user.query), user.query
-        )
-        prompts = [prompt, prompt + tokenizer.fill(retrieve.CLOSED)]
-        trace, answer = (tokenizer.fill(text) for text in (thought + said, said))
-        logprobs, _ = prlm.token_logprobs(decoder, prompts, [[trace], [answer]])
-        (open_loss,), (closed_loss,) = -logprobs  # [C] each
-        column = trace.index(tokenizer.backend.token_to_id(f" {user.query.column}"))
-        first = tokenizer.encode(f" {user.query.motto}")[0]
-        quoted, repeated = (n for n, token in enumerate(trace) if token == first)
-        losses = {"column": open_loss[column], "motto": open_loss[quoted]}
-        losses |= {"repeated": open_loss[repeated], "closed": closed_loss[answer.index(first)]}
-        found.append(losses)
-    return {name: sum(line[name].item() for line in found) / len(found) for name in found[0]}
 
 
 # ---- The encoder ----------------------------------------------------------------------------
@@ -614,9 +567,6 @@ def main(o: Options) -> None:
     prlm.save_checkpoint(weights, encoder.raw, encoder.tokenizer, out / "encoder")
     tokenizer = make_tokenizer()
     decoder = pretrain(o.seed, tokenizer, o.pretrain_steps)
-    for task, users in everyone.items():
-        nats = gate(decoder, tokenizer, users["dev"], task)
-        print(f"gate, {task}: nats", ", ".join(f"{key} {value:.3f}" for key, value in nats.items()))
     prlm.save_decoder(decoder.bfloat16(), tokenizer, out / "policy")
     count = sum(parameter.numel() for parameter in decoder.parameters())
     print(f"{out / 'policy'}: {count:,} parameters, {tokenizer.size} tokens")

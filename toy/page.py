@@ -1,14 +1,13 @@
-"""Look at what RL did: a run, or an evaluation, as one HTML page that opens from disk.
+"""Look at what RL did: a run, finished or not, or an evaluation, as one HTML page.
 
 First the result: without a profile, before and after RL, and the held-out score from step 0 on.
 Then the same held-out prompts before and after, the largest gains and losses first. Then the
 training: records followed from step to step, each completion with the parts of its reward, its
 advantage, and its tokens shaded by how unlikely they were.
 
-    python toy/page.py --run runs/toy        # writes runs/toy/report.html, and reward.png
+    python toy/page.py --run runs/toy        # writes runs/toy/report.html, which opens from disk
 """
 
-import contextlib
 import math
 import re
 import sys
@@ -19,49 +18,49 @@ from functools import partial
 from html import escape
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
 import prlm
+import reward
+import rl
 from eval import words
-from prlm import Tokenizer
+from prlm import Tokenizer, option
 from retrieve import WITH_PROFILE, task_of
 
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 STAGES = {"no_profile": "no profile", "before": "before RL", "after": "after RL"}
-MEANING = {  # of the reward: the weight where config.json names none, and what it is
-    "accuracy": (1.0, "ROUGE-1 + ROUGE-2 + ROUGE-L of its answer"),
-    "format": (0.1, "1 where it closes its reasoning on a line of its own, else 0"),
-    "personalization": (0.1, "how personal the judge finds its answer"),
-}
 SHADES = (0.9, 0.5, 0.2, 0.05)  # a token below the n-th of these probabilities has shade n
 MANY = 8  # different completions of a group that are shown
 LONG = 400  # characters of a query, an item or an answer that are shown
-
+SAYS_NOTHING = """a an and are as at be by for from has have he her his i in is it its me my no not
+of on or our she so that the their they this to was we were what who why will with you your"""
 LEGEND = """<p class="legend">Tokens are shaded by how unlikely the policy found them. Probability:
 <i>.9 and more</i> <i class="s1">.5 to .9</i> <i class="s2">.2 to .5</i> <i class="s3">.05 to .2</i>
 <i class="s4">below .05</i> A tap on a shaded token shows its own. <mark>Underlined</mark> words
-are in the user's own text, too.</p>"""
+are in the user's own text, too, those left out that say nothing ("the", "of").</p>"""
+TOY = """<p>In this invented world an answer is two look-ups away: one item names the column of the
+day that the query is for, another shows the motto of that column. For a fifth of the users the four
+items lack one of the two, and a wrong motto leaves half of the words right, so .90 is about the
+ceiling: what a perfect reader scores.</p>"""
 
 
 @dataclass
 class Options:
-    bounds = {1: "records prompts steps tokens"}  # noqa: RUF012
-    run: str = "runs/toy"  # directory of rl.py or eval.py; the page is written into it
-    records: int = 3  # held-out records to show: so many gains, and so many losses
-    prompts: int = 3  # training records to follow
-    steps: int = 3  # steps of each, from its first to its last
-    tokens: int = 240  # of a longer completion the middle is left out
+    run: str = option("runs/toy", "directory of rl.py or eval.py; the page is written into it")
+    records: int = option(3, "held-out records to show: so many gains, and so many losses", 1)
+    prompts: int = option(3, "training records to follow", 1)
+    steps: int = option(3, "steps of each, from its first to its last", 1)
+    tokens: int = option(240, "of a longer completion the middle is left out", 1)
 
 
-def read(run: Path, name: str, missing):
-    """What a run's file holds, or `missing` where it is not there yet."""
-    path = run / name
+def read(run: Path, name: str):
+    """What a run's file holds; nothing where it is not there yet."""
+    path, lines = run / name, name.endswith(".jsonl")
     if not path.is_file():
-        return missing
-    if name == "metrics.jsonl":
-        return prlm.read_steps(path)
-    return prlm.read_lines(path) if path.suffix == ".jsonl" else prlm.read_json(path)
+        return [] if lines else {}
+    return prlm.read_lines(path) if lines else prlm.read_json(path)
 
 
 # ---- Text and numbers ------------------------------------------------------------------------
@@ -78,8 +77,8 @@ def shortened(text: str) -> str:
 
 
 def marked(text: str, target: str | None) -> str:
-    """Text as HTML, the words that the target has too underlined."""
-    wanted = set(words(target or ""))
+    """Text as HTML, the words that the target has too underlined, unless they say nothing."""
+    wanted = {*words(target or "")} - {*words(SAYS_NOTHING)}
     html = ""
     for part in re.split(r"([A-Za-z0-9]+)", text):
         html += f"<mark>{clean(part)}</mark>" if part.lower() in wanted else clean(part)
@@ -112,24 +111,14 @@ def result(scores: dict[str, dict], how: str) -> str:
     metrics = ("rouge-l", "rouge-1")
     rows = "<tr><th></th>" + "".join(f"<th>{metric.upper()}</th>" for metric in metrics) + "</tr>"
     for name, line in scores.items():
-        if not isinstance(line, dict) or not {*metrics} <= line.keys():
-            raise ValueError(f"scores.json: {name!r} holds no scores")
-        cells = ""
-        for metric in metrics:
-            share = line[metric]
-            cells += f'<td><div class="bar" style="--share:{share:.3f}">{number(share)}</div></td>'
+        bars = (f'<div class="bar" style="--share:{line[m]:.3f}">{number(line[m])}</div>'
+                for m in metrics)  # fmt: skip
+        cells = "".join(f"<td>{bar}</td>" for bar in bars)
         rows += f'<tr class="{clean(name)}"><th>{clean(STAGES.get(name, name))}</th>{cells}</tr>'
     return f"""<h2>The result</h2>
 <p>ROUGE-L is the share of words that an answer has in common with what the user really wrote, in
 the same order; 1 is word for word. ROUGE-1 forgives the order. {how}</p>
 <table class="result">{rows}</table>"""
-
-
-def held_out_curve(metrics: list[dict], scores: dict, name: str) -> list[tuple[float, float]]:
-    """(step, score) of the held-out users, from step 0: the score before any training."""
-    curve = [(0, scores["before"][name])] if "before" in scores else []
-    key = f"eval_{name}"
-    return curve + [(line["step"], line[key]) for line in metrics if key in line]
 
 
 def block_means(points: list[tuple], most: int = 120) -> list[tuple[float, float]]:
@@ -139,96 +128,72 @@ def block_means(points: list[tuple], most: int = 120) -> list[tuple[float, float
     return [tuple(sum(axis) / len(block) for axis in zip(*block, strict=True)) for block in blocks]
 
 
-def round_up(value: float) -> float:
-    """The next number that looks well at an axis: 1, 1.5, 2, 3 … 8 times a power of 10."""
-    if value <= 0:
-        return 0.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return power * next(n for n in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if n * power >= value * 0.999)
-
-
 def chart(title: str, curves: dict[str, list[tuple]], steps: int) -> str:
     """Named curves of (step, value) in one frame; the first one's values, if few, in numbers."""
     curves = {name: block_means(points) for name, points in curves.items() if points}
-    if not curves:
-        return ""
-    width, height, left, right, top, bottom = 360, 190, 36, 10, 16, 22
     values = [value for points in curves.values() for _, value in points]
-    low, high = 0.0 - round_up(-min(values)), round_up(max(values)) or 1.0
+    if not values:
+        return ""
+    low, high = min(0.0, *values), max(values) if max(values) > 0 else 1.0
 
-    def x(step: float) -> float:
-        return left + (width - left - right) * step / max(steps, 1)
+    def place(step: float, value: float) -> tuple[str, str]:
+        y = 168 - 152 * (value - low) / (high - low)
+        return f"{36 + 314 * step / max(steps, 1):.1f}", f"{y:.1f}"
 
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - value) / (high - low)
-
-    parts = []
+    parts = ['<text x="36" y="186">step 0</text>']
+    parts.append(f'<text x="350" y="186" text-anchor="end">{steps}</text>')
     for value in (low, (low + high) / 2, high):
-        line = f'x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"'
-        parts.append(f'<line class="grid" {line}/>')
-        parts.append(f'<text x="0" y="{y(value) + 4:.1f}">{value:.2g}</text>')
-    parts.append(f'<text x="{left}" y="{height - 4}">step 0</text>')
-    parts.append(f'<text x="{width - right}" y="{height - 4}" text-anchor="end">{steps}</text>')
-    for n, points in reversed([*enumerate(curves.values())]):  # the first one lies on top
-        places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline class="c{n}" points="{places}"/>')
-    points = next(iter(curves.values()))
-    for n, (step, value) in enumerate(points if len(points) <= 8 else ()):
-        parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"/>')
-        rises = n == 0 and value < points[-1][1]  # then the line goes where the number would be
-        place = f'x="{x(step) + 5 * rises:.1f}" y="{y(value) + (14 if rises else -8):.1f}"'
-        place += ' text-anchor="end"' if step == steps else ""
-        parts.append(f'<text class="value" {place}>{number(value)}</text>')
+        (x1, y), (x2, _) = place(0, value), place(steps, value)
+        parts.append(f'<line class="grid" x1="{x1}" x2="{x2}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="0" y="{y}" dy="4">{value:.2g}</text>')
     keys = ""
-    for n, name in enumerate(curves):
-        line = f'<line class="c{n}" x1="0" x2="20" y1="4" y2="4"/>'
-        keys += f'<span><svg class="key" viewBox="0 0 20 8">{line}</svg>{name}</span>'
+    for n, (name, points) in enumerate(curves.items()):
+        line = " ".join(",".join(place(*point)) for point in points)
+        parts.insert(0, f'<polyline class="c{n}" points="{line}"/>')  # the first one lies on top
+        sample = f'<line class="c{n}" x1="0" x2="20" y1="4" y2="4"/>'
+        keys += f'<span><svg class="key" viewBox="0 0 20 8">{sample}</svg>{name}</span>'
+    points = next(iter(curves.values()))
+    for step, value in points if len(points) <= 8 else ():
+        x, y = place(step, value)
+        at = f'x="{x}" y="{y}" dy="-8" text-anchor="{"end" if step == steps else "start"}"'
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3.5"/>')
+        parts.append(f'<text class="value" {at}>{number(value)}</text>')
     return f"""<figure><h3>{title}</h3><figcaption>{keys}</figcaption>
-<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(parts)}</svg>
-</figure>"""
+<svg viewBox="0 0 360 190" role="img" aria-label="{title}">{"".join(parts)}</svg></figure>"""
 
 
-def charts(metrics: list[dict], scores: dict) -> str:
-    """Over the steps: held-out scores, the reward, and how many groups teach nothing."""
-    steps = metrics[-1]["step"]
+def charts(metrics: list[dict], held: dict[str, list[dict]]) -> str:
+    """Over the steps: held-out scores, the reward, and how many groups teach nothing; then what all
+    the numbers of the log mean. `held` has the records of STAGES.
+    """
+    steps, scored = metrics[-1]["step"], {}
 
     def curve(key: str) -> list[tuple]:
         return [(line["step"], line[key]) for line in metrics if key in line]
 
-    held = {name.upper(): held_out_curve(metrics, scores, name) for name in ("rouge-l", "rouge-1")}
-    if "no_profile" in scores:
-        level = scores["no_profile"]["rouge-l"]
-        held["ROUGE-L, no profile"] = [(0, level), (steps, level)]
-    groups = {
-        "all rewards equal: they teach nothing": curve("zero_spread_groups"),
-        "only the judge orders them": curve("judge_only_groups"),
+    def level(stage: str, name: str) -> list[float]:
+        """The score of the same 64 records that are scored during training; none without them."""
+        found = [record[name] for record in held[stage][:64] if name in record]
+        return [sum(found) / len(found)] if found else []
+
+    for name in ("rouge-l", "rouge-1"):
+        start = [(0, value) for value in level("before", name)]
+        scored[name.upper()] = start + curve(f"eval_{name}")
+    without = [(step, value) for value in level("no_profile", "rouge-l") for step in (0, steps)]
+    shown = {
+        "Held-out users: greedy answers": scored | {"ROUGE-L, no profile": without},
+        "Training: mean reward": {"all completions of a step": curve("reward")},
+        "Training: share of the groups": {
+            "all rewards equal: they teach nothing": curve("zero_spread_groups")
+        },
     }
-    reward = {"all completions of a step": curve("reward")}
-    return f"""<div class="charts">{chart("Held-out users: greedy answers", held, steps)}
-{chart("Training: mean reward", reward, steps)}
-{chart("Training: share of the groups", groups, steps)}</div>"""
-
-
-def draw_curves(run) -> None:
-    """RUN/reward.png: reward and held-out ROUGE-L by step. ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    metrics, scores = read(Path(run), "metrics.jsonl", []), read(Path(run), "scores.json", {})
-    if not metrics:
-        return
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    left = figure.subplots()
-    steps, rewards = [line["step"] for line in metrics], [line["reward"] for line in metrics]
-    left.plot(steps, rewards, "tab:blue", label="mean reward of what was sampled (left)")
-    left.set(xlabel="step", ylabel="reward", xlim=(0, None), ylim=(min(0, *rewards), None))
-    right, curve = left.twinx(), held_out_curve(metrics, scores, "rouge-l")
-    label = "ROUGE-L of held-out users, greedy (right)"
-    right.plot(
-        [step for step, _ in curve], [y for _, y in curve], "o-", c="tab:orange", label=label
-    )
-    right.set(ylabel="ROUGE-L", ylim=(0, 1))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(Path(run) / "reward.png", dpi=120)
+    rows = [
+        f"<tr><td>{key}</td><td>{metrics[-1][key]:.4g}</td><td>{clean(meaning)}</td></tr>"
+        for key, meaning in rl.METRICS.items() if key in metrics[-1]
+    ]  # fmt: skip
+    return f"""<div class="charts">{"".join(chart(name, shown[name], steps) for name in shown)}</div>
+<details><summary>all numbers of step {steps}, and what they mean</summary>
+<table class="glossary">{"".join(rows)}</table></details>"""
 
 
 # ---- A completion's tokens -------------------------------------------------------------------
@@ -310,22 +275,18 @@ def asked(record: dict, task: str) -> str:
     for given, made in items_of(record["prompt"], task):
         arrow = f' <span class="dim">→</span> {marked(made, target)}' if made else ""
         items += f"<li>{marked(shortened(given), target)}{arrow}</li>"
-    facts = {"profile items in the prompt": f"<ul>{items}</ul>" if items else "none"}
+    facts = {f"new {names[0]}": clean(shortened(record["query"]))}
     if target is not None:
-        facts = {f"the user's own {names[-1]}": f"<b>{clean(target)}</b>"} | facts
-    if "query" in record:
-        facts = {f"new {names[0]}": clean(shortened(record["query"]))} | facts
+        facts[f"the user's own {names[-1]}"] = f"<b>{clean(target)}</b>"
+    facts["profile items in the prompt"] = f"<ul>{items}</ul>" if items else "none"
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     return f"""<dl>{rows}</dl>
 <details><summary>the whole prompt</summary><pre>{clean(record["prompt"])}</pre></details>"""
 
 
 def answer_of(sample: dict) -> str:
-    text = (
-        marked(shortened(sample["answer"]), sample["target"])
-        or '<span class="dim">no answer</span>'
-    )
-    return f'<div class="answer">{text}</div>'
+    text = marked(shortened(sample["answer"]), sample["target"])
+    return f'<div class="answer">{text or "<span class=dim>no answer</span>"}</div>'
 
 
 def changes(columns: dict[str, list[dict]]) -> list[tuple[float, dict[str, dict]]]:
@@ -357,28 +318,29 @@ def compared(rows, task: str, show: Show) -> str:
     return html
 
 
-def before_and_after(columns: dict[str, list[dict]], count: int, task: str, show: Show) -> str:
-    """The section of the same held-out prompts before and after."""
+def held_out(columns: dict[str, list[dict]], count: int, task: str, show: Show) -> str:
+    """The section of held-out prompts: before and after, or the answers of one policy alone."""
     rows = changes(columns)
-    up = [row for row in rows if row[0] > 0]
-    down = [row for row in reversed(rows) if row[0] < 0]
-    counts = {"up": len(up), "same": len(rows) - len(up) - len(down), "down": len(down)}
-    bar = "".join(f'<span class="{kind}" style="flex:{n}"></span>' for kind, n in counts.items())
-    return f"""<h2>The same prompts, before and after</h2>
+    if len(columns) == 1:
+        parts = {"The best": rows[:count], "The worst": rows[count:][-count:][::-1]}
+        if not any(gain for gain, _ in rows):  # or targets are withheld
+            parts = {"Some": rows[: 2 * count]}
+        html = f"<h2>{len(rows)} answers to held-out prompts</h2>{LEGEND}"
+    else:
+        up = [row for row in rows if row[0] > 0]
+        down = [row for row in reversed(rows) if row[0] < 0]
+        parts = {"The largest gains": up[:count], "The largest losses": down[:count]}
+        counts = {"up": len(up), "same": len(rows) - len(up) - len(down), "down": len(down)}
+        bar = "".join(
+            f'<span class="{kind}" style="flex:{n}"></span>' for kind, n in counts.items()
+        )
+        html = f"""<h2>The same prompts, before and after</h2>
 <p>Of {len(rows)} held-out records, after RL <b class="up">{len(up)} are better</b>,
 {counts["same"]} as before, <b class="down">{len(down)} worse</b>, by the ROUGE-L of the greedy
-answer.</p><div class="split">{bar}</div>{LEGEND}
-<h3>The largest gains</h3>{compared(up[:count], task, show) or "<p>No record gained.</p>"}
-<h3>The largest losses</h3>{compared(down[:count], task, show) or "<p>No record lost.</p>"}"""
-
-
-def answers(name: str, records: list[dict], count: int, task: str, show: Show) -> str:
-    """The section of one policy's answers, where there is nothing to compare them with."""
-    rows = changes({name: records})
-    best, worst = rows[:count], rows[count:][-count:][::-1]
-    names = ("The best", "The worst") if "rouge-l" in records[0] else ("Some", "Some more")
-    return f"""<h2>{len(rows)} answers to held-out prompts</h2>{LEGEND}
-<h3>{names[0]}</h3>{compared(best, task, show)}<h3>{names[1]}</h3>{compared(worst, task, show)}"""
+answer.</p><div class="split">{bar}</div>{LEGEND}"""
+    for title, part in parts.items():
+        html += f"<h3>{title}</h3>{compared(part, task, show) or '<p>No record.</p>'}"
+    return html
 
 
 # ---- Training groups -------------------------------------------------------------------------
@@ -386,15 +348,14 @@ def answers(name: str, records: list[dict], count: int, task: str, show: Show) -
 
 def reward_table(sample: dict, weights: dict[str, float]) -> tuple[str, float]:
     """Weight × value = contribution of each part as HTML, and the reward: their sum as shown."""
-    rows, reward = "", 0.0
+    rows, total = "", 0.0
     for name, weight in weights.items():
-        if weight:
-            share = round(weight * sample[name], 3)
-            reward += share
-            rows += f"<tr><td>{name}</td><td>{weight:g} × {number(sample[name])} =</td>"
-            rows += f"<td>{number(share)}</td></tr>"
-    total = f"<tr><td>reward</td><td></td><td>{number(reward)}</td></tr>"
-    return f'<table class="parts">{rows}{total}</table>', reward
+        share = round(weight * sample[name], 3)
+        total += share
+        rows += f"<tr><td>{name}</td><td>{weight:g} × {number(sample[name])} =</td>"
+        rows += f"<td>{number(share)}</td></tr>"
+    rows += f"<tr><td>reward</td><td></td><td>{number(total)}</td></tr>"
+    return f'<table class="parts">{rows}</table>', total
 
 
 def group(samples: list[dict], weights: dict[str, float], show: Show) -> str:
@@ -408,10 +369,10 @@ def group(samples: list[dict], weights: dict[str, float], show: Show) -> str:
         different = different[: MANY // 2] + different[-MANY // 2 :]
     cards = ""
     for same in different:
-        table, reward = reward_table(same[0], weights)
-        often = f'<span class="dim">{len(same)} of {size}</span>' if len(same) > 1 else ""
-        cards += f"""<article class="card"><header><span>reward <b>{number(reward)}</b></span>
-<span>advantage {signed(same[0]["advantage"])}</span>{often}</header>
+        table, total = reward_table(same[0], weights)
+        often = f'<span class="dim">{len(same)} of {size} completions</span>'
+        cards += f"""<article class="card"><header><span>reward <b>{number(total)}</b></span>
+<span>advantage {signed(same[0]["advantage"])}</span>{often if len(same) > 1 else ""}</header>
 {answer_of(same[0])}{table}{show(same[0])}</article>"""
     silent, note = all(sample["advantage"] == 0 for sample in samples), ""
     if silent:
@@ -439,15 +400,21 @@ def followed(samples: list[dict], count: int) -> dict[str, dict[int, list[dict]]
     return {id: found[id] for id in chosen}
 
 
-def training(samples: list[dict], o: Options, options: dict, show: Show) -> str:
+def training(samples: list[dict], o: Options, options: dict, report: dict, show: Show) -> str:
     """The section of training groups, and what its numbers mean."""
-    weights = {name: options.get(name, default) for name, (default, _) in MEANING.items()}
-    weights = {name: weight for name, weight in weights.items() if weight}
+    weights = {name: options[name] for name in reward.PARTS if options[name]}
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
-    meaning = "; ".join(f"<i>{name}</i> is {MEANING[name][1]}" for name in weights)
-    divided = "" if options.get("scale") == "none" else ", divided by the standard deviation"
+    divided = "" if options["normalizer"] == "dr_grpo" else ", divided by the standard deviation"
+    judge = ""
+    if report:
+        judge = reward.describe(SimpleNamespace(judge=options["judge"]), report)
+        judge = f"""<p>The {clean(judge)}. Pair accuracy: of two answers, the one written with the
+profile is valued higher. Swap test: a user's own text is valued higher beside the own profile than
+beside another user's.</p>"""
     html = f"""<h2>How it was trained</h2>
-<p>Each completion gets a reward of {total}: {meaning}.</p>
+<p>Each completion gets a reward of {total}: the words that its answer shares with the user's own
+text (ROUGE-1 + ROUGE-2 + ROUGE-L), 1 where it closes its reasoning on a line of its own, and how
+personal the judge finds its answer.</p>{judge}
 <p>The <b>advantage</b> says how much better a completion is than the others of its group, which
 answer the same prompt: its reward minus the group's mean{divided}. The update makes what is above 0
 likelier, and what is below 0 less likely.</p>"""
@@ -464,67 +431,62 @@ likelier, and what is below 0 less likely.</p>"""
 
 
 def about(options: dict) -> str:
-    """What the page shows, in three sentences."""
+    """What the page shows, in a few sentences."""
     names = list(task_of(options["task"]).fields.values())
-    k = clean(options["k"])
-    profile = f"its prompt shows up to {k} texts that this user wrote before, and a new"
+    toy = TOY if Path(str(options["data"])).parts[-2:] == ("toy", "lamp") else ""
     text = f"""The language model <b>{clean(options["model"])}</b> is to write a {names[-1]} as one
-certain user would: {profile} {names[0]}."""
+certain user would: its prompt shows up to {clean(options["k"])} texts that this user wrote before,
+and a new {names[0]}."""
     if "steps" not in options:
-        return f"<p>{text} This page shows how near it comes to what the users wrote.</p>"
-    warm = options.get("warm_start")
+        return f"<p>{text} This page shows how near it comes to what the users wrote.</p>{toy}"
+    warm = options["warm_start"]
     learning = f"After {clean(warm)} supervised steps, reinforcement" if warm else "Reinforcement"
-    steps, size = clean(options["steps"]), clean(options["group_size"])
-    return f"""<p>{text} {learning} learning (GRPO, {steps} steps) let it answer each prompt {size}
-times, gave every answer a reward, and made the better ones likelier.
-This page shows what that changed for users whom training never saw, then how it came about.</p>"""
+    return f"""<p>{text} {learning} learning (GRPO, {clean(options["steps"])} steps) let it answer
+each prompt {clean(options["group_size"])} times, gave every answer a reward, and made the better
+ones likelier. This page shows what that changed on held-out records, then how it came about.</p>
+{toy}"""
 
 
-def not_there_yet(options: dict, metrics: list, scores: dict, columns: dict) -> str:
-    """What an unfinished or an older run lacks, as a sentence; "" if it is whole."""
+def not_there_yet(options: dict, metrics: list, scores: dict) -> str:
+    """What an unfinished run lacks, as a sentence; "" if it is whole."""
     done = metrics[-1]["step"] if metrics else 0
     missing = [f"{done} of {options['steps']} steps are done"] if done < options["steps"] else []
-    missing += [f"no score {name}" for key, name in STAGES.items() if key not in scores]
-    for name in (STAGES["before"], STAGES["after"]):
-        missing += [f"no held-out answers {name}"] if name not in columns else []
+    missing += [f"no answers {name}" for key, name in STAGES.items() if key not in scores]
     return f'<p class="note">Not there yet: {", ".join(missing)}.</p>' if missing else ""
 
 
 def sections(run: Path, o: Options, options: dict) -> list[str]:
     """The page's sections, of a run that is complete or not, or of an evaluation."""
-    metrics, samples = read(run, "metrics.jsonl", []), read(run, "samples.jsonl", [])
-    scores, task = read(run, "scores.json", {}), options["task"]
+    names = ("metrics.jsonl", "samples.jsonl", "scores.json")
+    metrics, samples, scores = (read(run, name) for name in names)
+    task, here = options["task"], run / "checkpoint"  # the same tokenizer
     if not samples and not scores:
         raise ValueError(f"{run}: there is nothing to show yet, no score and no step")
-    here = run / "checkpoint"  # has the same tokenizer, should the model have been moved
     moved = here.is_dir() and not Path(options["model"]).is_dir()
     tokenizer = prlm.load_tokenizer(here if moved else options["model"])
     show = partial(tokens, tokenizer=tokenizer, most=o.tokens)
     how = "The answers are greedy: each time the likeliest token."
     if "steps" not in options:
-        if options.get("temperature"):
+        if options["temperature"]:
             how = f"The answers are sampled, at temperature {clean(options['temperature'])}."
         shown = [about(options), result({"held-out users": scores}, how) if scores else ""]
-        return [*shown, answers("it wrote", samples, o.records, task, show) if samples else ""]
-    held = {name: read(run, f"held_out/{key}.jsonl", []) for key, name in STAGES.items()}
-    held = {name: lines for name, lines in held.items() if lines and name != "no profile"}
-    shown = [about(options), not_there_yet(options, metrics, scores, held)]
-    shown.append(result(scores, how) if scores else "")
-    shown.append(charts(metrics, scores) if metrics else "")
-    if len(held) == 2:
-        shown.append(before_and_after(held, o.records, task, show))
-    elif held:
-        shown += [answers(name, lines, o.records, task, show) for name, lines in held.items()]
-    else:
-        shown.append(LEGEND)
-    return [*shown, training(samples, o, options, show) if samples else ""]
+        return [*shown, held_out({"it wrote": samples}, o.records, task, show) if samples else ""]
+    held = {key: read(run, f"held_out/{key}.jsonl") for key in STAGES}
+    columns = {STAGES[key]: held[key] for key in ("before", "after") if held[key]}
+    return [
+        about(options),
+        not_there_yet(options, metrics, scores),
+        result(scores, how) if any(scores.values()) else "",
+        charts(metrics, held) if metrics else "",
+        held_out(columns, o.records, task, show) if columns else LEGEND,
+        training(samples, o, options, read(run, "reward/report.json"), show) if samples else "",
+    ]
 
 
 def render(run: Path, o: Options) -> str:
     """The page; ValueError if there is nothing to show yet."""
     options = prlm.read_json(run / "config.json")
-    missing = {"task", "model", "k"} - options.keys()
-    if missing:
+    if missing := {"task", "model", "data", "k"} - options.keys():
         lacks = f"its config.json lacks {', '.join(sorted(missing))}"
         raise ValueError(f"{run} was not written by rl.py or eval.py: {lacks}")
     subject = "What RL changed" if "steps" in options else "An evaluation"
@@ -539,16 +501,9 @@ def render(run: Path, o: Options) -> str:
 
 
 def main(o: Options) -> None:
-    run = Path(o.run)
-    html = render(run, o)
-    size = len(html.encode()) / 1e6
-    if size > 5:
-        less = "--records, --prompts, --steps or --tokens"
-        print(f"the page has {size:.0f} MB: lower {less}", file=sys.stderr)
-    prlm.write_text(run / "report.html", html)
-    with contextlib.suppress(ImportError):  # the page has its own curves
-        draw_curves(run)
-    print(f"{run / 'report.html'}: open it in a browser")
+    file = Path(o.run) / "report.html"
+    prlm.write_text(file, render(Path(o.run), o))
+    print(f"{file}: open it in a browser")
 
 
 if __name__ == "__main__":

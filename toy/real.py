@@ -224,13 +224,13 @@ def copied(o: Options, authors: Authors) -> dict[str, dict[str, str]]:
 def scores_table(o: Options, authors: Authors, found: dict) -> str:
     metrics = (*ROUGE, *manners(o.task))
     rows = [
-        [name, "", *(f"{np.nanmean(authors.means(answers, m)):.3f}" for m in metrics)]
+        [name, "", *(common.mean([authors.means(answers, m)]) for m in metrics)]
         for name, answers in copied(o, authors).items()
     ]
     for arm, scores in found.items():
         row = [ARMS[arm][0], len(scores["seeds"])]
         for metric in metrics:
-            row.append(" / ".join(common.spread(scores[metric][s].mean(1)) for s in SIDES))
+            row.append(" / ".join(common.mean(scores[metric][s]) for s in SIDES))
         rows.append(row)
     return common.markdown(["with / without profile", "seeds", *metrics], rows)
 
@@ -262,7 +262,7 @@ def judges_table(o: Options, found: dict) -> str:
                 report = prlm.read_json(file) if file.is_file() else {}
                 columns["pair_accuracy"] += [report[k] for k in report if k == "pair_accuracy"]
                 columns[key] += [report[k] for k in report if k == "swap_test" and report[k]]
-        rows.append([ARMS[arm][0], *map(common.spread, columns.values())])
+        rows.append([ARMS[arm][0], *map(common.mean, columns.values())])
     names = ["", "pair accuracy of the arm's judge", "its swap test", "the ratio's under the arm"]
     return common.markdown(names, rows)
 
