@@ -94,19 +94,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return out.transpose(1, 2)
 
 
-def embedding(rows: int, size: int) -> nn.Embedding:
-    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
-
-
-def init_matrices(module: nn.Module) -> None:
-    """Normal with a standard deviation of .02; biases 0. Skipped where weights will be loaded."""
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 2 and not parameter.is_meta:
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith("bias") and not parameter.is_meta:
-            nn.init.zeros_(parameter)
-
-
 class Linear(nn.Linear):
     """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021).
 
@@ -132,6 +119,13 @@ class Linear(nn.Linear):
         # Added within the product: the rounding of a result would swallow a small change.
         product = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.weight.to(dtype).T)
         return product.view(change.shape)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors. Torch would fill it at once, which takes seconds on a large one."""
+
+    def __init__(self, rows: int, size: int):
+        super().__init__(rows, size, _weight=torch.empty(rows, size))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -204,12 +198,14 @@ class Decoder(nn.Module):
         self.config = c = parse_config(raw, where)
         self.vocab_limit = c.vocab_size  # ids from here on are rows without a token: never sampled
         self.model = nn.Module()
-        self.model.embed_tokens = embedding(c.vocab_size, c.hidden_size)
+        self.model.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.model.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        init_matrices(self)
+        for parameter in self.parameters():
+            if parameter.dim() == 2 and not parameter.is_meta:
+                nn.init.normal_(parameter, std=0.02)
         self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
         self.checkpointing = False  # True: each layer's activations are recomputed in backward
 
@@ -595,10 +591,7 @@ def merged_state(decoder: Decoder) -> dict[str, Tensor]:
 # ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
 
 
-BERT = {"model_type": ["bert"], "hidden_act": ["gelu"], "is_decoder": [False]}
-BERT |= {"position_embedding_type": ["absolute"]}
-BERT_DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
-BERT_DEFAULTS |= {"attention_probs_dropout_prob": 0.1}
+BERT = ("bert", "gelu", False)
 
 
 class Block(nn.ModuleDict):
@@ -644,26 +637,24 @@ class Encoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json", pooler: bool = True):
         super().__init__()
-        self.raw = raw = {"type_vocab_size": 2} | raw
-        self.config = c = read_config(raw, where, BERT, BERT_DEFAULTS)
-        self.tokenizer, self.hidden, self.max_length = (
-            None,
-            c.hidden_size,
-            c.max_position_embeddings,
-        )
-        tables = {
-            "word": c.vocab_size,
-            "position": self.max_length,
-            "token_type": c.type_vocab_size,
-        }
-        parts = {f"{n}_embeddings": embedding(size, self.hidden) for n, size in tables.items()}
-        norm = nn.LayerNorm(self.hidden, c.layer_norm_eps)
-        self.embeddings = nn.ModuleDict(parts | {"LayerNorm": norm})
+        self.raw = {"type_vocab_size": 2, "layer_norm_eps": 1e-12} | raw
+        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+        self.config = c = SimpleNamespace(**dropout | self.raw)
+        kind = (c.model_type, raw.get("hidden_act", "gelu"), raw.get("is_decoder", False))
+        if (*kind, raw.get("position_embedding_type", "absolute")) != (*BERT, "absolute"):
+            raise ValueError(f"{where}: not a BERT encoder with gelu and absolute positions")
+        self.tokenizer, self.max_length = None, c.max_position_embeddings
+        self.hidden = H = c.hidden_size
+        sizes = {"word": c.vocab_size, "position": self.max_length, "token_type": c.type_vocab_size}
+        tables = {f"{name}_embeddings": Embedding(size, H) for name, size in sizes.items()}
+        norm = nn.LayerNorm(H, c.layer_norm_eps)
+        self.embeddings = nn.ModuleDict({**tables, "LayerNorm": norm})
         layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
-        dense = Linear(self.hidden, self.hidden)
-        self.pooler = nn.ModuleDict({"dense": dense}) if pooler else None
-        init_matrices(self)
+        self.pooler = nn.ModuleDict({"dense": Linear(H, H)}) if pooler else None
+        for parameter in self.parameters():
+            if parameter.dim() == 2 and not parameter.is_meta:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
@@ -688,11 +679,17 @@ class Encoder(nn.Module):
 # A format is split at its control tokens, whose ids are put in directly, and whatever fills it is
 # encoded as text: no profile and no answer can open a turn, end one, or close the reasoning.
 
-# What a turn looks like; {role} is the role's name, {} the message. R1's bars are wide, U+FF5C.
-CHATML = "<|im_start|>{role}\n{}<|im_end|>\n"
-LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
-R1 = "<｜User｜>{}<｜Assistant｜>{}<｜end▁of▁sentence｜>"
-BEGINS = {CHATML: "", LLAMA3: "<|begin_of_text|>", R1: "<｜begin▁of▁sentence｜>"}
+ROLES = ("system", "user", "assistant")
+FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
+    "R1": ("<｜begin▁of▁sentence｜>", {  # its bars are wide ones, U+FF5C
+        "system": ("", ""), "user": ("<｜User｜>", ""),
+        "assistant": ("<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    }),
+    "ChatML": ("", {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ROLES}),
+    "Llama 3": ("<|begin_of_text|>", {
+        role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES
+    }),
+}  # fmt: skip
 CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
 THINK = re.compile(r"(</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
@@ -715,21 +712,21 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
-        content = json.loads(backend.to_str())
         self.files = files or {"tokenizer.json": backend.to_str()}
         settings = json.loads(self.files.get("tokenizer_config.json", "{}"))
-        self.template = chat_template(self.files, settings)
         known = backend.get_vocab(with_added_tokens=True)
         self.size = max(known.values(), default=-1) + 1
+        self.template = chat_template(self.files, settings)
         self.format = chat_format(known, self.template)
-        end = [known[name] for name in CONTROL.findall(self.format or "")[-1:]]  # of a turn
-        self.eos_ids = frozenset([*eos_ids, *end])
+        ends = FORMATS[self.format][1]["assistant"][1] if self.format else ""
+        end = {known[name] for name in CONTROL.findall(ends)}  # of the assistant's turn
+        self.eos_ids = frozenset({*eos_ids, *end})
         self.end_id = min(end or self.eos_ids, default=None)
+        content = json.loads(backend.to_str())
         for t in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
             named = CONTROL.fullmatch(t["content"]) or THINK.fullmatch(t["content"])
             t["special"] |= bool(named) or t["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
-        self.hidden = {i for name, i in self.control.items() if not THINK.fullmatch(name)}
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         self.backend.no_truncation()  # tokenizer.json may switch on either
@@ -737,19 +734,12 @@ class Tokenizer:
         bos = settings.get("bos_token")
         bos = bos.get("content") if isinstance(bos, dict) else bos
         self.bos = bos if bos in self.control and "bos_token" in self.template else ""
-        think = OPENS_THINKING.search(self.template) or (self.format == R1 and not self.template)
-        self.opening = "<think>\n" if self.format and think else ""  # said for the assistant
-
-    def split(self, text: str, second: str | None = None, special: bool = False):
-        """The `tokenizers` library's Encoding of a text or a pair; ValueError if it has none."""
-        try:
-            return self.backend.encode(text, second, add_special_tokens=special)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
+        thinks = OPENS_THINKING.search(self.template) or (self.format == "R1" and not self.template)
+        self.opening = "<think>\n" if self.format and thinks else ""  # said for the assistant
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
-        return self.split(as_text(text)).ids
+        return self.backend.encode(as_text(text), add_special_tokens=False).ids
 
     def fill(self, form: str, *texts: str) -> list[int]:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
@@ -759,7 +749,7 @@ class Tokenizer:
                 ids.append(self.control[piece])
             elif "{}" not in piece:  # ours as a whole: its <think> is the token, if there is one
                 self.backend.encode_special_tokens = False
-                ids += self.split(piece).ids
+                ids += self.encode(piece)
                 self.backend.encode_special_tokens = True
             else:
                 for part in THINK.split(piece) if "<think>" in self.control else [piece]:
@@ -769,46 +759,41 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
-        ids = [i for i in ids if i not in self.hidden]
-        return self.backend.decode(ids, skip_special_tokens=False)
+        hidden = {i for name, i in self.control.items() if not THINK.fullmatch(name)}
+        return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
 
         A chat format brings its own BOS. Where there is none, messages are plain text with the
-        tokenizer's BOS, and a warning says so. ValueError for a message of another kind, or a chat
-        template that is none of the known ones.
+        tokenizer's BOS, and a warning says so. ValueError for a template that is not known.
         """
-        roles = ("system", "user", "assistant")
-        for m in messages:
-            if m.get("role") not in roles or not isinstance(m.get("content"), str):
-                raise ValueError(f"a message needs a role of {roles} and a content, not {m!r}")
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format:
             form, texts = render_chat(turns, self.format, self.template, self.control)
-            return self.fill(self.bos * (not BEGINS[self.format]) + form + self.opening, *texts)
+            return self.fill(self.bos * (self.format == "ChatML") + form + self.opening, *texts)
         if self.template:
             raise ValueError(
-                "the checkpoint's chat template is none of those known: ChatML (Qwen, SmolLM2), "
-                "Llama 3, R1-Distill. Without it, messages have the format that the tokens show"
+                f"the checkpoint's chat template is none of those known: {', '.join(FORMATS)}. "
+                "Without it, messages have the format that the tokens show"
             )
         warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
-        return self.split("".join(f"{as_text(t)}\n\n" for _, t in turns), special=True).ids
+        return self.backend.encode("".join(as_text(text) + "\n\n" for _, text in turns)).ids
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
         without a second text those of [CLS] first [SEP].
         """
         self.backend.enable_truncation(max_length)
-        second = None if second is None else as_text(second)
-        encoding = self.split(as_text(first), second, special=True)
+        texts = [as_text(text) for text in (first, second) if text is not None]
+        encoding = self.backend.encode(*texts)
         self.backend.no_truncation()
         return encoding.ids, encoding.type_ids
 
     def cut(self, text: str, tokens: int) -> str:
         """The beginning of `text` that its first `tokens` tokens spell, in whole characters."""
         text = as_text(text)
-        offsets = self.split(text).offsets
+        offsets = self.backend.encode(text, add_special_tokens=False).offsets
         return text[: offsets[tokens][0]] if tokens < len(offsets) else text
 
     def save(self, directory) -> None:
@@ -825,46 +810,39 @@ def chat_template(files: dict, settings: dict) -> str:
 
 
 def chat_format(known, template: str) -> str | None:
-    """The format whose control tokens are all `known`, and named by the template if there is one.
-    A template of anything else has none: nothing is guessed.
+    """The format whose control tokens are all `known`, and whose turns the template names, if there
+    is one. A template of anything else has none: nothing is guessed.
     """
-    for form in (R1, CHATML, LLAMA3):
-        names = CONTROL.findall(form)
-        named = not template or all(name in template for name in names[:2])
+    for name, (begin, turns) in FORMATS.items():
+        users, ends = turns["user"][0], turns["assistant"][1]
+        named = all(token in template for token in CONTROL.findall(users)) or not template
         foreign = any(mark in template for mark in FOREIGN)
-        if named and not foreign and all(n in known for n in CONTROL.findall(BEGINS[form]) + names):
-            return form
+        tokens = CONTROL.findall(begin + users + ends)
+        if named and not foreign and all(token in known for token in tokens):
+            return name
     return None
 
 
 def render_chat(turns: list[tuple], kind: str, template: str, control) -> tuple[str, list[str]]:
     """(form, texts) for `Tokenizer.fill`: the turns, and the beginning of the assistant's."""
-    if kind == R1 or "</think>" in template:  # earlier answers lose their reasoning
-        blank = "\n" if kind == CHATML else ""
-        cut = [(role, text.rpartition("</think>")[2].lstrip(blank)) for role, text in turns]
-        turns = [c if c[0] == "assistant" else turn for c, turn in zip(cut, turns, strict=True)]
+    begin, around = FORMATS[kind]
     system = next((text for role, text in turns if role == "system"), None)
-    if kind == LLAMA3:
+    if kind == "Llama 3":
         turns = [(role, text.strip()) for role, text in turns]
         if "Cutting Knowledge Date" in template or (not template and "<|eom_id|>" in control):
             turns = [turn for turn in turns if turn[0] != "system"]
             turns = [("system", LLAMA_DATES + (system or "").strip()), *turns]
-    elif kind == CHATML and system is None and (found := DEFAULT_SYSTEM.search(template)):
+    elif kind == "ChatML" and system is None and (found := DEFAULT_SYSTEM.search(template)):
         turns = [("system", found[1]), *turns]
-    head, _, end = kind.partition("{}")
-    heads = {role: head.replace("{role}", role) for role in ("system", "user", "assistant")}
-    ends = dict.fromkeys(heads, end)
-    if kind == R1:  # a bare system message, and an end only after the assistant's
-        user, assistant, eos = CONTROL.findall(R1)
-        heads = {"system": "", "user": user, "assistant": assistant}
-        ends = {"system": "", "user": "", "assistant": eos}
-    form, texts = BEGINS[kind], []
-    names = [name for name in control if not THINK.fullmatch(name)]
+    form, texts = begin, []
     for role, text in turns:
-        ours = role == "system" and not any(name in text for name in (*names, "{}"))
-        form += heads[role] + (text if ours else "{}") + ends[role]
-        texts += [] if ours else [text]
-    return form + heads["assistant"], texts
+        if role == "assistant" and (kind == "R1" or "</think>" in template):
+            text = text.rpartition("</think>")[2].lstrip("\n" * (kind == "ChatML"))
+        # A system message is ours, and stands in the form itself: its <think> is the token.
+        theirs = role != "system" or any(n in text for n in (*control, "{}") if "think>" not in n)
+        form += ("{}" if theirs else text).join(around[role])
+        texts += [text] if theirs else []
+    return form + around["assistant"][0], texts
 
 
 # ==== Below: not the method =====================================================================
@@ -975,74 +953,48 @@ class Recorded:
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-SIZES += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-RATES = ("rms_norm_eps", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
-
-
-def read_config(raw: dict, where, fixed: dict, defaults: dict) -> SimpleNamespace:
-    """config.json, where absent or null with transformers' default; ValueError for what is
-    impossible, or not in `fixed`.
-    """
-    given = {key: value for key, value in raw.items() if value is not None}
-    c = SimpleNamespace(**{key: values[0] for key, values in fixed.items()} | defaults | given)
-    for key, values in fixed.items():
-        if (given.get(key, values[0]) if key != "model_type" else raw.get(key)) not in values:
-            raise ValueError(f"{where}: {key} {raw.get(key)!r} is none of {values}")
-    heads = given.get("num_attention_heads")
-    c.num_key_value_heads = given.get("num_key_value_heads", heads)
-    if (
-        "head_dim" not in vars(c)
-        and type(heads) is int
-        and type(c.hidden_size) is int
-        and heads > 0
-    ):
-        c.head_dim = c.hidden_size // heads
-    for key in (*SIZES, *RATES):
-        value, size = getattr(c, key, 0 if key in RATES else None), key in SIZES
-        good = type(value) is int and 0 < value < 2**50 if size else type(value) in (int, float)
-        if not good or (not size and not 0 <= value < 1):
-            raise ValueError(f"{where}: {key} cannot be {value!r}")
-    if c.num_attention_heads % c.num_key_value_heads or c.head_dim % 2:
-        raise ValueError(f"{where}: heads must be a multiple of key-value heads, head_dim even")
-    return c
 
 
 def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
-    """What the decoder needs of config.json, under Hugging Face's names; ValueError for the rest.
+    """What the decoder needs of config.json, under Hugging Face's names and with its defaults.
 
-    Knows the old layout of the rotary settings (rope_theta, rope_scaling) and that of
-    transformers 5 (rope_parameters). rope_theta has a default only for Llama, whose first models
-    had no such setting.
+    ValueError for what is not implemented. Rotary settings have the old layout (rope_theta,
+    rope_scaling) or transformers 5's (rope_parameters); only Llama, whose first models had no
+    rope_theta, has a default for it.
     """
-    family, kinds = raw.get("model_type"), raw.get("layer_types") or []
-    fixed = {"model_type": ["qwen2", "qwen3", "llama"], "hidden_act": ["silu"], "is_causal": [True]}
-    fixed |= {"partial_rotary_factor": [1.0]}
-    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 10**9, "attention_bias": False}
+    given = {key: value for key, value in raw.items() if value is not None}
+    family, heads, kinds = (
+        given.get("model_type"),
+        raw["num_attention_heads"],
+        given.get("layer_types"),
+    )
+    defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "attention_bias": False}
+    defaults |= {"head_dim": 128 if family == "qwen3" else raw["hidden_size"] // heads}
     defaults |= {"mlp_bias": False, "tie_word_embeddings": False, "max_window_layers": 28}
-    c = read_config(raw, where, fixed, defaults | ({"head_dim": 128} if family == "qwen3" else {}))
-    slides = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) and family != "llama"
-    slides = slides and c.max_window_layers < c.num_hidden_layers  # from that layer on
-    if any(kind != "full_attention" for kind in kinds) or (slides and not kinds):
-        raise ValueError(f"{where}: sliding-window attention is not implemented")
-    # Qwen2 has biases, and none at the output, though its config.json does not say so.
-    c.qkv_bias, c.o_bias = c.attention_bias or family == "qwen2", c.attention_bias
-    c.o_bias, c.mlp_bias = (c.o_bias and family != "qwen2", c.mlp_bias and family == "llama")
+    c = SimpleNamespace(**{"max_position_embeddings": 10**9, **defaults, **given})
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
-    theta = {"rope_theta": raw.get("rope_theta") or (10000.0 if family == "llama" else None)}
-    c.rope = theta | rope | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    llama3 = c.rope["rope_type"] == "llama3"
-    if (
-        c.rope["rope_type"] not in ("default", "llama3")
-        or rope.get("partial_rotary_factor", 1) != 1
+    theta = raw.get("rope_theta") or (10000.0 if family == "llama" else None)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    c.rope = {"rope_theta": theta, **rope, "rope_type": kind}
+    # From layer max_window_layers on they slide; Llama has no such setting.
+    slides = given.get("use_sliding_window") and raw.get("sliding_window", 4096)
+    slides = slides and c.max_window_layers < c.num_hidden_layers and family != "llama"
+    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
+    needed = LLAMA3_ROPE if kind == "llama3" else ()
+    for good, what in (
+        (family in ("qwen2", "qwen3", "llama"), f"model_type {family!r}"),
+        (given.get("hidden_act", "silu") == "silu", f"hidden_act {given.get('hidden_act')!r}"),
+        (kind in ("default", "llama3") and share == 1, f"the rope type {kind!r}"),
+        ({*(kinds or ())} <= {"full_attention"} and not (slides and not kinds), "a sliding window"),
+        (all(c.rope.get(n) for n in ("rope_theta", *needed)), "a rotary embedding without a base"),
+        (heads % c.num_key_value_heads == 0 == c.head_dim % 2, "such a number of heads"),
     ):
-        raise ValueError(f"{where}: rope type {c.rope['rope_type']!r} is not default or llama3")
-    outside, context = raw.get(LLAMA3_ROPE[3]), rope.get(LLAMA3_ROPE[3])
-    if llama3 and outside not in (None, context):  # which counts depends on the version
-        raise ValueError(f"{where}: two values of {LLAMA3_ROPE[3]}")
-    for name in ("rope_theta", *(LLAMA3_ROPE if llama3 else ())):
-        if type(c.rope.get(name)) not in (int, float) or not 0 < c.rope[name] < 1e18:
-            raise ValueError(f"{where}: {name} cannot be {c.rope.get(name)!r}")
+        if not good:
+            raise ValueError(f"{where}: {what} is not implemented")
+    # Qwen2 has biases, but not at the output, though its config.json does not say so.
+    c.qkv_bias = c.attention_bias or family == "qwen2"
+    c.o_bias = c.attention_bias and family != "qwen2"
+    c.mlp_bias = c.mlp_bias and family == "llama"
     return c
 
 
@@ -1055,8 +1007,8 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
 
     raw, tensors, tokenizer = open_checkpoint(directory, rename)
     if raw.get("tie_word_embeddings") and "lm_head.weight" in tensors:
-        head, table = (tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight"))
-        if table is None or not torch.equal(head, table):
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
             raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
     decoder = fill_module(partial(Decoder, raw, directory), tensors, directory, device, dtype)
     decoder.vocab_limit = tokenizer.size if tokenizer else decoder.vocab_limit
@@ -1080,53 +1032,41 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 
 def open_checkpoint(directory, rename) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
     """(config.json, tensors by the names that rename(name) gives them, less those that get None,
-    the tokenizer if there is one).
+    the tokenizer if there is one): of model.safetensors, or of the shards that its index names.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        hint = f"; from the Hugging Face hub: hf download {directory} --local-dir DIR"
-        raise FileNotFoundError(f"{directory}: no such directory{hint}")
+        hub = f"from the Hugging Face hub: hf download {directory} --local-dir DIR"
+        raise FileNotFoundError(f"{directory}: no such directory; {hub}")
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise ValueError(f"{directory} holds a PEFT adapter: save PEFT's merge_and_unload() first")
     raw, tensors = read_json(directory / "config.json"), {}
-    for old, tensor in read_tensors(directory).items():
-        if (name := rename(old)) in tensors:
-            raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
-        tensors |= {} if name is None else {name: tensor}
-    found = (directory / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(directory) if found else None
-    if found and tokenizer.size > raw.get("vocab_size", 0):
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    sharded = index.is_file() and not single.is_file()
+    places = read_json(index).get("weight_map") if sharded else None
+    for file in sorted({*places.values()}) if isinstance(places, dict) else [single.name]:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):  # so no way out of the directory
+            raise ValueError(f"{index}: {file!r} is no plain .safetensors file name")
+        found = read_safetensors(directory / file)
+        if sharded and found.keys() != {name for name, shard in places.items() if shard == file}:
+            raise ValueError(f"{directory / file} does not hold what {index.name} places in it")
+        tensors |= {rename(name): tensor for name, tensor in found.items()}
+    tensors.pop(None, None)
+    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+    if tokenizer and tokenizer.size > raw.get("vocab_size", 0):
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.size} ids, the model fewer")
     return raw, tensors, tokenizer
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of exactly the shards that its index names."""
-    single, index = (directory / "model.safetensors", directory / "model.safetensors.index.json")
-    if single.is_file() or not index.is_file():
-        return read_safetensors(single)
-    places, tensors = read_json(index).get("weight_map"), {}
-    names = places.values() if isinstance(places, dict) else [None]
-    # Plain names: so no way out of the directory.
-    if not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names):
-        raise ValueError(f"{index}: no weight_map from names to plain .safetensors files")
-    for shard in sorted({*names}):
-        found = read_safetensors(directory / shard)
-        if odd := {name for name, file in places.items() if file == shard} ^ found.keys():
-            raise ValueError(f"{directory / shard}: differs from {index.name} in {min(odd)}")
-        tensors |= found
-    return tensors
-
-
 def fill_module(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
-    """make() with copies of these weights; ValueError where they do not fit."""
-    with torch.device("meta"):  # no memory yet
-        module = make()
+    """make() with copies of these weights; ValueError where config.json or a weight is faulty."""
     try:
+        with torch.device("meta"):  # no memory yet
+            module = make()
         weights = {name: x.to(device, dtype, copy=True) for name, x in tensors.items()}
         module.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # torch names every weight that is missing, left over, misshapen
-        raise ValueError(f"{directory}: {error}") from None
+    except (RuntimeError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{directory}: {type(error).__name__}: {error}") from None
     return module.eval().requires_grad_(True)
 
 
@@ -1160,19 +1100,16 @@ def load_tokenizer(directory) -> Tokenizer:
         backend = Backend.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
-    if not backend.get_vocab_size():
-        raise ValueError(f"{path}: its vocabulary is empty")
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = path.with_name(f"{kind}.json")
-        content = read_json(file) if file.is_file() else {}
-        ids, token = content.get("eos_token_id"), content.get("eos_token")
+        settings = read_json(file) if file.is_file() else {}
+        ids, token = settings.get("eos_token_id"), settings.get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        ids = [] if ids is None else [*ids] if isinstance(ids, list) else [ids]
         known = backend.token_to_id(token) if isinstance(token, str) else None
-        ids += [] if known is None else [known]
-        if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-            raise ValueError(f"{file}: eos_token_id {ids} is not a token id")
-        eos_ids += ids
+        ids = [*(ids if isinstance(ids, list) else [ids]), known]
+        eos_ids += [i for i in ids if i is not None]
+    if not all(type(i) is int for i in eos_ids):
+        raise ValueError(f"{path.parent}: its settings name EOS ids {eos_ids}, not all numbers")
     return Tokenizer(backend, eos_ids, files)
 
 
@@ -1205,9 +1142,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
                 raise ValueError("the file ends before its header; is the download complete?")
             text = file.read(start - 8).decode("utf-8")
             header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
-            data = torch.frombuffer(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
-            )
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            data = torch.frombuffer(mapped, dtype=torch.uint8)
         tensors = {}
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
@@ -1226,7 +1162,8 @@ def check_header(header: dict, size: int) -> dict[str, tuple]:
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
-        dtype, shape, (begin, end) = (DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"])
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        begin, end = entry["data_offsets"]
         if any(type(n) is not int or not 0 <= n < 2**60 for n in (*shape, begin, end)):
             raise ValueError(f"{name}: shape and data_offsets must be numbers of at least 0")
         if begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
@@ -1248,11 +1185,8 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
         if name in header or x.dtype not in codes or name != as_text(name):
             raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
         offset += x.numel() * x.element_size()
-        header[name] = {
-            "dtype": codes[x.dtype],
-            "shape": [*x.shape],
-            "data_offsets": [begin, offset],
-        }
+        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape]}
+        header[name]["data_offsets"] = [begin, offset]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -1431,7 +1365,9 @@ def resolve(options: type, given: dict):
             "--model is not the toy's: say which recipe fits it. --preset small is for models like "
             "SmolLM2-135M, paper is the paper's for 1.5 B parameters, toy are the defaults"
         )
-    base = {name: base[name] for name in base.keys() & names - {"out", "overwrite", "force"}}
+    # A temperature in a preset or a run is that of rollouts.
+    own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
+    base = {name: base[name] for name in base.keys() & names - own}
     o = options(**base | {name: given[name] for name in given.keys() & names})
     check_options(o)
     return o
@@ -1497,14 +1433,8 @@ def printable(text: str) -> str:
 
 def pick_device(name: str) -> str:
     """`auto` is the best of cuda, mps and cpu that this machine has."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.empty(0, device=name).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
-    return name
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else mps
 
 
 def product_dtype(precision: str, device: str) -> torch.dtype:

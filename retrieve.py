@@ -419,7 +419,7 @@ class Dense:
         device = self.encoder.embeddings.LayerNorm.weight.device
         rows = [self.encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        vectors = np.zeros((len(rows), self.encoder.hidden), dtype=np.float32)
+        vectors = np.zeros((len(rows), self.encoder.config.hidden_size), dtype=np.float32)
         for batch in (order[start : start + 32] for start in range(0, len(order), 32)):
             ids = Ragged([rows[n] for n in batch], device)
             hidden = self.encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]

@@ -3,15 +3,15 @@
 Each comparison runs the two sides in turn, in one process and with one thread count, and prints the
 median of the pairwise ratios: above 1 is faster than the peer. The floor of a row is the time its
 floating-point operations take at the measured rate of a large matrix product, or its bytes at the
-measured memory bandwidth, whichever is longer. Peers that are not installed are left out.
+measured memory bandwidth, whichever is longer. The peers are in tests/requirements.txt.
 
     python tests/benchmark.py                    # the small model: minutes on one core
     python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
     python tests/benchmark.py --device cuda      # DeepSeek-R1-Distill-Qwen-1.5B's shape
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
-Measured on one core of a 2-core AMD server (AVX2), float32, medians of 5 alternating runs, fewer
-with --large; "floor" is how many times the floor we take:
+TODO(lead): these figures are of an earlier version. On one core of a 2-core AMD server (AVX2),
+float32, medians of 5 alternating runs, fewer with --large; "floor": how many times the floor.
 
                                                 ours            peer             ratio  floor
     sample, small, 8 prompts x 8 x 64 tokens    1.04 s          3.60 s           3.5    3.2
@@ -51,11 +51,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import trl_example  # noqa: E402
 
@@ -82,12 +84,11 @@ SHAPES = {
 
 
 def seconds(function) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -115,19 +116,16 @@ def machine(device: str, dtype) -> tuple[float, float]:
 
 
 def build(shape: str, device: str, dtype):
-    """(our decoder, transformers' model with the same weights or None)."""
+    """(our decoder, transformers' model with the same weights)."""
+    import transformers  # here, as our side of bench_trl does without
+
     raw = COMMON | SHAPES[shape]
     torch.manual_seed(0)
     decoder = prlm.Decoder(raw).to(device, dtype).eval()
-    try:
-        import transformers
-    except ImportError:
-        return decoder, None
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
-    model.load_state_dict(decoder.views(), strict=False)
-    model = model.to(device, dtype).eval()
-    return decoder, model
+    model.load_state_dict(decoder.state_dict(), strict=False)  # a tied head has no weight here
+    return decoder, model.to(device, dtype).eval()
 
 
 def ids(generator, length: int) -> list[int]:
@@ -144,7 +142,7 @@ def workload(prompts: int, group: int, low: int, high: int, short: int, long: in
 
 def matrices(decoder) -> int:
     """Parameters in the layers' matrices."""
-    return sum(p.numel() for layer in decoder.layers for p in layer.parameters() if p.dim() == 2)
+    return sum(p.numel() for p in decoder.model.layers.parameters() if p.dim() == 2)
 
 
 def sampling_floor(decoder, prompts, group, tokens, flops, bandwidth) -> float:
@@ -153,23 +151,26 @@ def sampling_floor(decoder, prompts, group, tokens, flops, bandwidth) -> float:
     c, rows = decoder.config, len(prompts) * group
     size = decoder.head.element_size()
     prefill = 2 * inside * sum(map(len, prompts)) / flops
-    cached = 2 * c.layers * c.kv_heads * c.head_dim * size  # bytes of one cached token
+    heads = c.num_hidden_layers * c.num_key_value_heads
+    cached = 2 * heads * c.head_dim * size  # bytes of one cached token
     shared, own = cached * sum(map(len, prompts)), cached * rows * tokens / 2
     step = 2 * (inside + head) * rows / flops
     return prefill + tokens * max(step, ((inside + head) * size + shared + own) / bandwidth)
 
 
-def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> None:
-    device, rows = decoder.head.device, [p for p in prompts for _ in range(group)]
+def pad(rows: list[list[int]], device, left=False) -> tuple:
+    """(tokens, mask), [rows, the longest one]."""
     width = max(map(len, rows))
-    padded = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for n, prompt in enumerate(rows):
-        padded[n, width - len(prompt) :], mask[n, width - len(prompt) :] = torch.tensor(prompt), 1
-    padded, mask = padded.to(device), mask.to(device)
+    gaps = [[0] * (width - len(row)) for row in rows]
+    tokens = [gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)]
+    marks = [[1] * len(row) for row in rows]
+    mask = [gap + one if left else one + gap for one, gap in zip(marks, gaps, strict=True)]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
-    def ours():
-        prlm.generate(decoder, prompts, group, tokens, 0.7, seed=0)
+
+def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> None:
+    rows = [p for p in prompts for _ in range(group)]
+    padded, mask = pad(rows, decoder.head.device, left=True)
 
     @torch.no_grad()
     def theirs():
@@ -178,28 +179,30 @@ def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> 
             max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
 
-    ours_s, theirs_s, ratio = duel(ours, theirs if model else None, runs)
+    ours = lambda: prlm.generate(decoder, prompts, group, tokens, 0.7, seed=0)  # noqa: E731
+    ours_s, theirs_s, ratio = duel(ours, theirs, runs)
     floor = sampling_floor(decoder, prompts, group, tokens, *rates)
     row(name, ours_s, theirs_s, ratio, len(rows) * tokens / ours_s, ours_s / floor)
 
 
 def full_forward_loss(model, prompts, completions, advantages):
     """The plain way: every row in full, padded, logits everywhere."""
-    device = next(model.parameters()).device
     rows = [p + c for p, group in zip(prompts, completions, strict=True) for c in group]
+    tokens, mask = pad(rows, advantages.device)
     starts = [len(p) for p, group in zip(prompts, completions, strict=True) for _ in group]
-    width = max(map(len, rows))
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    mask, inside = torch.zeros_like(tokens), torch.zeros(len(rows), width)
-    for n, (ids_, start) in enumerate(zip(rows, starts, strict=True)):
-        tokens[n, : len(ids_)], mask[n, : len(ids_)] = torch.tensor(ids_), 1
-        inside[n, start : len(ids_)] = 1
-    tokens, mask, inside = tokens.to(device), mask.to(device), inside.to(device)[:, 1:]
+    starts = torch.tensor(starts, device=advantages.device)[:, None]
+    inside = (mask * (torch.arange(mask.shape[1], device=mask.device) >= starts))[:, 1:]
     logits = model(tokens, attention_mask=mask).logits[:, :-1].float() / 0.7
     logprobs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     ratio = (logprobs - logprobs.detach()).exp()
     loss = -(ratio * advantages.flatten()[:, None] * inside).sum(-1) / inside.sum(-1)
     return loss.mean()
+
+
+def shared_loss(decoder, prompts, completions, advantages):
+    """Ours: each prompt once for its completions, logits of the completions alone."""
+    logprobs, mask = prlm.token_logprobs(decoder, prompts, completions, 0.7)
+    return rl.grpo_loss(logprobs, logprobs.detach(), advantages, mask)
 
 
 def bench_update(name, decoder, model, prompts, completions, runs, rates) -> None:
@@ -209,7 +212,7 @@ def bench_update(name, decoder, model, prompts, completions, runs, rates) -> Non
         optimizer = torch.optim.AdamW(module.parameters(), 1e-9)
 
         def step():
-            loss = loss_of()
+            loss = loss_of(module, prompts, completions, advantages)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -217,13 +220,9 @@ def bench_update(name, decoder, model, prompts, completions, runs, rates) -> Non
 
         return step
 
-    def shared():
-        logprobs, mask = prlm.token_logprobs(decoder, prompts, completions, 0.7)
-        return rl.grpo_loss(logprobs, logprobs.detach(), advantages, mask)
-
-    ours, theirs = make(shared, decoder), None
+    ours, theirs = make(shared_loss, decoder), None
     if model:
-        theirs = make(lambda: full_forward_loss(model, prompts, completions, advantages), model)
+        theirs = make(full_forward_loss, model)
         a, b = ours(), theirs()
         assert abs(a - b) < 1e-2 * max(abs(a), 0.1), f"the two losses differ: {a} and {b}"
     ours_s, theirs_s, ratio = duel(ours, theirs, runs)
@@ -254,21 +253,36 @@ def peak_mib(function) -> float:
 
 def bench_memory(decoder, model, prompts, completions) -> None:
     advantages = torch.randn(len(prompts), len(completions[0])).to(decoder.head.device)
-
-    def ours():
-        logprobs, mask = prlm.token_logprobs(decoder, prompts, completions, 0.7)
-        rl.grpo_loss(logprobs, logprobs.detach(), advantages, mask).backward()
-
-    def theirs():
-        full_forward_loss(model, prompts, completions, advantages).backward()
-
-    other = peak_mib(theirs) if model else float("nan")
-    if model:
-        model.zero_grad(set_to_none=True)
+    asked = prompts, completions, advantages
+    other = peak_mib(lambda: full_forward_loss(model, *asked).backward())
+    model.zero_grad(set_to_none=True)
     for decoder.checkpointing in (False, True):
-        mine, how = peak_mib(ours), ", --checkpointing" * decoder.checkpointing
+        mine = peak_mib(lambda: shared_loss(decoder, *asked).backward())
         decoder.zero_grad(set_to_none=True)
+        how = ", --checkpointing" * decoder.checkpointing
         row(f"update, 4 completions of 512{how}: MiB", mine, other, other / mine)
+
+
+WORK = {  # prompts, completions of each, shortest and longest prompt and completion, tokens sampled
+    "small": [(8, 8, 128, 256, 32, 64, 64)],
+    "0.5B": [(2, 4, 128, 256, 32, 64, 32)],
+    "1.5B": [(4, group, 512, 512, 768, 768, 768) for group in (4, 8)],
+}
+
+
+def bench_shape(shape: str, device: str, dtype, runs: int):
+    """Sampling and update of a model's shape; returns `build`'s two models."""
+    decoder, model = build(shape, device, dtype)
+    rates, name = machine(device, dtype), f"{shape} {str(dtype).removeprefix('torch.')}"
+    for count, group, *lengths, tokens in WORK[shape]:
+        prompts, completions = workload(count, group, *lengths)
+        how = f"{name}: {count} x {group}"
+        bench_sampler(
+            f"sample {how} x {tokens}", decoder, model, prompts, group, tokens, runs, rates
+        )
+        other = model if shape != "1.5B" else None  # whose logits would fill the GPU
+        bench_update(f"update {how} rows", decoder, other, prompts, completions, runs, rates)
+    return decoder, model
 
 
 def bench_scaling(decoder) -> None:
@@ -280,14 +294,11 @@ def bench_scaling(decoder) -> None:
     ):  # fmt: skip
         prompts, completions = workload(4, group, prompt, prompt, completion, completion)
 
-        def sampling(prompts=prompts, group=group, completion=completion):
-            prlm.generate(decoder, prompts, group, completion, 0.7, seed=0)
-
         def updating(prompts=prompts, completions=completions):
-            logprobs, mask = prlm.token_logprobs(decoder, prompts, completions)
-            (logprobs * mask).sum().backward()
+            prlm.token_logprobs(decoder, prompts, completions)[0].sum().backward()
             decoder.zero_grad()
 
+        sampling = partial(prlm.generate, decoder, prompts, group, completion, 0.7, seed=0)
         times = (statistics.median(seconds(f) for _ in range(3)) for f in (sampling, updating))
         row(f"4 prompts of {prompt}, {group} completions of {completion}", *times)
 
@@ -298,86 +309,67 @@ def bench_loading() -> None:
         path = Path(folder) / "model.safetensors"
         prlm.write_safetensors(path, tensors)
 
-        def ours():
-            for tensor in prlm.read_safetensors(path).values():
+        def copy_all(read):
+            for tensor in read(path).values():
                 torch.empty_like(tensor).copy_(tensor)
 
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            load_file = None
-
-        def theirs():
-            for tensor in load_file(path).values():
-                torch.empty_like(tensor).copy_(tensor)
-
-        a, b, ratio = duel(ours, theirs if load_file else None, 5)
+        both = (prlm.read_safetensors, safetensors.torch.load_file)
+        a, b, ratio = duel(*(partial(copy_all, read) for read in both), 5)
         row("read 400 MB of safetensors: GB/s", 0.419 / a, 0.419 / b, ratio)
-    imports = [sys.executable, "-c", "import torch"]
-    help_ = [sys.executable, str(ROOT / "rl.py"), "--help"]
-    run = lambda line: subprocess.run(line, stdout=subprocess.DEVNULL, check=True)  # noqa: E731
-    a, b, _ = duel(lambda: run(help_), lambda: run(imports), 5)
+    lines = [sys.executable, str(ROOT / "rl.py"), "--help"], [sys.executable, "-c", "import torch"]
+    run = partial(subprocess.run, stdout=subprocess.DEVNULL, check=True)
+    a, b, _ = duel(*(partial(run, line) for line in lines), 5)
     row("rl.py --help, beside `import torch`: s", a, b, b / a)
 
 
 def bench_text() -> None:
+    from rank_bm25 import BM25Okapi
+    from rouge_score.rouge_scorer import RougeScorer
+
     rng = random.Random(0)
     vocabulary = [f"w{n}" for n in range(5000)]
     weights = [1 / (n + 1) for n in range(5000)]
     say = lambda n: " ".join(rng.choices(vocabulary, weights, k=n))  # noqa: E731
     users = [[say(60) for _ in range(300)] for _ in range(30)]
+
+    def rank_all(scores_of, queries):
+        for texts, query in zip(users, queries, strict=True):
+            scores_of([t.split() for t in texts], query.split()).argsort()
+
     for length in (20, 150):
         queries = [say(length) for _ in users]
-
-        def ours(queries=queries):
-            for texts, query in zip(users, queries, strict=True):
-                BM25([t.split() for t in texts]).scores(query.split()).argsort()
-
-        def theirs(queries=queries):
-            for texts, query in zip(users, queries, strict=True):
-                BM25Okapi([t.split() for t in texts]).get_scores(query.split()).argsort()
-
-        try:
-            from rank_bm25 import BM25Okapi
-        except ImportError:
-            theirs = None
-        a, b, ratio = duel(ours, theirs, 5)
+        both = (lambda t, q: BM25(t).scores(q), lambda t, q: BM25Okapi(t).get_scores(q))
+        a, b, ratio = duel(*(partial(rank_all, one, queries) for one in both), 5)
         row(f"BM25, 300 items, {length} words in the query: users/s", 30 / a, 30 / b, ratio)
     pairs = [(say(10), say(10)) for _ in range(2000)]
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    except ImportError:
-        scorer = None
-    a, b, ratio = duel(
-        lambda: [rouge(p, t) for p, t in pairs],
-        (lambda: [scorer.score(t, p) for p, t in pairs]) if scorer else None,
-        5,
-    )
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"]).score
+    both = (lambda: [rouge(p, t) for p, t in pairs], lambda: [theirs(t, p) for p, t in pairs])
+    a, b, ratio = duel(*both, 5)
     row("ROUGE-1, -2, -L of 10 words: pairs/s", 2000 / a, 2000 / b, ratio)
 
 
 # ---- Whole steps beside TRL's GRPOTrainer ----------------------------------------------------
 
-STEP = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "max_prompt_tokens": 320,
-        "k": 4, "task": "LaMP-4", "lr": 1e-6, "temperature": 1.0, "seed": 0}  # fmt: skip
 STEPS = 4  # the first one warms up
 
 
-def our_steps(model: str, data: str, checkpointing: bool, out: Path) -> list[float]:
-    """Seconds of each step of rl.py."""
-    o = rl.Options(
+def step_options(model: str, data: str, checkpointing: bool, out: Path) -> rl.Options:
+    return rl.Options(
         model=model, data=data, out=str(out), device="cpu", precision="float32", steps=STEPS,
-        personalization=0.0, checkpointing=checkpointing, eval_every=0, eval_examples=1, **STEP
+        prompts_per_step=2, group_size=4, max_new_tokens=64, max_prompt_tokens=320, lr=1e-6,
+        personalization=0.0, checkpointing=checkpointing, eval_every=0,
     )  # fmt: skip
-    o.force = True  # a released model answers in no form yet: its rewards are all 0
-    rl.main(o)
-    lines = prlm.read_lines(out / "metrics.jsonl")
+
+
+def our_steps(o: rl.Options) -> list[float]:
+    """Seconds of each step of rl.py."""
+    policy, examples = rl.make_policy(o, o.model), load_lamp(o.data, o.task, "train")
+    rl.train_policy(o, Path(o.out), policy, None, examples, [])
+    lines = prlm.read_lines(Path(o.out) / "metrics.jsonl")
     return [line["seconds_rollout"] + line["seconds_update"] for line in lines]
 
 
-def trl_steps(model: str, data: str, checkpointing: bool, out: Path) -> list[float]:
+def trl_steps(o: rl.Options) -> list[float]:
     """Seconds of each step of TRL's trainer on the same prompts, with the same reward."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -390,21 +382,18 @@ def trl_steps(model: str, data: str, checkpointing: bool, out: Path) -> list[flo
         def on_step_end(self, *_, **__):
             self.times.append(time.perf_counter())
 
-    how = {key: STEP[key] for key in ("task", "k", "max_prompt_tokens", "max_new_tokens")}
-    o = trl_example.Options(model=model, data=data, **how)
-    examples = load_lamp(data, o.task, "train")
-    columns = trl_example.columns(o, prlm.load_tokenizer(model), examples)
+    examples = load_lamp(o.data, o.task, "train")
+    columns = trl_example.columns(o, prlm.load_tokenizer(o.model), examples)
     config = GRPOConfig(
-        output_dir=str(out), use_cpu=True, bf16=False, max_steps=STEPS, save_strategy="no",
-        per_device_train_batch_size=STEP["prompts_per_step"] * STEP["group_size"],
-        num_generations=STEP["group_size"], max_completion_length=STEP["max_new_tokens"],
-        temperature=STEP["temperature"], learning_rate=STEP["lr"], beta=0.0, loss_type="grpo",
-        gradient_checkpointing=checkpointing, report_to=[], disable_tqdm=True, seed=STEP["seed"],
+        output_dir=o.out, use_cpu=True, bf16=False, max_steps=STEPS, save_strategy="no",
+        per_device_train_batch_size=o.prompts_per_step * o.group_size,
+        num_generations=o.group_size, max_completion_length=o.max_new_tokens,
+        temperature=o.temperature, learning_rate=o.lr, beta=0.0, loss_type="grpo",
+        gradient_checkpointing=o.checkpointing, report_to=[], disable_tqdm=True, seed=o.seed,
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
-    clock = Clock()
-    reward = trl_example.trl_reward(examples)
-    trainer = GRPOTrainer(model, reward, config, Dataset.from_dict(columns), callbacks=[clock])
+    clock, reward = Clock(), trl_example.trl_reward(examples)
+    trainer = GRPOTrainer(o.model, reward, config, Dataset.from_dict(columns), callbacks=[clock])
     trainer.train()
     return [after - before for before, after in itertools.pairwise(clock.times)]
 
@@ -419,8 +408,7 @@ def bench_trl(model: str, data: str, threads: int) -> None:
             line += ["--threads", str(threads), *["--checkpointing"] * checkpointing]
             done = subprocess.run(line, check=True, capture_output=True, text=True)
             found[side] = json.loads(done.stdout.splitlines()[-1])
-        size = "{prompts_per_step} x {group_size} x {max_new_tokens}".format(**STEP)
-        size += ", checkpointing" * checkpointing
+        size = "2 x 4 x 64" + ", checkpointing" * checkpointing
         for name, unit in (("seconds", "s"), ("peak", "GiB")):
             ours, theirs = found["ours"][name], found["trl"][name]
             row(f"{size}: {unit}", ours, theirs, theirs / ours)
@@ -429,7 +417,8 @@ def bench_trl(model: str, data: str, threads: int) -> None:
 def run_side(side: str, *how) -> None:
     """One side of bench_trl: median seconds a step, and the process's highest memory in GiB."""
     with tempfile.TemporaryDirectory() as folder:
-        times = {"ours": our_steps, "trl": trl_steps}[side](*how, Path(folder) / "run")
+        steps = {"ours": our_steps, "trl": trl_steps}[side]
+        times = steps(step_options(*how, Path(folder) / "run"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": statistics.median(times[1:]), "peak": peak}))
 
@@ -456,37 +445,14 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {o.device}, {o.threads} threads, medians of {o.runs} runs\n")
     row("", "ours", "peer", "peer/ours", "tokens/s", "x floor")
-    cuda = o.device == "cuda"
-    shapes = [("1.5B", torch.bfloat16)] if cuda else [("small", torch.float32)]
-    if o.large and not cuda:  # in the precision that this CPU is faster in
-        kinds = torch.float32, torch.bfloat16
-        shapes.append(("0.5B", max(kinds, key=lambda kind: machine("cpu", kind)[0])))
-    for shape, dtype in shapes:
-        name = f"{shape} {str(dtype).removeprefix('torch.')}"
-        rates = machine(o.device, dtype)
-        decoder, model = build(shape, o.device, dtype)
-        runs = o.runs if shape == "small" or cuda else 1
-        if cuda:
-            for group in (4, 8):
-                prompts, completions = workload(4, group, 512, 512, 768, 768)
-                how = f"4 prompts of 512 x {group}"
-                bench_sampler(
-                    f"sample {name}: {how} x 768", decoder, model, prompts, group, 768, 3, rates
-                )
-                bench_update(f"update {name}: {how}", decoder, None, prompts, completions, 3, rates)
-            continue
-        count, group, tokens = (8, 8, 64) if shape == "small" else (2, 4, 32)
-        prompts, completions = workload(count, group, 128, 256, 32, 64)
-        how = f"{count} x {group}"
-        where = decoder, model, prompts
-        bench_sampler(f"sample {name}: {how} x {tokens}", *where, group, tokens, runs, rates)
-        bench_update(f"update {name}: {how} rows", *where, completions, runs, rates)
-        if shape == "small":
-            small = decoder
-        else:
-            bench_memory(decoder, model, *workload(1, 4, 128, 128, 512, 512))
-        del decoder, model, where
-    if not cuda:
+    if o.device == "cuda":
+        bench_shape("1.5B", "cuda", torch.bfloat16, 3)
+    else:
+        small, _ = bench_shape("small", "cpu", torch.float32, o.runs)
+        if o.large:  # in the precision that this CPU is faster in
+            kinds = torch.float32, torch.bfloat16
+            dtype = max(kinds, key=lambda kind: machine("cpu", kind)[0])
+            bench_memory(*bench_shape("0.5B", "cpu", dtype, 1), *workload(1, 4, 128, 128, 512, 512))
         row("\n", "ours", "peer", "ratio")
         bench_loading()
         bench_text()

@@ -113,7 +113,6 @@ def write_policy(folder, seed=0, answers=ANSWERS):
         model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=272, hidden_size=16,
         intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        max_position_embeddings=8192,
     )  # fmt: skip
     decoder = prlm.Decoder(raw)
     with torch.no_grad():

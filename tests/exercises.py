@@ -86,8 +86,7 @@ EXERCISES = [
         "TestBM25",
         {"": "Compute the idf of each word of [['a'], ['b', 'b', 'c'], ['b']] by hand: in how many "
              "documents does it stand? What happens to a word that stands in most of them?",
-         "nothing": "What is the mean length of no documents, and the mean idf of no words?"},
-        [
+         "nothing": "What is the mean length of no documents, and the mean idf of no words?"}, [
             Mutant("idf without + 0.5",
                    "Scores are a little off from rank_bm25's, for rare words most of all.",
                    "np.log(len(corpus) - held + 0.5) - np.log(held + 0.5)",
@@ -104,8 +103,7 @@ EXERCISES = [
             Mutant("the two roles of b are swapped",
                    "Raising b makes the length of an item matter less.",
                    "(1 - b + b *", "(b + (1 - b) *"),
-        ],
-        """
+        ], """
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
         self.k1, self.counts, self.idf = k1, {}, {}
@@ -121,15 +119,12 @@ EXERCISES = [
         total = sum(map(len, corpus))
         shares = [len(text) * len(corpus) / total if total else 0.0 for text in corpus]
         self.norm = np.array([k1 * (1 - b) + k1 * b * share for share in shares])
-        """,
-    ),
+        """),
     Exercise(
-        2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3,
-        "TestBM25",
+        2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3, "TestBM25",
         {"": "Score one document by hand, word by word. What does a query word that is asked twice "
              "add, and what does one that no document holds?",
-         "nothing": "Without documents, words or a match the scores are zeros, one a document."},
-        [
+         "nothing": "Without documents, words or a match the scores are zeros, one a document."}, [
             Mutant("a repeated query word counts once",
                    "Scores equal rank_bm25's, except for queries that repeat a word.",
                    "for word in query:", "for word in dict.fromkeys(query):"),
@@ -142,27 +137,21 @@ EXERCISES = [
             Mutant("the last word replaces the sum",
                    "Only the end of a query seems to matter.",
                    "scores[where] +=", "scores[where] ="),
-            Mutant("the lengths of other documents",
-                   "An item's score changes when the profile is put into another order.",
-                   "self.norm[where]", "self.norm[: len(where)]"),
-        ],
-        """
+        ], """
         def score(number: int, word: str) -> float:
             count = self.counts[word].get(number, 0) if word in self.counts else 0
             return count and self.idf[word] * count * (self.k1 + 1) / (count + self.norm[number])
 
         documents = range(len(self.norm))
         return np.array([sum(score(n, word) for word in query) for n in documents], dtype=float)
-        """,
-    ),
+        """),
     Exercise(
         3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
         "TestRetrieve TestDense::test_ranks_by_cosine",
         {"": "Rank a profile of three items by hand. Which texts are compared with which query?",
          "naive": "What ties keeps the profile's order, also where all scores are 0.",
          "random": "Does the draw depend on anything but the seed and the record's id?",
-         "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."},
-        [
+         "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."}, [
             Mutant("the worst items come first",
                    "More retrieved items help, but the first one almost never does.",
                    "np.argsort(-scores, kind=\"stable\")", "np.argsort(scores, kind=\"stable\")"),
@@ -176,14 +165,10 @@ EXERCISES = [
             Mutant("the same draw for every user",
                    "Random retrieval takes the same places of every profile.",
                    "random.Random(repr((seed, example.id)))", "random.Random(seed)"),
-            Mutant("the query is ranked as letters",
-                   "BM25 ranks hardly better than random; its scores are mostly 0.",
-                   "example.query.split()", "list(example.query)"),
             Mutant("the two kinds of idf are swapped",
                    "`bm25` equals Lucene's ranking, and not that of rank_bm25.",
                    "\"okapi\" if retriever == \"bm25\"", "\"okapi\" if retriever != \"bm25\""),
-        ],
-        """
+        ], """
         if k < 0:
             raise ValueError(f"k must be at least 0, not {k}")
         if retriever not in ("none", "random", "recency", "bm25", "lucene", "dense"):
@@ -212,8 +197,7 @@ EXERCISES = [
             at = next((n for n, other in enumerate(best) if keys[other] < key), len(best))
             best.insert(at, place)
         return [profile[place] for place in best[:k]]
-        """,
-    ),
+        """),
     Exercise(
         4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 5,
         "TestPrompt",
@@ -221,8 +205,7 @@ EXERCISES = [
              "speaks of them, without it does not.",
          "budget": "Count the tokens of the chat as it is sent, not of its parts. Is there a "
                    "larger number of tokens a field that fits too?",
-         "long": "The query is cut to the same number of tokens as any other field."},
-        [
+         "long": "The query is cut to the same number of tokens as any other field."}, [
             Mutant("the chat format is not counted",
                    "Prompts are over the budget by the same few tokens, whatever they hold.",
                    "len(tokenizer.chat(messages(most, items)))",
@@ -237,17 +220,13 @@ EXERCISES = [
                    "Prompts stay far under the budget whenever one item is short.",
                    "if fits(middle, items) else",
                    "if middle * (1 + len(items)) * len(fields) <= max_prompt_tokens else"),
-            Mutant("the items are in the opposite order",
-                   "Retrieval's best item stands next to the query instead of on top.",
-                   "example.task) for item in items]", "example.task) for item in items[::-1]]"),
             Mutant("the query is never cut",
                    "One user with a very long article has a prompt without any item.",
                    "cut(example.query)", "example.query"),
             Mutant("the first items are left out",
                    "On a small budget the best items are missing, the worst are there.",
                    "items = items[:-1]", "items = items[1:]"),
-        ],
-        """
+        ], """
         def chat(most: int, count: int) -> list[dict]:
             def cut(text: str) -> str:
                 return text.strip() if most < 0 else tokenizer.cut(text.strip(), most)
@@ -272,14 +251,11 @@ EXERCISES = [
         while step := step // 2:  # bit by bit, from above
             most += step * (len(tokenizer.chat(chat(most + step, count))) <= limit)
         return chat(most, count)
-        """,
-    ),
+        """),
     # Scores
     Exercise(
-        5, "Matching n-grams", "eval.py", "common", 2,
-        "TestRouge TestBleu",
-        {"": "What should ['the', 'the'] against ['the', 'cat'] give, and against ['the', 'the']?"},
-        [
+        5, "Matching n-grams", "eval.py", "common", 2, "TestRouge TestBleu",
+        {"": "How often do ['a', 'a'] and ['a', 'b'] match, how often ['a', 'a'] and itself?"}, [
             Mutant("sets instead of counts",
                    "Titles that repeat a word get another ROUGE than rouge_score gives them.",
                    "(ngrams[0] & ngrams[1]).total()", "len(ngrams[0] & ngrams[1])"),
@@ -294,8 +270,7 @@ EXERCISES = [
                    "ROUGE-2 is almost as high as ROUGE-1.",
                    "for i in range(n)), strict=False",
                    "for i in range(max(n - 1, 1))), strict=False"),
-        ],
-        """
+        ], """
         grams = [tuple(b[i : i + n]) for i in range(len(b) - n + 1)]
         matches = 0
         for i in range(len(a) - n + 1):
@@ -303,14 +278,12 @@ EXERCISES = [
                 grams.remove(tuple(a[i : i + n]))  # each may be matched once
                 matches += 1
         return matches
-        """,
-    ),
+        """),
     Exercise(
         6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence", 3,
         "TestLongestCommonSubsequence TestRouge::test_golden_values",
         {"": "A subsequence may leave words out but not change their order. The plain table is a "
-             "correct answer; the bits are only faster."},
-        [
+             "correct answer; the bits are only faster."}, [
             Mutant("only the last occurrence of a word is known",
                    "Headlines that repeat a word get too low a ROUGE-L.",
                    "columns.get(token, 0) | 1 << j", "1 << j"),
@@ -327,11 +300,7 @@ EXERCISES = [
                    "pieces = {tuple(b[i:j]) for j in range(len(b) + 1) for i in range(j)}\n"
                    "    return max((j - i for j in range(len(a) + 1) for i in range(j)\n"
                    "                if tuple(a[i:j]) in pieces), default=0)"),
-            Mutant("the order does not count",
-                   "ROUGE-L equals ROUGE-1.",
-                   "return len(b) - row.bit_count()", "return (Counter(a) & Counter(b)).total()"),
-        ],
-        """
+        ], """
         lengths = [0] * (len(b) + 1)
         for x in a:
             before = 0  # the table's value above and to the left
@@ -340,17 +309,14 @@ EXERCISES = [
                 lengths[j] = before + 1 if x == y else max(above, lengths[j - 1])
                 before = above
         return lengths[-1]
-        """,
-    ),
+        """),
     Exercise(
-        7, "The answer in a completion", "eval.py", "extract_answer", 5,
-        "TestExtractAnswer",
+        7, "The answer in a completion", "eval.py", "extract_answer", 5, "TestExtractAnswer",
         {"": "Go through the docstring's rules one by one with the case that failed. `read_value` "
              "reads a value and says where it ends.",
          "nothing": "Rules 1 and 2: what counts at all, and what is no key?",
          "placeholder": "Rule 4: the first value that says something, else the placeholder.",
-         "several": "Rule 4; and rule 1: between the last <answer> and the first </answer>, if they are there."},
-        [
+         "several": "Rule 4, and which of several answer tags rule 1 names."}, [
             Mutant("thoughts without an answer behind them count",
                    "A completion that stops right after </think> earns accuracy.",
                    "completion.rpartition(\"</think>\")[2]",
@@ -358,9 +324,6 @@ EXERCISES = [
             Mutant("a thought that never closes counts",
                    "Completions cut off in the middle of a thought earn accuracy.",
                    "if \"<think>\" in text:", "if not text:"),
-            Mutant("small letters only",
-                   "Small models, which like to write Title: ..., earn nothing for it.",
-                   "re.I | re.M", "re.M"),
             Mutant("the last value counts",
                    "Afterthoughts and second attempts replace the answer.",
                    "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
@@ -373,8 +336,7 @@ EXERCISES = [
             Mutant("the end of the answer block is not seen",
                    "What a model says after </answer> replaces an answer that has no key.",
                    "text.partition(\"</answer>\")[0].rpartition", "text.rpartition"),
-        ],
-        r'''
+        ], r'''
         word, marks, values, at = task_of(task).answer, tuple("'\"‘’“”"), [], 0
         text = completion.split("</think>")[-1]
         if "<think>" in text:
@@ -408,22 +370,16 @@ EXERCISES = [
                 at += 1
         good = [value for value in values if not is_placeholder(value, task)]
         return next(iter(good), next(filter(None, values), ""))
-        ''',
-    ),
+        '''),
     # The language model
     Exercise(
         8, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
         "TestRope::test_frequencies_equal_the_formula",
         {"": "The first frequency is 1 and the last is just above 1/theta. For llama3, how often "
-             "does a pair turn within the original context, and which ones are to be left alone?"},
-        [
+             "does a pair turn within the original context, and which ones are left alone?"}, [
             Mutant("the exponent runs twice as fast",
                    "Logits are near those of transformers for the first tokens, then drift off.",
                    ".float() / c.head_dim", ".float() / (c.head_dim / 2)"),
-            Mutant("consecutive exponents",
-                   "Logits are near those of transformers for the first tokens, then drift off.",
-                   "torch.arange(0, c.head_dim, 2, device=\"cpu\")",
-                   "torch.arange(c.head_dim // 2, device=\"cpu\")"),
             Mutant("the fast ones are slowed down instead of the slow ones",
                    "Qwen2 is right; Llama 3.1 confuses neighbouring words.",
                    "keep * frequencies + (1 - keep) * frequencies / factor",
@@ -434,8 +390,7 @@ EXERCISES = [
             Mutant("the blend is not limited",
                    "Qwen2 is right; Llama 3.1 writes nonsense.",
                    ".clamp(0, 1)", ""),
-        ],
-        """
+        ], """
         found = []
         for i in range(c.head_dim // 2):
             frequency = c.rope["rope_theta"] ** (-2 * i / c.head_dim)
@@ -449,44 +404,36 @@ EXERCISES = [
                     frequency *= share + (1 - share) / factor
             found.append(frequency)
         return torch.tensor(found)
-        """,
-    ),
+        """),
     Exercise(
         9, "RoPE: the rotation", "prlm.py", "rotate", 2,
         "TestRope::test_channels_turn_as_complex_numbers "
         "TestRope::test_scores_depend_on_the_distance_alone",
         {"": "Rotate (1, 0, 0, 0) by hand: which channel receives the sine? The minus sign is "
              "already in `sin`.",
-         "distance": "Queries and keys turn the same way, each by its own position."},
-        [
+         "distance": "Queries and keys turn the same way, each by its own position."}, [
             Mutant("neighbouring channels are paired",
                    "The checkpoint loads, but every text it writes is word salad.",
                    "x.roll(x.shape[-1] // 2, -1)",
                    "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
-            Mutant("rolled by one channel",
-                   "The checkpoint loads, but every text it writes is word salad.",
-                   "x.roll(x.shape[-1] // 2, -1)", "x.roll(1, -1)"),
             Mutant("rotated backwards",
                    "Short texts look plausible; order within the prompt is mixed up.",
                    "+ x.roll", "- x.roll"),
             Mutant("heads are rolled instead of channels",
                    "A model with one head is right, all others are wrong.",
                    "// 2, -1)", "// 2, -2)"),
-        ],
-        """
+        ], """
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
         cos, sin = cos[..., :half], sin[..., half:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-        """,
-    ),
+        """),
     Exercise(
         10, "Grouped-query attention", "prlm.py", "attention", 5,
         "TestAttention::test_equals_a_naive_loop",
         {"": "Compare one query position of one head with a loop over the keys it may see. Which "
              "key-value head belongs to query head 1?",
-         "True": "`visible` [B, T, S] is the same for all heads, and True where a query may look."},
-        [
+         "True": "`visible` [B, T, S] is one for all heads, and True where a query may look."}, [
             Mutant("not causal",
                    "The training loss falls to almost nothing, samples are nonsense.",
                    "{\"is_causal\": True}", "{}"),
@@ -501,12 +448,7 @@ EXERCISES = [
             Mutant("the mask is turned round",
                    "Right without a mask; with one, every token sees only what it must not.",
                    "visible.unsqueeze(1)", "~visible.unsqueeze(1)"),
-            Mutant("reshaped instead of transposed",
-                   "One head is right; with more, positions and heads are mixed.",
-                   "return out.transpose(1, 2)",
-                   "return out.reshape(len(out), out.shape[2], -1, out.shape[3])"),
-        ],
-        """
+        ], """
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
         if visible is None:
@@ -514,14 +456,11 @@ EXERCISES = [
             visible = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None]
         scores = scores.masked_fill(~visible[:, None], -math.inf)
         return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
-        """,
-    ),
+        """),
     Exercise(
-        11, "LoRA", "prlm.py", "Linear.forward", 3,
-        "TestLinear",
+        11, "LoRA", "prlm.py", "Linear.forward", 3, "TestLinear",
         {"": "x meets A first, then B. What is left of alpha where the rank is doubled? And in "
-             "which precision are the products taken?"},
-        [
+             "which precision are the products taken?"}, [
             Mutant("alpha is forgotten",
                    "What is sampled and what the merged checkpoint says drift apart.",
                    "change = self.scale * F", "change = F"),
@@ -537,8 +476,7 @@ EXERCISES = [
             Mutant("the precision of products is ignored",
                    "--precision bfloat16 is no faster, and `gap` is as small as in float32.",
                    "dtype = self.products or self.weight.dtype", "dtype = self.weight.dtype"),
-        ],
-        """
+        ], """
         kind = self.weight.dtype if self.products is None else self.products
         x = x.to(kind)
         out = torch.einsum("...i,oi->...o", x, self.weight.to(kind))
@@ -548,8 +486,7 @@ EXERCISES = [
             inner = torch.einsum("...i,ri->...r", x, self.lora_A.to(kind))
             out = out + torch.einsum("...r,or->...o", inner * self.scale, self.lora_B.to(kind))
         return out
-        """,
-    ),
+        """),
     Exercise(
         12, "Causal masks and padding", "prlm.py", "Decoder.forward", 5,
         "TestDecoder::test_padding_on_either_side_changes_nothing "
@@ -557,8 +494,7 @@ EXERCISES = [
         {"": "`run` hands q, k and v to attend(layer, q, k, v): what does `attention` need beside?",
          "padding": "Put the same prompt alone, left-padded and right-padded: from which position "
                     "do its logits differ? Which axis of the mask are queries, and which keys?",
-         "future": "Token t sees the real tokens s <= t, with a mask as without one."},
-        [
+         "future": "Token t sees the real tokens s <= t, with a mask as without one."}, [
             Mutant("the causal mask is off by one",
                    "In padded batches the loss is far too low: each token sees the next one.",
                    "(positions <= positions[:, None])", "(positions <= positions[:, None] + 1)"),
@@ -572,11 +508,7 @@ EXERCISES = [
                    "Without padding all is right; padded batches have a loss of almost nothing.",
                    "(positions <= positions[:, None]) & mask[:, None]",
                    "mask[:, None].repeat(1, tokens.shape[1], 1)"),
-            Mutant("causality runs backwards",
-                   "In padded batches a token knows what follows it, and nothing before it.",
-                   "(positions <= positions[:, None])", "(positions >= positions[:, None])"),
-        ],
-        """
+        ], """
         T, device = tokens.shape[1], tokens.device
         mask = torch.ones_like(tokens) if mask is None else mask.long()
         visible = torch.zeros(len(tokens), T, T, dtype=torch.bool, device=device)
@@ -588,8 +520,7 @@ EXERCISES = [
             places[:, t] = mask[:, :t].sum(1) * mask[:, t]
         look = lambda layer, q, k, v: attention(q, k, v, visible)
         return self.logits(self.run(tokens * mask, places, look), self.head)
-        """,
-    ),
+        """),
     Exercise(
         13, "Grouped-query attention with a cache", "prlm.py", "Cache.read_next", 6,
         "TestCache TestTwins::test_sampler_and_trainer_agree "
@@ -598,16 +529,12 @@ EXERCISES = [
              "with plain attention over it. Where does the new token's own key go? `next_slot` "
              "has just counted it in `length` and put its number in `slot`; `hide` is 0 at the "
              "prompt's tokens and the slots written so far, -inf elsewhere.",
-         "rounded": "`exact_scores` keeps float32; the weights of the values may be rounded."},
-        [
+         "rounded": "`exact_scores` keeps float32; the weights of the values may be rounded."}, [
             Mutant("the prompts' padding is attended",
                    "A prompt answers well alone and badly beside a longer one.",
                    "torch.add(self.hide[:, None, : T + n], scores, alpha=self.scale)",
                    "torch.add(F.pad(self.hide[:, None, T : T + n], (T, 0)), scores, "
                    "alpha=self.scale)"),
-            Mutant("not scaled",
-                   "Samples are dull and `gap` is large from the second token on.",
-                   ", alpha=self.scale", ""),
             Mutant("scores are rounded to the precision of the keys",
                    "`gap` is small on a toy; on a real checkpoint in bfloat16 it is above 1.",
                    "torch.cat([x.view(P", "torch.cat([x.to(k.dtype).view(P"),
@@ -627,8 +554,7 @@ EXERCISES = [
                    "Right with a single key-value head, word salad with more.",
                    "q.view(P, G, K, R, D).transpose(1, 2)",
                    "q.view(P, G, R, K, D).permute(0, 3, 1, 2, 4)"),
-        ],
-        """
+        ], """
         P, K, G, _, D = self.own.shape[2:]
         for kind, new in ((0, k), (1, v)):
             grid = new.view(P, G, K, D)
@@ -645,26 +571,20 @@ EXERCISES = [
                 )
                 one = q[p * G + g].view(K, -1, D)  # [K, R, D]
                 scores = one.float() @ keys.float().mT * self.scale
-                rows.append((scores.softmax(-1).to(v.dtype) @ values).flatten(0, 1))
+                rows.append((scores.softmax(-1) @ values.float()).to(v.dtype).flatten(0, 1))
         return torch.stack(rows)
-        """,
-    ),
+        """),
     Exercise(
-        14, "One sampler step", "prlm.py", "sample", 3,
-        "TestSample",
+        14, "One sampler step", "prlm.py", "sample", 3, "TestSample",
         {"": "Draw 10,000 times from three logits and count. Whose probability is returned, and at "
              "which temperature?",
          "rows": "Every row draws for itself, from its own logits.",
          "greedy": "At temperature 0 the likeliest id, with its log-probability at temperature 1.",
          "impossible": "Can rounding at either end of the distribution return an id of "
-                       "probability 0?"},
-        [
+                       "probability 0?"}, [
             Mutant("temperature forgotten",
                    "--temperature changes nothing in the samples; `gap` is large unless it is 1.",
                    "(logits.float() / (temperature or 1.0))", "logits.float()"),
-            Mutant("multiplied by the temperature",
-                   "A higher temperature makes the samples duller.",
-                   "/ (temperature or 1.0)", "* (temperature or 1.0)"),
             Mutant("one random number for all rows",
                    "All completions of a group are equal; zero_spread_groups is 1.",
                    "torch.rand(len(sums), 1,", "torch.rand(1, 1,"),
@@ -674,16 +594,14 @@ EXERCISES = [
             Mutant("an id of probability 0 can be drawn",
                    "Once in millions of tokens, an impossible token and a `gap` of 80 or more.",
                    "right=True", "right=False"),
-        ],
-        """
+        ], """
         logprobs = (logits.float() / (temperature if temperature else 1.0)).log_softmax(-1)
         if temperature:
             ids = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
         else:
             ids = logits.max(-1).indices
         return ids, logprobs[torch.arange(len(ids), device=ids.device), ids]
-        """,
-    ),
+        """),
     Exercise(
         15, "Sampling groups of completions", "prlm.py", "generate", 6,
         "TestTwins::test_sampler_and_trainer_agree "
@@ -699,8 +617,7 @@ EXERCISES = [
          "agree": "A completion ends with its first EOS id, which belongs to it. Each token stands "
                   "one place behind the one before it, and the first one behind its prompt.",
          "beyond": "Only the first `decoder.vocab_limit` rows of the head are ids.",
-         "RAISE": "The docstring's last sentence; `check_ids` looks at the prompts."},
-        [
+         "RAISE": "The docstring's last sentence; `check_ids` looks at the prompts."}, [
             Mutant("prompts tiled instead of repeated",
                    "Right with one prompt or one completion, `gap` is large otherwise.",
                    "positions = laid.lengths.repeat_interleave(G)",
@@ -721,8 +638,7 @@ EXERCISES = [
             Mutant("ids that the tokenizer does not have are sampled",
                    "Now and then a completion holds a token that decodes to nothing.",
                    "head[: decoder.vocab_limit]", "head"),
-        ],
-        """
+        ], """
         fine = temperature == 0 or 1e-6 <= temperature < math.inf
         if group_size < 1 or max_new_tokens < 1 or not fine:
             raise ValueError("group_size and max_new_tokens are at least 1, temperature is not < 0")
@@ -758,8 +674,7 @@ EXERCISES = [
             behind = [len(prompts[p]) + cache.length for p, _ in writing]
             cache.next_slot(coarse=False)
             hidden = decoder.run(ids, torch.tensor(behind, device=device), cache.read_next)
-        """,
-    ),
+        """),
     Exercise(
         16, "Token log-probabilities through the shared prompt", "prlm.py", "token_logprobs", 6,
         "TestTwins::test_sampler_and_trainer_agree TestTwins::test_gradients_equal_the_naive_ones "
@@ -770,8 +685,7 @@ EXERCISES = [
              "does each token stand, and which may it see?",
          "one_token": "Which hidden state predicts the first token of a completion?",
          "gradients": "The gradient of all completions flows through the prompt's keys and values.",
-         "RAISE": "The docstring's last sentence; `check_ids` looks at the ids."},
-        [
+         "RAISE": "The docstring's last sentence; `check_ids` looks at the ids."}, [
             Mutant("end-of-sequence not trained",
                    "Over the training, completions grow until all of them are truncated.",
                    "target.mask.unflatten", "F.pad(target.mask[:, 1:], (0, 1)).unflatten"),
@@ -790,8 +704,7 @@ EXERCISES = [
             Mutant("temperature forgotten",
                    "`gap` is 0 at --temperature 1 and large at any other.",
                    "target.tokens, temperature)", "target.tokens, 1.0)"),
-        ],
-        """
+        ], """
         if not 1e-6 <= temperature < math.inf:
             raise ValueError("the temperature must be above 0")
         sizes = {len(group) for group in completions}
@@ -811,8 +724,7 @@ EXERCISES = [
                 groups.append([F.pad(x, (0, width - len(answer))) for x in (own, real)])
         shape = (len(prompts), max(sizes, default=0), width)
         return tuple(torch.stack(grids).view(shape) for grids in zip(*groups))
-        """,
-    ),
+        """),
     Exercise(
         17, "Log-probabilities without a tensor of all logits", "prlm.py", "head_logprobs", 4,
         "TestTwins::test_chunked_head_equals_the_full_one "
@@ -820,11 +732,10 @@ EXERCISES = [
         "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
         {"": "Let autograd differentiate log_softmax(hidden W^T / temperature) and compare entry "
              "by entry. Rows come in chunks, and each chunk's logits are computed twice.",
-         "beyond": "The softmax is over the ids below `decoder.vocab_limit`; others have -inf."},
-        [
+         "beyond": "The softmax is over the ids below `decoder.vocab_limit`; others have -inf."}, [
             Mutant("the temperature is forgotten",
                    "`gap` is 0 at --temperature 1 and large at any other.",
-                   "decoder.logits(x, head) / temperature", "decoder.logits(x, head)"),
+                   " / temperature", ""),
             Mutant("no gradient through the normaliser",
                    "What is sampled often becomes ever likelier, whatever it earns.",
                    "- logits.logsumexp(-1)", "- logits.detach().logsumexp(-1)"),
@@ -834,8 +745,7 @@ EXERCISES = [
             Mutant("the head does not learn",
                    "The policy learns slowly; the saved output matrix is the old one.",
                    "decoder.head[:limit]", "decoder.head[:limit].detach()"),
-        ],
-        """
+        ], """
         found, limit = [], decoder.vocab_limit
 
         def some(x: Tensor, ids: Tensor) -> Tensor:
@@ -848,8 +758,7 @@ EXERCISES = [
             part = slice(start, start + 50)
             found.append(checkpoint(some, hidden[part], targets[part], use_reentrant=False))
         return torch.cat(found).where(targets < limit, -math.inf)
-        """,
-    ),
+        """),
     Exercise(
         18, "Reading safetensors", "prlm.py", "read_safetensors", 4,
         "test_files.py::TestSafetensors",
@@ -857,15 +766,11 @@ EXERCISES = [
              "From where are data_offsets counted?",
          "refuses": "`check_header` checks the entries; the length, the JSON and repeated names "
                     "are left. Every error is a ValueError that names the file.",
-         "accepts": "A range may begin at any byte, and a tensor may be empty."},
-        [
+         "accepts": "A range may begin at any byte, and a tensor may be empty."}, [
             Mutant("offsets counted without the length field",
                    "Weights load without a complaint, and the model writes noise.",
                    "data[start + begin : start + end]",
                    "data[start - 8 + begin : start - 8 + end]"),
-            Mutant("big-endian",
-                   "Every file is refused: \"ends before its header\".",
-                   "\"little\"", "\"big\""),
             Mutant("alignment checked without the header",
                    "Some files of other libraries fail with an error about a storage offset.",
                    "if (start + begin) % dtype.itemsize", "if begin % dtype.itemsize"),
@@ -875,8 +780,7 @@ EXERCISES = [
             Mutant("the shape is read backwards",
                    "Square matrices come out scrambled, the others are refused.",
                    ".view(shape)", ".view(shape[::-1])"),
-        ],
-        """
+        ], """
         content, tensors = Path(path).read_bytes(), {}
 
         def once(pairs):
@@ -898,18 +802,15 @@ EXERCISES = [
             empty = torch.empty(shape, dtype=dtype)
             tensors[name] = torch.frombuffer(piece, dtype=dtype).view(shape) if piece else empty
         return tensors
-        """,
-    ),
+        """),
     # The reward
     Exercise(
-        19, "The reward of a completion", "reward.py", "rewards", 4,
-        "TestRewards",
+        19, "The reward of a completion", "reward.py", "rewards", 4, "TestRewards",
         {"": "Take three completions, the second of them without an answer, and follow each of the "
              "judge's values to its completion.",
          "weights": "The weights are in \"reward\" alone; the parts are listed without them.",
          "gold": "Without a target there is no accuracy, but the judge still sees the answer.",
-         "nothing": "The judge does not see an empty answer: the task's `penalty` stands for it."},
-        [
+         "nothing": "The judge sees no empty answer: the task's `penalty` stands for it."}, [
             Mutant("accuracy is not weighted",
                    "With --accuracy 0 the log still shows rewards near 3.",
                    "accuracy * row[\"accuracy\"]", "row[\"accuracy\"]"),
@@ -926,8 +827,7 @@ EXERCISES = [
             Mutant("the guard of LaMP-4 in every task",
                    "On LaMP-5 and LaMP-7 a few rewards are -1, and `spread` is huge.",
                    "task_of(example.task).penalty", "-10.0"),
-        ],
-        """
+        ], """
         rows = []
         for completion, example in zip(completions, examples, strict=True):
             answer = extract_answer(completion, example.task)
@@ -948,54 +848,42 @@ EXERCISES = [
             rows.append({"answer": answer, "accuracy": exact, "format": shaped,
                          "personalization": personal, "reward": total})
         return rows
-        """,
-    ),
+        """),
     Exercise(
-        20, "InfoNCE", "reward.py", "info_nce", 4,
-        "TestInfoNCE",
+        20, "InfoNCE", "reward.py", "info_nce", 4, "TestInfoNCE",
         {"": "-log exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t)), the mean over pairs. With "
              "one negative and t = 1 it is -log sigmoid(s+ - s-).",
          "missing": "A score of -inf adds exp(-inf) = 0 to the sum.",
-         "large": "What does exp(30000) give? Exponentials have to be taken of differences."},
-        [
+         "large": "What does exp(30000) give? Exponentials have to be taken of differences."}, [
             Mutant("the positive is missing in the denominator",
                    "The loss falls below 0 and never stops falling.",
                    "scores.logsumexp(1)", "scores[:, 1:].logsumexp(1)"),
             Mutant("the sum over pairs instead of the mean",
                    "A larger batch needs a smaller learning rate.",
                    ".mean()", ".sum()"),
-            Mutant("multiplied by the temperature",
-                   "A lower temperature makes the contrast softer.",
-                   "/ temperature", "* temperature"),
             Mutant("the exponentials overflow",
                    "The loss is inf or nan once the scores have grown.",
                    "scores.logsumexp(1)", "scores.exp().sum(1).log()"),
             Mutant("the opposite sign",
                    "Pair accuracy falls below one half.",
                    "scores.logsumexp(1) - scores[:, 0]", "scores[:, 0] - scores.logsumexp(1)"),
-        ],
-        """
+        ], """
         logits = torch.cat([negatives, positive[:, None]], 1) / temperature
         target = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
         return F.cross_entropy(logits, target)
-        """,
-    ),
+        """),
     Exercise(
         21, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
         "TestRewardModel",
         {"": "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b. BERT gets ids, a "
              "mask and segments: what belongs to which?",
-         "alone": "Score a short pair alone and beside a long one: what tells BERT of padding?"},
-        [
+         "alone": "Score a short pair alone and beside a long one: what tells BERT of padding?"}, [
             Mutant("padding is attended",
                    "A pair's score depends on what else is in its batch.",
                    ", ids.mask, segments)", ", None, segments)"),
             Mutant("no segments",
                    "Scores are close to transformers', but not equal.",
                    ", ids.mask, segments)", ", ids.mask)"),
-            Mutant("the mean over all places, padding too",
-                   "A pair's score depends on what else is in its batch.",
-                   "hidden[:, 0]))", "hidden.mean(1)))"),
             Mutant("query and answer swapped",
                    "Training works, but a saved model scores otherwise in transformers.",
                    "encode_pair(q.strip(), a.strip(), self.limit)",
@@ -1003,8 +891,7 @@ EXERCISES = [
             Mutant("dropout while scoring",
                    "The same pair scores differently each time.",
                    ", self.training)", ", True)"),
-        ],
-        """
+        ], """
         scores = []
         for query, answer in zip(queries, answers, strict=True):
             ids, kinds = self.tokenizer.encode_pair(query.strip(), answer.strip(), self.limit)
@@ -1014,14 +901,11 @@ EXERCISES = [
             first = F.dropout(first, self.bert.config.hidden_dropout_prob, self.training)
             scores.append(self.classifier(first).flatten().float())
         return torch.cat(scores)
-        """,
-    ),
+        """),
     Exercise(
-        22, "InfoNCE in micro-batches", "reward.py", "info_nce_backward", 5,
-        "TestMicroBatches",
+        22, "InfoNCE in micro-batches", "reward.py", "info_nce_backward", 5, "TestMicroBatches",
         {"": "Cut five pairs into batches of two, two and one: what does each batch's mean weigh "
-             "in the mean of all five? How many tokens has a batch after padding?"},
-        [
+             "in the mean of all five? How many tokens has a batch after padding?"}, [
             Mutant("every micro-batch counts as much as all pairs",
                    "A smaller budget acts like a larger learning rate.",
                    " * len(part) / len(pairs)", ""),
@@ -1037,33 +921,22 @@ EXERCISES = [
             Mutant("each micro-batch forgets the one before",
                    "With a small budget the model learns from a few pairs of each batch only.",
                    "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
-            Mutant("the last pairs are left out",
-                   "With a small budget the loss in the log is a little too low.",
-                   "range(0, len(pairs), count)", "range(0, len(pairs) - count + 1, count)"),
-        ],
-        """
+        ], """
         loss = 0.0
         for pair in pairs:  # the smallest batches that there are
             part = info_nce(*score_pairs(model, [pair])) / len(pairs)
             part.backward()
             loss += part.item()
         return loss
-        """,
-    ),
+        """),
     Exercise(
-        23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5,
-        "TestLikelihoodRatio",
+        23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5, "TestLikelihoodRatio",
         {"": "Score the answers after either prompt with `prlm.token_logprobs` and subtract. Which "
              "row of the result belongs to which prompt, once there are batches?",
-         "budget": "`prlm.micro_batches` groups the prompts; no gradient is kept."},
-        [
+         "budget": "`prlm.micro_batches` groups the prompts; no gradient is kept."}, [
             Mutant("the mean over tokens",
                    "Ratios depend on the longest answer of the batch.",
                    "logprobs.sum(-1)", "logprobs.mean(-1)"),
-            Mutant("the wrong way round",
-                   "Answers that anybody could have written earn most.",
-                   "log_likelihood(with_profile) - log_likelihood(without)",
-                   "log_likelihood(without) - log_likelihood(with_profile)"),
             Mutant("what is likely, not what the profile makes likelier",
                    "The policy learns to give short answers that say nothing.",
                    "return log_likelihood(with_profile) - log_likelihood(without)",
@@ -1074,26 +947,22 @@ EXERCISES = [
             Mutant("the budget is not kept",
                    "The GPU's memory is full as soon as prompts are long.",
                    "(sizes, tokens_per_batch)", "(sizes, 10**9)"),
-        ],
-        """
+        ], """
         total = torch.zeros(len(answers), max(map(len, answers), default=0))
         for n, group in enumerate(answers):
             for sign, prompt in ((1, with_profile[n]), (-1, without[n])):
                 logprobs, mask = prlm.token_logprobs(decoder, [prompt], [group])
                 total[n] += sign * logprobs[0].where(mask[0], 0.0).sum(1).cpu()
         return total
-        """,
-    ),
+        """),
     # GRPO
     Exercise(
-        24, "Group advantages", "rl.py", "group_advantages", 4,
-        "TestAdvantages",
+        24, "Group advantages", "rl.py", "group_advantages", 4, "TestAdvantages",
         {"": "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1.",
          "mix": "Two groups with very different rewards do not influence each other.",
          "zero": "A group whose rewards are all 0.1, or differ in the last bit: every advantage "
                  "is exactly 0, under either scale.",
-         "damped": "What does 1e-4 do to a group whose rewards hardly differ?"},
-        [
+         "damped": "What does 1e-4 do to a group whose rewards hardly differ?"}, [
             Mutant("the mean over the batch",
                    "Easy prompts push all of their completions up, hard ones all of theirs down.",
                    "rewards.mean(1, keepdim=True)", "rewards.mean()"),
@@ -1111,8 +980,7 @@ EXERCISES = [
                    "One prompt with wide rewards makes the updates of all others small.",
                    "centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)",
                    "centred.square().sum() / (rewards.numel() - 1)"),
-        ],
-        """
+        ], """
         if scale not in ("std", "none"):
             raise ValueError(f"scale {scale!r} is neither std nor none")
         rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -1127,15 +995,12 @@ EXERCISES = [
                 gains = [gain / (std + 1e-4) for gain in gains]
             rows.append(gains)
         return torch.tensor(rows, dtype=rewards.dtype, device=rewards.device)
-        """,
-    ),
+        """),
     Exercise(
-        25, "The k3 estimate of the KL divergence", "rl.py", "k3", 2,
-        "TestK3",
+        25, "The k3 estimate of the KL divergence", "rl.py", "k3", 2, "TestK3",
         {"": "exp(d) - d - 1: of which of the two log-probabilities is d how far above the other?",
          "mean": "Its mean over tokens that the policy samples is the KL divergence, and no single "
-                 "token's value is below 0."},
-        [
+                 "token's value is below 0."}, [
             Mutant("policy and reference swapped",
                    "`kl` is off, and far too large where the policy has become sure.",
                    "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
@@ -1150,18 +1015,14 @@ EXERCISES = [
                    "`kl` is negative, and the policy is rewarded for leaving the reference.",
                    "difference.clamp(max=LARGEST).exp() - difference - 1",
                    "1 + difference - difference.exp()"),
-        ],
-        """
+        ], """
         ratio = torch.exp(ref_logprobs - logprobs)
         return (ratio - 1) - (ref_logprobs - logprobs)
-        """,
-    ),
+        """),
     Exercise(
-        26, "The three normalisers", "rl.py", "token_weights", 3,
-        "TestWeights",
+        26, "The three normalisers", "rl.py", "token_weights", 3, "TestWeights",
         {"": "Which of the three depend on how long a completion is? And none of them on padding.",
-         "RAISE": "An unknown name, or dr_grpo without max_new_tokens, is a ValueError."},
-        [
+         "RAISE": "An unknown name, or dr_grpo without max_new_tokens, is a ValueError."}, [
             Mutant("prompts counted instead of completions",
                    "The loss is larger by the factor --group-size.",
                    "mask.shape[0] * mask.shape[1]", "mask.shape[0]"),
@@ -1177,8 +1038,7 @@ EXERCISES = [
             Mutant("padding is weighed",
                    "The loss is right as long as all completions have one length.",
                    "mask = mask.float()", "mask = torch.ones_like(mask, dtype=torch.float)"),
-        ],
-        """
+        ], """
         if normalizer not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"there is no normalizer {normalizer!r}")
         if normalizer == "dr_grpo" and not max_new_tokens:
@@ -1190,11 +1050,9 @@ EXERCISES = [
                 size["dr_grpo"] = P * G * (max_new_tokens or 0)
                 weights[p, g] = mask[p, g] / max(size[normalizer], 1)
         return weights
-        """,
-    ),
+        """),
     Exercise(
-        27, "The clipped surrogate", "rl.py", "grpo_loss", 6,
-        "TestLoss",
+        27, "The clipped surrogate", "rl.py", "grpo_loss", 6, "TestLoss",
         {"": "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where "
              "is the loss flat?",
          "nan": "Zero times infinity is NaN: what lies outside the mask is taken out before the "
@@ -1203,8 +1061,7 @@ EXERCISES = [
          "far": "exp(100) is infinite in float32, and its gradient NaN even if it is clipped "
                 "later: bound the exponent by LARGEST.",
          "micro": "`weights` are those of the whole step: nothing else divides.",
-         "RAISE": "The docstring's last sentence."},
-        [
+         "RAISE": "The docstring's last sentence."}, [
             Mutant("mean over tokens instead of sequences",
                    "Long completions count more than short ones, as if dapo had been asked for.",
                    "token_weights(mask, normalizer,", "token_weights(mask, \"dapo\","),
@@ -1224,8 +1081,7 @@ EXERCISES = [
             Mutant("the opposite sign",
                    "The reward falls from the first step on.",
                    "loss = -torch.min(", "loss = torch.min("),
-        ],
-        """
+        ], """
         if weights is None:
             weights = token_weights(mask, normalizer, max_new_tokens)
         if beta and ref_logprobs is None:
@@ -1242,15 +1098,12 @@ EXERCISES = [
                     terms = terms + beta * k3(new, ref_logprobs[p, g][real])
                 total = total + (terms * weights[p, g][real]).sum()
         return total
-        """,
-    ),
+        """),
     Exercise(
-        28, "The learning rate", "rl.py", "learning_rate", 1,
-        "TestSchedule",
+        28, "The learning rate", "rl.py", "learning_rate", 1, "TestSchedule",
         {"": "Plot it for 10 steps and for 40. What are the first rate, the rate right after the "
              "warm-up and the last one?",
-         "few_steps": "A run of one step has the peak, and nothing is divided by 0."},
-        [
+         "few_steps": "A run of one step has the peak, and nothing is divided by 0."}, [
             Mutant("the first step has rate 0",
                    "The first rollout changes nothing.",
                    "peak * (step + 1) / rising", "peak * step / rising"),
@@ -1264,24 +1117,21 @@ EXERCISES = [
             Mutant("half a cosine",
                    "In the middle of the run the rate is higher than it should be.",
                    "(1 + math.cos(math.pi * passed)) / 2", "math.cos(math.pi * passed / 2)"),
-        ],
-        """
+        ], """
         rising = max(1, round(steps / 10))
         if step < rising:
             return peak * (step + 1) / rising
         share = min(1.0, (step - rising) / max(steps - 1 - rising, 1))
         low = peak / 10
         return low + (peak - low) * math.cos(math.pi * share / 2) ** 2
-        """,
-    ),
+        """),
     Exercise(
         29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
         "TestWarmStartTargets",
         {"": "Decode one target and read it as the continuation of its prompt: does it quote the "
              "items that rank first, and where does the model learn to stop?",
          "without": "With the reasoning closed by the prompt, the answer block is all there is.",
-         "<think>": "What the prompt has opened already is not said again."},
-        [
+         "<think>": "What the prompt has opened already is not said again."}, [
             Mutant("no end of sequence",
                    "After the warm start every completion runs on to the limit: `truncated` is 1.",
                    "[*tokenizer.fill(form, *texts), tokenizer.end_id]",
@@ -1302,8 +1152,7 @@ EXERCISES = [
             Mutant("reasoning although none was asked for",
                    "With --no-reasoning, completions close a block that is closed already.",
                    "if o.reasoning:", "if True:"),
-        ],
-        """
+        ], """
         best, found = make_ranker(o), []
         field = list(task_of(o.task).fields)[-1]
         for example in examples:
@@ -1317,8 +1166,7 @@ EXERCISES = [
             found.append(tokenizer.fill(form, *said, one_line(example.target)))
             found[-1].append(tokenizer.end_id)
         return found
-        """,
-    ),
+        """),
 ]
 
 # fmt: on
@@ -1691,7 +1539,7 @@ def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
             all_of[v.kind] += 1
             said = (folder / "log").read_text()
             if v.kind == "differential":  # "500 cases, 4 of 5 mutants differ"
-                cases += int("0" + "".join(said.split()[:1]))
+                cases += int(said.partition(" cases")[0]) if " cases" in said else 0
             if verbose or not good:
                 how = "as expected" if good else f"NOT AS EXPECTED, pytest exits with {status}"
                 name = f"exercise {v.exercise.number}, {v.kind} {v.name}".strip()

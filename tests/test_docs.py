@@ -1,4 +1,4 @@
-"""What the README names is there: every metric, function, option and file."""
+"""What the README names is there: every function, option and file."""
 
 import dataclasses
 import importlib
@@ -7,34 +7,17 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
-from test_rl import lines, tiny
-
-import rl
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "toy/README.md", "tests/README.md"]
 CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
-FOREIGN = {
-    "local-dir",
-    "index-url",
-    "deps",
-    "create-dirs",
-    "nproc-per-node",
-    "help",
-}  # of other programs
-
-
-def test_the_glossary_has_every_metric_of_a_run_and_no_other(world, tmp_path):
-    rl.main(tiny(world, tmp_path / "run", steps=1, eval_every=1, save_every=1))
-    written = {key for line in lines(tmp_path / "run" / "metrics.jsonl") for key in line}
-    glossary = README.split("## What the log says")[1].split("\n## ")[0]
-    named = re.findall(r"^\| (`.+?`) \|", glossary, re.MULTILINE)  # one key a row, or several
-    assert sorted(re.findall("`(.+?)`", " ".join(named))) == sorted(written)
+# of other programs
+FOREIGN = {"local-dir", "index-url", "deps", "create-dirs", "nproc-per-node", "help", "debug"}
 
 
 def test_every_function_that_stands_beside_its_file_is_there():
-    found = re.findall(rf"`({'|'.join(CHAPTERS)})\.py: ([\w., ]+)`", README)
+    found = re.findall(rf"`({'|'.join(CHAPTERS)})\.py: ?([\w., ]+)`", README)
     assert len(found) > 15
     for chapter, names in found:
         for name in names.split(", "):
@@ -44,11 +27,30 @@ def test_every_function_that_stands_beside_its_file_is_there():
 def test_every_option_is_there():
     known = {
         field.name.replace("_", "-")
-        for chapter in [*CHAPTERS, "page", "real"]
-        for field in dataclasses.fields(importlib.import_module(chapter).Options)
+        for module in [*CHAPTERS, "page", "real"]
+        for field in dataclasses.fields(importlib.import_module(module).Options)
     }
     used = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
-    assert used - FOREIGN - {"debug"} <= known and len(used & known) > 20
+    assert used - FOREIGN <= known and len(used & known) > 20
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs_a_file_with_options_that_it_has(page):
+    """What stands in a page's blocks of commands, as somebody would copy it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    found = re.findall(r"(?:python|nproc-per-node \d+) ([\w/]+\.py)([^\n#|&]*)", blocks)
+    assert found
+    for name, rest in found:
+        source = (ROOT / name).read_text(encoding="utf-8")
+        if (ROOT / name).stem in CHAPTERS:
+            options = importlib.import_module((ROOT / name).stem).Options
+            source = " ".join(field.name.replace("_", "-") for field in dataclasses.fields(options))
+        for flag in re.findall(r"--(?:no-)?([a-z][a-z-]+)", rest):
+            assert flag in source or flag.replace("-", "_") in source or flag in FOREIGN, (
+                name,
+                flag,
+            )
 
 
 def headings(path: Path) -> set[str]:

@@ -43,11 +43,12 @@ ARCHITECTURES = {
 # fmt: on
 
 
-def shaken(model):
-    """The model with every weight, norms too, away from its default."""
+def shaken(model, seed):
+    """The model with every weight drawn anew; norms are around 1."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+        for n, (name, parameter) in enumerate(model.named_parameters(), 1000 * seed):
+            noise = torch.randn(parameter.shape, generator=generator(n)) * 0.15
+            parameter.copy_(noise + ("norm" in name))
     return model.eval()
 
 
@@ -55,8 +56,7 @@ def reference(name, seed=0, **more):
     """A random model of transformers."""
     kind, changes = ARCHITECTURES[name]
     config = getattr(transformers, kind + "Config")(**SIZES, **changes, **more)
-    torch.manual_seed(seed)
-    return shaken(getattr(transformers, kind + "ForCausalLM")(config))
+    return shaken(getattr(transformers, kind + "ForCausalLM")(config), seed)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -68,9 +68,8 @@ def pair(request, tmp_path):
 
 def small(seed=0, **changes):
     """A decoder of our own with weights large enough for peaked distributions."""
-    torch.manual_seed(seed)
     raw = dict(model_type="qwen2", rope_theta=10000, tie_word_embeddings=True, **SIZES) | changes
-    return shaken(prlm.Decoder(raw))
+    return shaken(prlm.Decoder(raw), seed)
 
 
 def generator(seed=0):
@@ -116,18 +115,19 @@ def naive_attention(q, k, v, sees):
 
 
 class TestRope:
-    @pytest.mark.parametrize("scaling", [[], [8.0, 1.0, 4.0, 32.0], [32.0, 2.0, 3.0, 8192.0]])
+    @pytest.mark.parametrize("numbers", [[], [8.0, 1.0, 4.0, 32.0], [32.0, 2.0, 3.0, 8192.0]])
     @pytest.mark.parametrize("theta, size", [(10000.0, 8), (5e5, 64)])
-    def test_frequencies_equal_the_formula(self, theta, size, scaling):
+    def test_frequencies_equal_the_formula(self, theta, size, numbers):
+        scaling = dict(zip(list(LLAMA3)[2:], numbers))
         expected = [theta ** (-2 * i / size) for i in range(size // 2)]
         for i, frequency in enumerate(expected):
             if scaling:
-                factor, low, high, context = scaling
+                factor, low, high, context = scaling.values()
                 turns = context * frequency / (2 * math.pi)
                 kept = 1 if turns > high else 0 if turns < low else (turns - low) / (high - low)
                 expected[i] = kept * frequency + (1 - kept) * frequency / factor
-        config = SimpleNamespace(theta=theta, head_dim=size, scaling=scaling)
-        found = prlm.rope_frequencies(config)
+        rope = {"rope_theta": theta, "rope_type": "llama3" if scaling else "default"} | scaling
+        found = prlm.rope_frequencies(SimpleNamespace(rope=rope, head_dim=size))
         for i, pair in enumerate(zip(found, torch.tensor(expected), strict=True)):
             same(*pair, f"theta {theta:g}, D {size}, scaling {scaling}, pair {i}", 1e-4)
 
@@ -328,10 +328,8 @@ class TestCache:
         with torch.no_grad():
             for layer in decoder.model.layers:
                 layer.self_attn.k_proj.bias.view(2, 2, -1)[..., 2:] += 170
-        decoder, prompts = (
-            prlm.for_sampling(decoder, torch.bfloat16),
-            ragged_prompts((7, 1, 12, 40)),
-        )
+        prlm.for_sampling(decoder, torch.bfloat16)
+        prompts = ragged_prompts((7, 1, 12, 40))
         groups = prlm.generate(decoder, prompts, 4, 48, 0.7, seed=0)
         sampled = torch.tensor([[c.logprobs for c in group] for group in groups])
         trained, _ = prlm.token_logprobs(decoder, prompts, ids_of(groups), 0.7)
@@ -395,69 +393,36 @@ class TestRecorded:
             return made[-1]
 
         def make_step(decoder, cache):
-            step = partial(decoder.run, attend=cache.read_next)
-            return prlm.Recorded(step, cache), prlm.PACES["cuda"]
+            return prlm.Recorded(partial(decoder.run, attend=cache.read_next), cache)
 
         monkeypatch.setattr(prlm, "make_step", make_step)
-        monkeypatch.setattr(prlm.Recorded, "newest", None)
-        monkeypatch.setattr(prlm.Recorded, "side", None)
+        monkeypatch.setattr(prlm, "pace_of", lambda device: prlm.ON_CUDA)
+        for name in ("newest", "side"):
+            monkeypatch.setattr(prlm.Recorded, name, None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
         for name in ("current_stream", "Stream"):
             monkeypatch.setattr(torch.cuda, name, lambda _: SimpleNamespace(wait_stream=id))
         monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        for name in ("synchronize", "empty_cache", "graph"):  # what costs, and who would do it
+            monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(name))
         return made
 
-    EAGER = staticmethod(prlm.make_step)
-
-    def test_greedy_answers_are_those_of_eager_steps(self, graphs, monkeypatch):
+    def test_answers_are_those_of_eager_steps(self, graphs, monkeypatch):
         """140 tokens: two windows, and rows that leave when they meet their end."""
-        decoder, prompts = small(), ragged_prompts((7, 1, 12, 3))
+        decoder, prompts, eager = small(), ragged_prompts((7, 1, 12, 3)), prlm.ON_CPU
         long = prlm.generate(decoder, prompts, 1, 140, 0.0)
         ends = {group[0].tokens[n] for group, n in zip(long, (5, 90))}
         found = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
-        recorded = len(graphs)
-        monkeypatch.setattr(prlm, "make_step", self.EAGER)
-        wanted = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
-        assert ids_of(found) == ids_of(wanted)
-        assert 4 <= recorded == len(graphs) < 10
-
-    def test_recordings_share_one_memory_pool_and_never_empty_it(self, graphs, monkeypatch):
-        """A pool lives as long as a graph that uses it: each shares that of the one before it."""
-        for name in ("synchronize", "empty_cache", "graph"):  # what costs, and who would do it
-            monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(name))
-        for _ in range(2):
-            prlm.generate(small(), ragged_prompts(), 1, 140, 0.0)
-        assert len(graphs) == 4 and [graph.shares for graph in graphs] == [None, *graphs[:-1]]
+        assert 4 <= len(graphs) < 10
+        # Each graph shares the memory of the one before it, which lives as long as one that does.
+        assert [graph.shares for graph in graphs] == [None, *graphs[:-1]]
         assert prlm.Recorded.newest is graphs[-1]
-
-    def test_the_trainer_agrees(self, graphs):
-        decoder, prompts = small(), ragged_prompts((7, 1, 12))
-        groups = prlm.generate(decoder, prompts, 4, 140, eos_ids=range(1), seed=11)
-        answers = ids_of(groups)
-        assert len({len(ids) for group in answers for ids in group}) > 4 and len(graphs) > 2
-        logprobs, mask = prlm.token_logprobs(decoder, prompts, answers)
-        sampled = [torch.tensor(c.logprobs) for group in groups for c in group]
+        logprobs, mask = prlm.token_logprobs(decoder, prompts, ids_of(found))
+        sampled = [torch.tensor(c.logprobs) for group in found for c in group]
         close(logprobs[mask], torch.cat(sampled), 1e-4)
-
-    def test_without_a_graph_the_step_runs_as_it_is(self, graphs, monkeypatch):
-        """The recording breaks off midway: it is ended, nothing is tried a second time."""
-
-        class Broken(Recording):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                raise RuntimeError("operation not permitted when stream is capturing")
-
-            def capture_end(self):
-                super().capture_end()
-                ended.append(self)
-
-        ended = []
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
-        decoder, prompts = small(), ragged_prompts()
-        with pytest.warns(UserWarning, match="no CUDA graph.*not permitted"):
-            found = prlm.generate(decoder, prompts, 2, 140, 0.0)
-        assert len(ended) == 1 and prlm.Recorded.newest is None
-        monkeypatch.setattr(prlm, "make_step", self.EAGER)
-        assert ids_of(found) == ids_of(prlm.generate(decoder, prompts, 2, 140, 0.0))
+        monkeypatch.setattr(prlm, "pace_of", lambda device: eager)
+        monkeypatch.setattr(prlm, "make_step", lambda d, c: partial(d.run, attend=c.read_next))
+        assert ids_of(found) == ids_of(prlm.generate(decoder, prompts, 2, 140, 0.0, ends))
 
 
 class TestSample:
@@ -506,12 +471,12 @@ class TestTwins:
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
     def test_sampler_and_trainer_agree(self, temperature, monkeypatch):
-        decoder, prompts, shrunk, shrink = small(), ragged_prompts(), [], prlm.shrink
+        decoder, prompts, left, leave = small(), ragged_prompts(), [], prlm.leave
         decoder.vocab_limit = 90
-        monkeypatch.setattr(prlm, "shrink", lambda *a: (shrunk.append(1), shrink(*a))[1])
+        monkeypatch.setattr(prlm, "leave", lambda *a: left.append(leave(*a)) or left[-1])
         eos = set(range(0, 90, 5))
         groups = prlm.generate(decoder, prompts, 5, 16, temperature, eos, seed=0)
-        assert len(shrunk) > 1  # finished rows have left the batch more than once
+        assert sum(map(bool, left)) > 1  # finished rows have left the batch more than once
         ids = ids_of(groups)
         assert len({len(i) for group in ids for i in group}) > 3  # rows end at different times
         with torch.no_grad():
@@ -592,7 +557,7 @@ class TestTwins:
 
     def test_chunked_head_equals_the_full_one(self, monkeypatch):
         """And keeps no logits for backward."""
-        monkeypatch.setitem(prlm.PACES, "cpu", prlm.Pace(1, 0.75, False, 1))  # 128 rows a chunk
+        monkeypatch.setattr(prlm, "ON_CPU", prlm.ON_CPU._replace(logits=1))  # 128 rows a chunk
         decoder, noise, kept = small(tie_word_embeddings=False), generator(), []
         hidden = torch.randn(300, 48, generator=noise).requires_grad_()
         targets, inputs = torch.arange(300) % 97, (hidden, decoder.head)

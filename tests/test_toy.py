@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,9 +18,12 @@ import torch
 import trl_example
 from conftest import write_lamp
 
+import eval as scoring
 import prlm
 import retrieve
+import rl
 from reward import RewardOptions, rewards
+from toy import common
 
 TOY = Path(__file__).parent.parent / "toy"
 
@@ -89,23 +94,38 @@ class TestPretraining:
 
 
 class TestStatistics:
-    def test_bootstrap_knows_a_difference_from_none(self):
+    def test_users_seeds_and_both_have_the_intervals_of_their_normal_theory(self):
+        """Differences are normal in users and in seeds, so all three deviations are known."""
+        rng = np.random.default_rng(2)
+        users, seeds = rng.normal(0.03, 0.4, 400), np.array([[-0.02], [0.0], [0.02]])
+        theirs = rng.random((3, 400))
+        found = common.bootstrap(theirs + users + seeds, theirs)
+        deviations = {"users": 1.96 * users.std(ddof=1) / 20, "seeds": 4.303 * 0.02 / 3**0.5}
+        for unit, half in deviations.items():
+            _, low, high = found[unit]
+            assert [low, high] == pytest.approx(
+                [users.mean() - half, users.mean() + half], abs=0.006
+            )
+        width = {unit: high - low for unit, (_, low, high) in found.items()}
+        together = np.hypot(width["users"], width["seeds"])  # exact if both were normal
+        assert max(width["users"], width["seeds"]) < width["both"] < 1.1 * together
+
+    def test_a_difference_is_told_from_none_and_one_seed_says_nothing_of_seeds(self):
         rng = np.random.default_rng(1)
         scores = rng.random(200)
-        p, low, high = experiments.bootstrap(scores + rng.normal(0.1, 0.2, 200), scores)
-        assert p < 0.001 and 0.05 < low < 0.1 < high < 0.15
-        p, low, high = experiments.bootstrap(scores, scores[::-1])
+        found = common.bootstrap(scores + rng.normal(0.1, 0.2, 200), scores)
+        assert found.keys() == {"users"} and found["users"][0] < 0.001
+        p, low, high = common.bootstrap(scores, scores[::-1])["users"]
         assert p > 0.3 and low < 0 < high
-        assert experiments.bootstrap(scores, scores)[0] == 1.0
+        assert common.bootstrap(scores, scores)["users"][0] == 1.0
+        # Two policies that differ by chance of training alone: users are sure of it, seeds are not.
+        ours = np.stack([scores + 0.05, scores - 0.01, scores - 0.005])
+        found = common.bootstrap(ours, scores)
+        assert found["users"][0] < 0.001 and found["seeds"][0] > 0.5 and found["both"][0] > 0.5
 
-    def test_bootstrap_agrees_with_the_normal_interval(self):
-        rng = np.random.default_rng(2)
-        ours, theirs = rng.normal(0.5, 0.3, 400), rng.normal(0.47, 0.3, 400)
-        difference = ours - theirs
-        error = difference.std(ddof=1) / 20
-        _, low, high = experiments.bootstrap(ours, theirs)
-        assert low == pytest.approx(difference.mean() - 1.96 * error, abs=0.1 * error)
-        assert high == pytest.approx(difference.mean() + 1.96 * error, abs=0.1 * error)
+    def test_means_leave_out_what_says_nothing(self):
+        assert common.mean([[1.0, np.nan, 3.0], [4.0, np.nan, 4.0]]) == "3.000 ± 1.414"
+        assert common.mean([0.5]) == "0.500" and common.mean([]) == common.mean([[np.nan]]) == "–"
 
     def test_correlation_within_groups_leaves_the_prompts_out(self, tmp_path):
         """Between prompts the two rise together, within a prompt they go against each other."""
@@ -122,40 +142,62 @@ class TestStatistics:
 
 
 class TestExperiments:
-    def options(self, folder, tasks):
-        for task in tasks:
-            users = [make.make_user(random.Random(f"{task} {n}")) for n in range(18)]
-            make.write_lamp(task, {"train": users[:12], "dev": users[12:]}, folder / "lamp")
-            make.write_probe(task, users[12:], folder / "lamp")
-        return experiments.Options(
-            model=str(TOY / "policy"), encoder=str(TOY / "encoder"), data=str(folder / "lamp"),
-            quick=True, steps=1, out=str(folder / "out"),
-        )  # fmt: skip
+    """One task, one seed, a step an arm, a handful of users, their own prompts and rollouts."""
 
-    def test_judges_are_compared(self, tmp_path):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def o(cls, tmp_path_factory):
+        out = tmp_path_factory.mktemp("experiments")
+        users = [make.make_user(random.Random(n)) for n in range(14)]
+        make.write_lamp("LaMP-4", {"train": users[:8], "dev": users[8:]}, out / "lamp")
+        make.write_probe("LaMP-4", users[8:], out / "lamp")
+        small = {"prompts_per_step": 2, "group_size": 2, "pairs_per_query": 1, "max_new_tokens": 64}
+        arms = {arm: (name, o | small) for arm, (name, o) in experiments.ARMS.items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experiments, "TASKS", ["LaMP-4"])
+            patch.setattr(experiments, "ARMS", arms)
+            patch.setattr(common, "run_jobs", cls.run)
+            yield experiments.Options(data=str(out / "lamp"), steps=1, seeds=1, out=str(out))
+
+    @staticmethod
+    def run(work, *_):
+        """The jobs' commands, in this process."""
+        for words, result in (command for job in work.values() for command in job):
+            if not result.is_file():
+                rl.main(prlm.resolve(rl.Options, prlm.parse_flags(rl.Options, "", words[2:])))
+
+    def test_the_main_table(self, o):
+        """Every row is there, a second call makes nothing anew, and refuses other options."""
+        o = replace(o, quick=True)
+        experiments.main(o)
+        text = (Path(o.out) / "report.md").read_text()
+        for row in ("no profile", "RAG base", "supervised on the answers", "PrLM"):
+            assert f"| {row} | 0." in text
+        files = {path: path.stat().st_mtime_ns for path in Path(o.out).rglob("predictions*")}
+        experiments.main(o)
+        assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 4
+        config = prlm.read_json(experiments.place(o, "LaMP-4", "sft", 0) / "config.json")
+        assert config["warm_start"] == 2 and config["steps"] == 0 and not config["reasoning"]
+        with pytest.raises(ValueError, match="was made with"):
+            experiments.main(replace(o, steps=2))
+
+    def test_judges_are_compared(self, o):
         """Trained, untrained, and the ratio: only the last sees whose profile it is."""
-        o = self.options(tmp_path, [experiments.TASK])
-        for arm in experiments.JUDGES:
-            experiments.train(o, experiments.TASK, arm, 0)
-        lines = {line["row"]: line for line in experiments.judges(o, range(1))}
-        assert [*lines] == [experiments.ARMS[arm][0] for arm in experiments.JUDGES]
+        arms, found = ("prlm", "untrained", "ratio"), {}
+        self.run({arm: experiments.chain(o, "LaMP-4", arm, 0)[:1] for arm in arms})
+        found = {arm: experiments.examine(o, arm, 0) for arm in arms}
         shares = ["pair_accuracy", "swap_test", "own_over_other", "own_over_plain", "rouge-l"]
-        assert all(0 <= line[share] <= 1 for line in lines.values() for share in shares)
-        *blind, ratio = (line["swap_test"] for line in lines.values())
-        assert blind == [0.5] * 3 and ratio > 0.6
+        assert all(0 <= line[share] <= 1 for line in found.values() for share in shares)
+        *blind, ratio = (line["swap_test"] for line in found.values())
+        assert blind == [0.5, 0.5] and ratio > 0.6
 
-    def test_the_whole_programme_in_miniature(self, tmp_path):
-        """A step an arm, a handful of users: every table is there, a second call is quick."""
-        o = self.options(tmp_path, ["LaMP-4", "LaMP-7"])
-        experiments.main(o)
-        text = (tmp_path / "out" / "report.md").read_text()
-        for arm in experiments.MAIN:
-            assert text.count(f"| {experiments.ARMS[arm][0]} |") == 3  # two tasks, and the costs
-        results = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert all(0 <= line["rouge-l"] <= 1 for line in results["main"])
-        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("predictions*")}
-        experiments.main(o)
-        assert files == {path: path.stat().st_mtime_ns for path in files} and len(files) == 6
+    def test_the_grid_asks_with_other_prompts(self, o):
+        self.run({"base": experiments.chain(o, "LaMP-4", "base", 0)[:1]})
+        run = experiments.place(o, "LaMP-4", "base", 0)
+        experiments.answer_grid(run)
+        found = prlm.read_json(run / "grid.json")
+        assert [*found] == experiments.RETRIEVERS and all(len(row) == 4 for row in found.values())
+        assert found["bm25"][2] == prlm.read_json(run / "scores.json")["after"]["rouge-l"]
 
 
 class TestTRL:
@@ -168,7 +210,8 @@ class TestTRL:
         tokenizer = prlm.load_tokenizer(TOY / "policy")
         data = trl_example.columns(RewardOptions(k=2), tokenizer, examples)
         prompts = retrieve.make_prompts(RewardOptions(k=2), tokenizer, examples)
-        assert [tokenizer.backend.encode(text).ids for text in data["prompt"]] == prompts
+        backend = tokenizers.Tokenizer.from_file(str(TOY / "policy" / "tokenizer.json"))
+        assert [backend.encode(text).ids for text in data["prompt"]] == prompts
         data = datasets.Dataset.from_dict(data)
         paid, ours = [], trl_example.trl_reward(examples)
 
@@ -229,212 +272,158 @@ HOSTILE = '</b></style><script>alert(1)</script>\x00\x1b[31m\u202e\ud800 & " onf
 
 
 class TestPage:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def finished(cls, world, tmp_path_factory):
+        """A run of two steps: three held-out records, the same three to train on in each step."""
+        out = tmp_path_factory.mktemp("runs") / "toy"
+        small = dict(prompts_per_step=3, group_size=4, limit=3, max_new_tokens=12, eval_every=1)
+        small |= dict(max_prompt_tokens=400, judge="ratio", k=2, steps=2, accuracy=2.0, force=True)
+        rl.main(rl.Options(str(world / "policy"), str(TOY / "lamp"), out=str(out), **small))
+        return out
+
     @pytest.fixture
-    def run(self, world, tmp_path):
-        """A run of two steps: four held-out records, the same two training records in each."""
-        self.tokenizer = prlm.load_tokenizer(world / "policy")
-        options = {"model": str(world / "policy"), "task": "LaMP-4", "k": 2, "steps": 2}
-        prlm.write_json(tmp_path / "config.json", options | {"group_size": 2, "accuracy": 2.0})
-        scores = {
-            name: {"rouge-l": x, "rouge-1": x} for name, x in zip(page.STAGES, (0.1, 0.3, 0.5))
-        }
-        prlm.write_json(tmp_path / "scores.json", scores)
-        for name, column in (
-            ("before", (0.25, 0.5, 0.75, 0.5)), ("after", (0.5, 1.0, 0.25, 0.4)),
-        ):  # fmt: skip
-            answers = [self.answer(f"r{n}", f"{name} {n}") for n in range(4)]
-            lines = [a | {"rouge-l": score} for a, score in zip(answers, column, strict=True)]
-            self.write(tmp_path / "held_out" / f"{name}.jsonl", lines)
-        samples = []
-        for step in (1, 2):
-            for id, accuracies in (("7", (0.2002, 1.5)), ("8", (1.0, 1.0))):
-                for n, accuracy in enumerate(accuracies):
-                    parts = {
-                        "accuracy": accuracy,
-                        "format": 1.0,
-                        "personalization": 0.004 + 0.4567 * n,
-                    }
-                    sample = self.answer(id, f"why {step} {n}", finished=n == 0) | parts
-                    sample["reward"] = 2 * accuracy + 0.1 + 0.0004 + 0.04567 * n
-                    samples.append(
-                        sample | {"step": step, "advantage": n - 0.5 if id == "7" else 0.0}
-                    )
-        self.write(tmp_path / "samples.jsonl", samples)
-        metrics = [{"step": s, "reward": 0.85, "zero_spread_groups": 0.5} for s in (1, 2)]
-        metrics[1] |= {"eval_rouge-l": 0.5, "eval_rouge-1": 0.5}
-        self.write(tmp_path / "metrics.jsonl", metrics)
-        return tmp_path
+    def run(self, finished, tmp_path):
+        return Path(shutil.copytree(finished, tmp_path / "run"))
 
-    def answer(self, id, text, logprob=-0.5, **more):
-        tokens = self.tokenizer.encode(f"<think>\nhm\n</think>\n<b>{text}")
-        sample = {"id": id, "query": f"query {id}", "target": text, "prompt": "a < b & c"}
-        sample |= {"completion": self.tokenizer.decode(tokens), "answer": text, "finished": True}
-        return sample | {"tokens": tokens, "logprobs": [logprob] * len(tokens)} | more
-
-    def write(self, path, lines):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    def edit(self, path, change):
+        """change(n, line) of every line of a file, in place."""
+        lines = prlm.read_lines(path)
+        path.unlink()
+        prlm.append(path, [line | change(n, line) for n, line in enumerate(lines)])
 
     def page(self, run, **options):
         page.main(page.Options(run=str(run), **options))
         return (run / "report.html").read_text()
 
-    def test_is_whole_escaped_and_alone(self, run):
+    def test_is_whole_alone_and_says_what_a_newcomer_asks(self, run):
+        """Nothing is fetched; why .90 is the ceiling, what the judge knows, what the log means."""
         html = self.page(run)
-        parsed = Html(html)
-        assert "a < b & c" in parsed.text and "<b>why 1" in parsed.text
+        parsed, text = Html(html), " ".join(Html(html).text.split())
         assert {"script", "img", "link", "iframe", "a"}.isdisjoint(tag for tag, _ in parsed.tags)
         assert not re.search(r"(src|href|url|@import)\s*[=(]?[\"' ]", html)
-        assert parsed.text.count("cut off") == 4
+        assert "two look-ups away" in text and ".90 is about the ceiling" in text
+        assert "judge ratio: swap test" in text and all(t in text for t in rl.METRICS.values())
+        assert "cut off: too long" in text and "Not there yet" not in text
+        options = prlm.read_json(run / "config.json") | {"data": "elsewhere", "warm_start": 62}
+        prlm.write_json(run / "config.json", options | {"model": "gone"})  # checkpoint/ is here
+        html = self.page(run)
+        assert "two look-ups" not in html and "After 62 supervised steps, reinforcement" in html
 
-    def test_data_cannot_break_out(self, run):
+    def test_words_that_say_nothing_are_not_underlined(self):
+        marked = page.marked("The taxes on 3 boats", "why the Taxes of 3 on")
+        assert re.findall("<mark>(.*?)</mark>", marked) == ["taxes", "3"]
+
+    def test_data_cannot_break_out(self, run, world):
         plain = {tag for tag, _ in Html(self.page(run)).tags}
-        for path in (*run.glob("*.jsonl"), *run.glob("held_out/*.jsonl")):
-            lines = prlm.read_lines(path)
-            for line in lines:
-                texts = {"id", "query", "target", "prompt", "answer"} & line.keys()
-                line |= {name: f"{line[name]}{HOSTILE}" for name in texts}
-                if "tokens" in line:
-                    line["tokens"] = self.tokenizer.encode(HOSTILE)
-                    line["logprobs"] = [-1.0] * len(line["tokens"])
-            self.write(path, lines)
+        ids = prlm.load_tokenizer(world / "policy").encode(HOSTILE)
+        texts = ("id", "query", "target", "prompt", "answer")
+        for path in (run / "samples.jsonl", *run.glob("held_out/*.jsonl")):
+            self.edit(path, lambda n, line: {name: f"{line[name]}{HOSTILE}" for name in texts})
+            self.edit(path, lambda n, line: {"tokens": ids, "logprobs": [-1.0] * len(ids)})
         settings = dict.fromkeys(("out", "k", "group_size", "warm_start"), HOSTILE)
         prlm.write_json(run / "config.json", prlm.read_json(run / "config.json") | settings)
         scores = prlm.read_json(run / "scores.json")
         prlm.write_json(run / "scores.json", scores | {HOSTILE: scores["after"]})
         html = self.page(run)
         parsed = Html(html)
-        assert {tag for tag, _ in parsed.tags} <= plain | {"i"}
+        assert {tag for tag, _ in parsed.tags} <= plain | {"i", "mark"}
         assert not any(name.startswith("on") for _, attrs in parsed.tags for name in attrs)
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
-        assert "\N{SYMBOL FOR NULL}\N{SYMBOL FOR ESCAPE}[31m" in parsed.text  # seen, not dropped
+        assert "\ufffd\ufffd[31m" in parsed.text  # seen, not dropped
 
     def test_parts_add_up_to_the_reward(self, run):
+        self.edit(run / "samples.jsonl", lambda n, line: {"completion": str(n)})  # all are shown
         html = self.page(run)
         cards = [card for card in html.split('<article class="card">') if "advantage <b" in card]
         rewards = []
         for card in cards:
-            *shares, reward = (float(x) for x in re.findall(r"<td>([.\d]+)</td></tr>", card))
-            factors = re.findall(r"<td>([.\d]+) × ([.\d]+) =</td>", card)
+            *shares, reward = (
+                float(x.replace("−", "-")) for x in re.findall(r"<td>([−.\d]+)</td></tr>", card)
+            )
+            factors = re.findall(r"<td>([.\d]+) × ([−.\d]+) =</td>", card)
             for share, (weight, value) in zip(shares, factors, strict=True):
-                assert share == pytest.approx(float(weight) * float(value), abs=0.0016)
+                value = float(value.replace("−", "-"))
+                assert share == pytest.approx(float(weight) * value, abs=0.0016)
             assert [float(weight) for weight, _ in factors] == [2.0, 0.1, 0.1]
             assert round(sum(shares), 3) == reward
             rewards.append(reward)
-        group = [3.1 + 0.04607, 2 * 0.2002 + 0.1004, 2.1 + 0.04607, 2.1004]  # the best first
-        assert rewards == pytest.approx([*group[:2]] * 2 + [*group[2:]] * 2, abs=0.0016)
+        logged = [line["reward"] for line in prlm.read_lines(run / "samples.jsonl")]
+        assert sorted(rewards) == pytest.approx(sorted(logged), abs=0.0016) and len(rewards) == 24
 
     def test_gains_and_losses_come_largest_first(self, run):
+        ids = [line["id"] for line in prlm.read_lines(run / "held_out" / "before.jsonl")]
+        for name, column in (("before", (0.25, 0.5, 0.75)), ("after", (0.5, 1.0, 0.25))):
+            path = run / "held_out" / f"{name}.jsonl"
+            self.edit(path, lambda n, line, column=column: {"rouge-l": column[n]})
         text = Html(self.page(run)).text
-        assert re.findall(r"record (r\d)\s+ROUGE-L ([+−][.\d]+)", text) == [
-            ("r1", "+.500"), ("r0", "+.250"), ("r2", "−.500"), ("r3", "−.100")
-        ]  # fmt: skip
-        assert "2 are better" in text and "2 worse" in text
-        text = Html(self.page(run, records=1)).text
-        assert re.findall(r"record (r\d)\s+ROUGE-L", text) == ["r1", "r2"]
+        found = re.findall(r"record (\d+)\s+ROUGE-L ([+−][.\d]+)", text)
+        assert found == [(ids[1], "+.500"), (ids[0], "+.250"), (ids[2], "−.500")]
+        assert "2 are better" in text and "1 worse" in text
+        shown = re.findall(r"record (\d+)\s+ROUGE-L", Html(self.page(run, records=1)).text)
+        assert shown == [ids[1], ids[2]]
 
-    def test_the_held_out_curve_starts_at_step_0(self, run):
-        html = self.page(run)
-        chart = html.split("<h3>Held-out users: greedy answers</h3>")[1].split("</figure>")[0]
-        first, last = re.findall(r'class="c0" points="(\S+) (\S+)"', chart)[0]
-        start = re.search(r'x="(\d+)" y="\d+">step 0', chart)[1]
-        assert float(first.split(",")[0]) == float(start)
-        height = [190 - float(point.split(",")[1]) for point in (first, last)]
-        assert (height[0] - 22) / (height[1] - 22) == pytest.approx(0.3 / 0.5, abs=0.01)
-        assert ">.300</text>" in chart and ">.500</text>" in chart
+    def test_the_held_out_curve_starts_at_step_0_with_the_same_64_records(self, run):
+        path = run / "held_out" / "before.jsonl"
+        line = prlm.read_lines(path)[0]
+        path.write_text("".join(json.dumps(line | {"rouge-l": n / 64}) + "\n" for n in range(200)))
+        self.edit(run / "metrics.jsonl", lambda n, line: {"eval_rouge-l": 0.6})
+        chart = self.page(run).split("<h3>Held-out users: greedy answers</h3>")[1]
+        first, *_, last = re.search(r'class="c0" points="(.*?)"', chart)[1].split()
+        assert float(first.split(",")[0]) == float(re.search(r'x="(\d+)" y="\d+">step 0', chart)[1])
+        heights = [168 - float(point.split(",")[1]) for point in (first, last)]
+        assert heights[0] / heights[1] == pytest.approx(63 / 128 / 0.6, abs=0.01)
+        assert f">{page.number(63 / 128)}</text>" in chart and ">.600</text>" in chart
+        points = page.block_means([(n, n % 2) for n in range(2400)])  # long curves are thinned
+        assert len(points) == 120 and points[0] == (9.5, 0.5) and points[-1] == (2389.5, 0.5)
 
-    def test_groups_that_teach_nothing_are_folded(self, run):
-        lines = prlm.read_lines(run / "samples.jsonl")
-        for line in lines:
-            line["accuracy"] = 1.0 if line["step"] == 2 else line["accuracy"]
-        self.write(run / "samples.jsonl", lines)
-        html = self.page(run)
+    def test_groups_that_teach_nothing_are_folded_and_equal_completions_stand_once(self, run):
+        def change(n, line):
+            said = {"step": 1, "id": "abc"[n // 8], "accuracy": float(n == 0), "format": 1.0}
+            return said | {"completion": str(n // 2), "advantage": n % 2 - 0.5 if n < 16 else 0.0}
+
+        self.edit(run / "samples.jsonl", change)
+        html = self.page(run, prompts=2, steps=1)
         groups = re.findall(r'<details class="step"( open)?>\n<summary>(.*?)</summary>', html)
-        notes = [re.sub("<.*?>", "", note).split("  ")[0] for _, note in groups]
-        assert [is_open for is_open, _ in groups] == [" open", " open", "", ""]
-        for note, said in zip(notes, ("", "only the judge", "nothing", "nothing"), strict=True):
-            assert said in note and ("judge" in note) == (said == "only the judge")
+        assert [is_open for is_open, _ in groups] == [" open", ""]  # a and c
+        assert "teaches nothing: all 8" in groups[1][1] and "badge" not in groups[0][1]
+        assert "only the judge orders these" in self.page(run, prompts=3)
+        assert html.count("2 of 8 completions") == 8
 
-    def test_equal_completions_stand_once(self, run):
-        lines = prlm.read_lines(run / "samples.jsonl")
-        group = [line for line in lines if line["step"] == 1 and line["id"] == "7"]
-        self.write(run / "samples.jsonl", [group[0]] * 5 + [group[1]])
-        html = self.page(run)
-        assert html.count("advantage <b") == 2 and html.count("5 of 6") == 1
-
-    def test_the_size_is_bounded(self, run, capsys):
-        long = self.answer("x", "words " * 250, logprob=-2.0)
-        parts = dict.fromkeys(("accuracy", "format", "personalization", "reward"), 0.0)
-        lines = [
-            long | parts | {"step": step, "id": f"{n % 3}", "completion": str(n), "advantage": 1.0}
-            for step in range(1, 6) for n in range(3 * 12)
-        ]  # fmt: skip
-        self.write(run / "samples.jsonl", lines)
-        html = self.page(run)
-        assert len(html) < 1.5e6 and not capsys.readouterr().err
-        assert html.count("<mark>") < 3 * 3 * 8 * page.LONG / len("words ") + 20  # answers, too
-        size = len(self.page(run, tokens=9000))
-        assert size > 5e6 and f"{size / 1e6:.0f} MB: lower --records" in capsys.readouterr().err
-
-    def test_an_unfinished_run_says_what_is_missing(self, run):
+    def test_an_unfinished_run_says_what_is_missing(self, run, world):
         (run / "held_out" / "after.jsonl").unlink()
-        self.write(run / "metrics.jsonl", prlm.read_lines(run / "metrics.jsonl")[:1])
+        lines = prlm.read_lines(run / "metrics.jsonl")
+        (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n{half a li")
         scores = prlm.read_json(run / "scores.json")
         scores.pop("after")
         prlm.write_json(run / "scores.json", scores)
         text = Html(self.page(run)).text
-        missing = "1 of 2 steps are done, no score after RL, no held-out answers after RL"
-        assert f"Not there yet: {missing}." in text and "4 answers to held-out prompts" in text
+        assert "Not there yet: 1 of 2 steps are done, no answers after RL." in text
+        assert "3 answers to held-out prompts" in text and "came up 2 times" in text
         for name in ("samples.jsonl", "metrics.jsonl", "held_out/before.jsonl"):
             (run / name).unlink()
-        assert "no held-out answers before RL" in Html(self.page(run)).text
+        assert "0 of 2 steps" in Html(self.page(run)).text
         (run / "scores.json").unlink()
         with pytest.raises(ValueError, match="nothing to show yet"):
             self.page(run)
-
-    def test_a_directory_of_another_kind_is_named(self, world):
         with pytest.raises(ValueError, match=r"was not written by rl\.py or eval\.py"):
             self.page(world / "policy")
 
-    def test_an_older_run_knows_neither_weights_nor_queries(self, run):
-        options = prlm.read_json(run / "config.json")
-        options.pop("accuracy")
-        prlm.write_json(run / "config.json", options)
-        lines = prlm.read_lines(run / "samples.jsonl")
-        for line in lines:
-            line.pop("query")
-        self.write(run / "samples.jsonl", lines)
-        for path in run.glob("held_out/*"):
-            path.unlink()
-        text = Html(self.page(run)).text
-        assert "1 × accuracy + 0.1 × format + 0.1 × personalization" in text
-        assert "no held-out answers before RL, no held-out answers after RL" in text
-        assert "Tokens are shaded" in text
-
-    def test_an_evaluation(self, run):
-        options = prlm.read_json(run / "config.json")
-        options = {name: options[name] for name in ("model", "task", "k")}
-        prlm.write_json(run / "config.json", options | {"temperature": 0.7})
-        prlm.write_json(run / "scores.json", {"rouge-l": 0.5833, "rouge-1": 0.6})
-        (run / "held_out" / "after.jsonl").rename(run / "samples.jsonl")
-        (run / "metrics.jsonl").unlink()
-        text = Html(self.page(run, records=2)).text
-        assert ".583" in text and "sampled, at temperature 0.7" in text and "RL" not in text
-        assert re.findall(r"record (r\d)", text) == ["r1", "r0", "r2", "r3"]
-        withheld = [line | {"target": None} for line in prlm.read_lines(run / "samples.jsonl")]
-        for line in withheld:
-            line.pop("rouge-l")
-        self.write(run / "samples.jsonl", withheld)
-        (run / "scores.json").unlink()
-        text = Html(self.page(run)).text
-        assert "ROUGE" not in text and "None" not in text and "own title" not in text
-
-    def test_the_models_folder_may_have_moved(self, run, world):
-        (run / "checkpoint").symlink_to(world / "policy")
-        options = prlm.read_json(run / "config.json") | {"model": "gone", "warm_start": 62}
-        prlm.write_json(run / "config.json", options)
-        text = Html(self.page(run)).text
-        assert "After 62 supervised steps, reinforcement learning" in text and "<b>why 1" in text
+    def test_an_evaluation(self, finished, tmp_path):
+        out = tmp_path / "eval"
+        scoring.main(
+            prlm.resolve(
+                scoring.Options,
+                {"run": str(finished), "out": str(out), "limit": 3, "temperature": 0.0},
+            )
+        )
+        text = Html(self.page(out, records=1)).text
+        score = prlm.read_json(out / "scores.json")["rouge-l"]
+        assert page.number(score) in text and "greedy" in text and "RL" not in text
+        self.edit(out / "samples.jsonl", lambda n, line: {"target": None, "rouge-l": 0.0})
+        (out / "scores.json").unlink()
+        text = Html(self.page(out)).text
+        assert "None" not in text and "own title" not in text
 
     @pytest.mark.parametrize("task", list(retrieve.TASKS))
     def test_items_are_found_in_the_prompt(self, task, tmp_path):
@@ -442,12 +431,10 @@ class TestPage:
         fields = list(retrieve.TASKS[task].fields)
         write_lamp(tmp_path, task, users=20, split="dev")
         for example in retrieve.load_lamp(tmp_path, task, "dev"):
-            items = retrieve.retrieve(example, 4)
-            prompt = tokenizer.decode(tokenizer.chat(retrieve.build_messages(example, items)))
-            wanted = [[item[field] for field in fields] for item in items]
-            assert [list(found)[: len(fields)] for found in page.items_of(prompt, task)] == wanted
-            prompt = tokenizer.decode(tokenizer.chat(retrieve.build_messages(example, [])))
-            assert page.items_of(prompt, task) == []
+            for items in (retrieve.retrieve(example, 4), []):
+                prompt = tokenizer.decode(tokenizer.chat(retrieve.build_messages(example, items)))
+                found = [list(item)[: len(fields)] for item in page.items_of(prompt, task)]
+                assert found == [[item[field] for field in fields] for item in items]
 
     def test_tokens_that_share_a_character_are_one_piece(self, toy_tokenizer):
         encode = toy_tokenizer.encode
@@ -458,13 +445,8 @@ class TestPage:
         assert [logprob for _, logprob in found][:8] == [-1, -1, -2, -1, -1, -1, -4, -1]
         assert sum(logprob for _, logprob in found) == -len(tokens)
         assert re.fullmatch("\ufffd+ok\ufffd", "".join(piece for piece, _ in found[8:]))
-
-    def test_words_keep_the_space_before_them(self):
-        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1}, "▁a"))
-        backend.decoder = tokenizers.decoders.Metaspace()
-        sample = {"tokens": [0, 1, 0], "logprobs": [0.0, 0.0, 0.0]}
-        found = page.pieces(sample, prlm.Tokenizer(backend))
-        assert [piece for piece, _ in found] == ["a", " b", " a"]
+        long = page.shaded([("x", -1.0)] * 900, 240)
+        assert long.count("<i") == 240 and "660 tokens are left out" in long
 
     def test_records_that_recur_are_followed(self):
         seen = {1: "ab", 2: "cd", 3: "be", 4: "fb"}
@@ -473,23 +455,6 @@ class TestPage:
         assert {id: [*steps] for id, steps in found.items()} == {"b": [1, 3, 4], "a": [1]}
         once = [sample for sample in samples if sample["id"] != "b"]
         assert [*page.followed(once, 3)] == ["a", "d", "f"]  # of a c d e f
-
-    def test_long_curves_are_thinned_to_means(self):
-        points = page.block_means([(n, n % 2) for n in range(2400)])
-        assert len(points) == 120 and all(value == 0.5 for _, value in points)
-        assert points[0] == (9.5, 0.5) and points[-1] == (2389.5, 0.5)
-
-    def test_the_picture_starts_at_step_0_and_has_a_legend(self, run, monkeypatch):
-        figure = pytest.importorskip("matplotlib.figure")
-        seen, save = [], figure.Figure.savefig
-        monkeypatch.setattr(
-            figure.Figure, "savefig", lambda self, *a, **k: seen.append(self) or save(self, *a, **k)
-        )
-        page.draw_curves(run)
-        assert (run / "reward.png").read_bytes().startswith(b"\x89PNG")
-        curve = seen[0].axes[1].lines[0]
-        assert [*curve.get_xdata()] == [0, 2] and [*curve.get_ydata()] == [0.3, 0.5]
-        assert len(seen[0].legends[0].texts) == 2
 
 
 @pytest.mark.parametrize("task", make.TASKS)

@@ -191,7 +191,8 @@ def charts(metrics: list[dict], held: dict[str, list[dict]]) -> str:
         f"<tr><td>{key}</td><td>{metrics[-1][key]:.4g}</td><td>{clean(meaning)}</td></tr>"
         for key, meaning in rl.METRICS.items() if key in metrics[-1]
     ]  # fmt: skip
-    return f"""<div class="charts">{"".join(chart(name, shown[name], steps) for name in shown)}</div>
+    figures = "".join(chart(title, curves, steps) for title, curves in shown.items())
+    return f"""<div class="charts">{figures}</div>
 <details><summary>all numbers of step {steps}, and what they mean</summary>
 <table class="glossary">{"".join(rows)}</table></details>"""
 

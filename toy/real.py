@@ -113,9 +113,11 @@ def without(o: Options, arm: str, seed: int) -> tuple[list[str], Path]:
     """The command that scores an arm on the side that rl.py does not, and the file it leaves."""
     run = place(o, arm, seed)
     k = items_of(o) if ARMS[arm][1].get("k") == 0 else 0
-    options = {"run": run, "k": k, "limit": o.limit, "device": o.device, "overwrite": True}
+    options = {"run": run, "k": k, "limit": o.limit, "device": o.device, "temperature": 0.0}
     out = run / "other_side"
-    return common.command("eval.py", {**options, "out": out}), out / "scores.json"
+    return common.command("eval.py", {**options, "overwrite": True, "out": out}), (
+        out / "scores.json"
+    )
 
 
 def swap(o: Options, arm: str, seed: int) -> tuple[list[str], Path]:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters 
 
 import prlm
 import retrieve
+from prlm import option
 from reward import Judge, RewardOptions, check_judge, make_judge, rewards
 
 
@@ -37,8 +38,8 @@ def columns(o: RewardOptions, tokenizer: prlm.Tokenizer, examples) -> dict[str, 
 
 @dataclass
 class Options(RewardOptions):
-    steps: int = 60  # of the trainer
-    out: str = "runs/trl"  # directory of what TRL writes, and of the judge
+    steps: int = option(30, "of the trainer", 1)
+    out: str = option("runs/trl", "directory of what TRL writes, and of the judge")
 
 
 def main(o: Options) -> None:
@@ -46,12 +47,12 @@ def main(o: Options) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     check_judge(o)
-    tokenizer, examples = prlm.load_tokenizer(o.model), retrieve.load_lamp(o.data, o.task, "train")
-    policy = prlm.load_decoder(o.model, prlm.pick_device(o.device)).requires_grad_(False)
-    judge = make_judge(o, policy, tokenizer, examples, Path(o.out) / "reward")
-    data = Dataset.from_dict(columns(o, tokenizer, examples))
+    train, held = retrieve.load_examples(o, "train"), retrieve.load_examples(o, "dev")
+    policy, tokenizer = prlm.load_policy(o)
+    judge = make_judge(o, policy, tokenizer, train, held, Path(o.out) / "reward")
+    data = Dataset.from_dict(columns(o, tokenizer, train))
     how = GRPOConfig(o.out, max_steps=o.steps, max_completion_length=o.max_new_tokens, seed=o.seed)
-    GRPOTrainer(o.model, trl_reward(examples, judge), how, data).train()
+    GRPOTrainer(o.model, trl_reward(train, judge), how, data).train()
 
 
 if __name__ == "__main__":
