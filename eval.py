@@ -7,9 +7,9 @@ often as both sides have it), and F1, the harmonic mean of precision and recall:
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-So a text without such words, in another script, scores 0 even where it is right. The authors'
-release scores with rouge_chinese after jieba: sets of n-grams, punctuation as words. Its numbers
-cannot be compared with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
+So a text in another script scores 0 even where it is right. The authors' release scores with
+rouge_chinese after jieba (sets of n-grams, punctuation as words), so its numbers cannot be compared
+with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
     python eval.py --task LaMP-4 --split dev --k 4
     python eval.py --run runs/toy               # a run's checkpoint, under the run's own options
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import prlm
 from prlm import Completion, Decoder, Tokenizer, option
-from retrieve import CLOSED, Example, PromptOptions, Split, load_examples, make_prompts, task_of
+from retrieve import CLOSED, PromptOptions, Split, load_examples, make_prompts, task_of
 
 # ---- Metrics of two texts --------------------------------------------------------------------
 
@@ -47,20 +47,17 @@ def common(a: list, b: list, n: int) -> int:
 
 
 def longest_common_subsequence(a: list, b: list) -> int:
-    """The length of the longest common subsequence: L(len(a), len(b)), where L(i, 0) = L(0, j) = 0,
+    """L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1, elsewhere
+    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0.
 
-    L(i, j) = L(i-1, j-1) + 1 where the i-th of `a` equals the j-th of `b`,
-              else max(L(i-1, j), L(i, j-1))
-
-    From one column to the next, a row of the table grows by 1 or not at all. So one bit per column
-    says it all, and a row is computed at once, by arithmetic on one integer (Hyyrö 2004): the
-    reward scores every completion, and a loop over the columns takes 7 times as long.
+    From one column to the next, a row of this table grows by 1 or not at all. So one bit per column
+    says it all, and a row is computed at once, by arithmetic on one integer (Hyyrö 2004): 7 times
+    as fast as a loop over the columns, and the reward scores every completion.
     """
     columns: dict = {}  # token -> the columns with this token, one bit each
     for j, token in enumerate(b):
         columns[token] = columns.get(token, 0) | 1 << j
-    all_columns = (1 << len(b)) - 1
-    row = all_columns  # bit j is 0 where the row grows from column j to j + 1: nowhere yet
+    row = all_columns = (1 << len(b)) - 1  # bit j is 0 where the row grows from column j to j + 1
     for token in a:
         matches = row & columns.get(token, 0)
         # The carry of the sum moves each growth back to the first match since the growth before.
@@ -69,7 +66,7 @@ def longest_common_subsequence(a: list, b: list) -> int:
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1, as rouge_score computes them without stemming; an empty side gives 0.
+    """Evaluation: ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
 
     >>> rouge("a b c", "a b d")
     {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}
@@ -83,38 +80,33 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def bleu(prediction: str, reference: str) -> float:
-    """BLEU-4 over lowercased characters: the geometric mean of the n-gram precisions p_1 .. p_4,
-    times exp(1 - r / c) if the prediction's length c is below the reference's length r.
-
-    NLTK's smoothing method 3: the k-th order without a match counts as having 1 / 2^k matches.
+    """Evaluation: BLEU-4 over lowercased characters, the geometric mean of the n-gram precisions
+    p_1 .. p_4, times exp(1 - r / c) if the prediction's length c is below the reference's, r. By
+    NLTK's smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
 
     >>> bleu("a", "b"), bleu("abcd", "abcd")
     (0.0, 1.0)
     """
     a, b = list(prediction.lower()), list(reference.lower())
+    found = [common(a, b, n) for n in (1, 2, 3, 4)]
+    if not found[0]:
+        return 0.0
     logs = []  # of p_1 .. p_4
-    misses = 0
-    for n in range(1, 5):
-        matches = common(a, b, n)
-        if not matches:
-            if n == 1:
-                return 0.0
-            misses += 1
-        logs.append(math.log((matches or 0.5**misses) / max(len(a) - n + 1, 1)))
+    for n, matches in enumerate(found, 1):
+        matches = matches or 0.5 ** found[:n].count(0)
+        logs.append(math.log(matches / max(len(a) - n + 1, 1)))
     brevity = min(0.0, 1 - len(b) / len(a))
     return math.exp(brevity + math.fsum(logs) / 4)
 
 
-# ---- The answer in a completion ----------------------------------------------------------------
-#
-# The parser is a part of the reward: what it cannot read earns nothing.
+# ---- The answer in a completion: what this parser cannot read earns no reward --------------------
 
 MARKS = {mark: f"[{sort}]" for sort in ("'‘’", '"“”') for mark in sort}  # a mark: its sort
 ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """The value of 'title', 'tweet' or whatever the task asks for; "" where there is none.
+    """Evaluation: the value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
 
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it:
        reasoning that never closes has no answer, whatever it quotes. Of that, what stands between
@@ -138,8 +130,7 @@ def extract_answer(completion: str, task: str) -> str:
     values, start = [], 0
     while found := key.search(text, start):
         value, start = read_value(text, found.end())
-        values.append(value)
-    values = [value for value in values if value]
+        values += [value] if value else []
     real = [value for value in values if not is_placeholder(value, task)]
     return (real or values or [""])[0]
 
@@ -150,13 +141,14 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     """
     if text.startswith(("{", "```"), start):
         return "", start
+    escaped = r"\\(['\"\\])"
     if sort := MARKS.get(text[start : start + 1]):
         after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*{ANY}[\w -]+{ANY}\s*:"
         found = re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start)
         if found:
-            return re.sub(r"\\(['\"\\])", r"\1", found[1]).strip(), found.end()
+            return re.sub(escaped, r"\1", found[1]).strip(), found.end()
     found = re.compile(rf"{ANY}?([^\n}}]*)").match(text, start)
-    return re.sub(r"\\(['\"\\])", r"\1", found[1].strip("* \t")).strip(), found.end()
+    return re.sub(escaped, r"\1", found[1].strip("* \t")).strip(), found.end()
 
 
 def is_placeholder(answer: str, task: str) -> bool:
@@ -165,8 +157,6 @@ def is_placeholder(answer: str, task: str) -> bool:
 
 
 # ---- A policy on a data set --------------------------------------------------------------------
-
-BATCH = 64  # completions that are generated together, outside of a rollout
 
 
 @dataclass
@@ -181,12 +171,11 @@ def seed_of(*parts) -> int:
 
 def complete(
     o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
-    group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = BATCH,
+    group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
 ) -> list[list[Completion]]:  # fmt: skip
-    """Completions [P][G], `batch` of them together. Prompts of similar length share a batch, which
-    leaves little padding; several processes share the batches, and each gets all completions.
-
-    `purpose` and the batch's number seed the noise.
+    """Completions [P][G], `batch` of them together: of prompts of similar length, so that there is
+    little padding. Several processes share the batches, and each gets all completions. `purpose`
+    and the batch's place seed the noise.
     """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     size = max(1, batch // group_size)
@@ -195,54 +184,43 @@ def complete(
     starts = range(0, len(order), size)[rank::world_size]
     for start in prlm.progress(starts, purpose[0], delay=1):
         chosen = order[start : start + size]
+        asked = [prompts[n] for n in chosen]
+        seed = seed_of(o.seed, *purpose, start)
         found = prlm.generate(
-            decoder,
-            [prompts[n] for n in chosen],
-            group_size=group_size,
-            max_new_tokens=o.max_new_tokens,
-            temperature=temperature,
-            eos_ids=tokenizer.eos_ids,
-            seed=seed_of(o.seed, *purpose, start),
+            decoder, asked, group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, seed
         )
-        groups |= zip(chosen, found, strict=True)
+        groups |= zip(chosen, found)
     for share in prlm.gather(groups):
         groups |= share
     return [groups[n] for n in range(len(prompts))]
 
 
 def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups) -> list[dict]:
-    """What the policy was asked and what it said: a JSON-ready dictionary for each completion.
-
-    Keys: id, query, target, prompt and completion (text), answer, finished, tokens (the
-    completion's ids), logprobs (of these tokens).
+    """What the policy was asked and what it said, for each completion: its id, query, target,
+    prompt and completion (text), answer, tokens (ids), their logprobs, and finished.
     """
-    opened, records = (tokenizer.opening if o.reasoning else CLOSED), []
-    for example, prompt, group in zip(examples, prompts, groups, strict=True):
-        asked = {"id": example.id, "query": example.query, "target": example.target}
+    opened = tokenizer.opening if o.reasoning else CLOSED
+    records = []
+    for e, prompt, group in zip(examples, prompts, groups):
+        asked = {"id": e.id, "query": e.query, "target": e.target}
         asked["prompt"] = tokenizer.decode(prompt)
         for completion in group:
             text = opened + tokenizer.decode(completion.tokens)
-            said = {"completion": text, "answer": extract_answer(text, example.task)}
+            said = {"completion": text, "answer": extract_answer(text, e.task)}
             records.append(asked | said | vars(completion))
     return records
 
 
-def score(answer: str, target: str) -> dict[str, float]:
-    """Every metric of METRICS for one answer."""
-    return {**rouge(answer, target), "bleu": bleu(answer, target)}
-
-
-def answer_all(
-    o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
-    temperature: float = 0.0, k: int | None = None,
-) -> list[dict]:  # fmt: skip
+def answer_all(o: EvalOptions, decoder, tokenizer, examples, temperature=0.0, k=None) -> list[dict]:
     """`make_records` of one completion for each example, with every metric if there is a target."""
     prompts = make_prompts(o, tokenizer, examples, k)
     groups = complete(o, decoder, tokenizer, prompts, temperature=temperature)
     records = make_records(o, tokenizer, examples, prompts, groups)
-    return [
-        r | (score(r["answer"], r["target"]) if r["target"] is not None else {}) for r in records
-    ]
+    for record in records:
+        if record["target"] is not None:
+            record |= rouge(record["answer"], record["target"])
+            record["bleu"] = bleu(record["answer"], record["target"])
+    return records
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
@@ -252,11 +230,8 @@ def mean_scores(records: list[dict]) -> dict[str, float]:
     return {name: sum(r[name] / len(records) for r in records) for name in METRICS}
 
 
-def evaluate(
-    decoder: Decoder, tokenizer: Tokenizer, examples: list[Example],
-    options: EvalOptions | None = None, temperature: float = 0.0,
-) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
-    """(mean scores, answers by record id), greedy unless a temperature is given."""
+def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tuple[dict, dict]:
+    """Evaluation: (mean scores, answers by record id), greedy unless a temperature is given."""
     records = answer_all(options or EvalOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
@@ -278,12 +253,11 @@ def to_lines(records: list[dict]) -> list[dict]:
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Named score dictionaries as aligned text, a column for each key."""
     columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
-    width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f"{column:>17}" for column in columns)]
+    lines = [("", columns)]
     for name, scores in rows.items():
-        cells = (f"{scores[c]:.3f}" if c in scores else "" for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)
+        lines.append((name, [f"{scores[c]:.3f}" if c in scores else "" for c in columns]))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{n:<{width}}" + "".join(f"{c:>17}" for c in cells) for n, cells in lines)
 
 
 @dataclass

@@ -11,18 +11,16 @@ So the judge adds at most .1: it decides where ROUGE ties. And one empty answer 
 standard deviation of its group, by which all advantages are divided.
 
 --judge bert is the paper's: s(q, a) of a BERT cross-encoder. It learns, without labels, to tell an
-answer that the base policy gave WITH the user's profile d (a+) from ones it gave without (a1- ..
-aN-). The loss is InfoNCE, which for N = 1 and temperature 1 is -log sigmoid(s+ - s-):
+answer that the policy gave WITH the user's profile d (a+) from ones it gave without (a1- .. aN-):
 
-  L = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
+  InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
-It sees the query and the answer, never the profile: it can learn what personal answers have in
-common, not whose style an answer has. Both kinds of answer come from the policy before RL and the
-judge is never trained again: the further the policy moves, the less of its answers the judge has
-seen. InfoNCE fixes scores only up to a constant for each query, so sigmoid(s) is no calibrated
-probability; but GRPO compares answers to one query, where the constant cancels, nearly.
-
---judge ratio is this project's own: see `likelihood_ratio`.
+which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
+can learn what personal answers have in common, not whose style an answer has. All answers come from
+the policy before RL and the judge is never trained again: the further the policy moves, the less of
+its answers the judge has seen. InfoNCE fixes scores only up to a constant for each query, so
+sigmoid(s) is no calibrated probability; but GRPO compares answers to one query, where the constant
+cancels, nearly. --judge ratio is this project's own: see `likelihood_ratio`.
 
     python reward.py --out runs/reward
     python reward.py --judge ratio --out runs/ratio
@@ -32,6 +30,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -46,13 +45,13 @@ from eval import EvalOptions, complete, extract_answer, is_placeholder, make_rec
 from prlm import Decoder, Encoder, Ragged, Tokenizer, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
-# ---- The three parts (the paper's reward) ------------------------------------------------------
+# ---- The three parts -----------------------------------------------------------------------------
 
 PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
 
 
 def format_reward(completion: str) -> float:
-    """1 if the completion closes its reasoning on a line of its own, else 0.
+    """Paper: reward. 1 if the completion closes its reasoning on a line of its own, else 0.
 
     The opening tag is not asked for: some chat formats put it into the prompt.
     """
@@ -67,13 +66,13 @@ def rewards(
     completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """For each completion its answer, the three parts, and "reward", their weighted sum.
+    """Paper: reward. For each completion its answer, the three parts, and their weighted sum, the
+    "reward". The last three arguments are the weights; the parts themselves are unweighted.
 
-    The last three arguments are the weights; the parts in the result are unweighted. Without a
-    judge personalization is 0. An answer that is empty, or an echo of the placeholder, earns no
-    accuracy and is not shown to the judge; its personalization is the task's penalty (LaMP-4:
-    -10), because a learned judge likes such answers and RL finds out. An example without a target
-    earns no accuracy. ValueError for a judge that does not give one finite number for each answer.
+    An answer that is empty, or an echo of the placeholder, earns no accuracy and is not shown to
+    the judge; its personalization is the task's penalty (LaMP-4: -10), because a learned judge
+    likes such answers and RL finds out. ValueError if the judge does not give one finite number
+    for each answer.
     """
     rows, judged = [], []  # `judged`: (row, example) of what the judge will see
     for completion, example in zip(completions, examples, strict=True):
@@ -89,7 +88,7 @@ def rewards(
             row["personalization"] = task_of(example.task).penalty
     if judge and judged:
         values = judge([example for _, example in judged], [row["answer"] for row, _ in judged])
-        values = [float(value) for value in ([] if values is None else values)]
+        values = [] if values is None else [float(value) for value in values]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
         for (row, _), value in zip(judged, values, strict=True):
@@ -100,35 +99,29 @@ def rewards(
     return rows
 
 
-# ---- The paper's judge: a model trained by contrast --------------------------------------------
+# ---- The paper's judge: a model trained by contrast ---------------------------------------------
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
-    """InfoNCE of raw scores, positive [B] against negatives [B, N], as the mean over B (in nats).
-
-    A negative of -inf stands for a missing one: it counts for nothing and has gradient 0. Scores of
-    any size give a finite loss.
+    """Paper: reward. InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B,
+    in nats. A negative of -inf stands for a missing one: it counts for nothing, with gradient 0.
     """
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 class RewardModel(nn.Module):
-    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output.
-
-    Its weights have the names of transformers' BertForSequenceClassification.
+    """Paper: reward. s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one
+    linear output. Its weights have the names of transformers' BertForSequenceClassification.
     """
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.bert, self.tokenizer = encoder, encoder.tokenizer
-        if self.tokenizer is None:
-            raise ValueError("the reward model needs its encoder's tokenizer.json")
         like = encoder.embeddings.LayerNorm.weight  # [H]: size, device, dtype of what is added
-        how = {"device": like.device, "dtype": like.dtype}
         if encoder.pooler is None:
-            encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(**how)})
-        self.classifier = prlm.Linear(len(like), 1).to(**how)
+            encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
+        self.classifier = prlm.Linear(len(like), 1).to(like)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
         self.limit = min(512, encoder.max_length)  # tokens of a pair
@@ -137,9 +130,8 @@ class RewardModel(nn.Module):
     def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch.
 
-        `encode_pair` gives the ids and segments of the stripped texts, cut to the encoder's length,
-        512 at most. The classifier reads tanh(pooler(hidden state of [CLS])). In training mode a
-        dropout of the encoder's rate comes between the two.
+        The classifier reads tanh(pooler(hidden state of [CLS])), in training mode through a dropout
+        of the encoder's rate. A pair is cut to `limit` tokens.
         """
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), self.limit) for q, a in pairs]
@@ -148,15 +140,16 @@ class RewardModel(nn.Module):
         hidden = self.bert(ids.grid(ids.tokens), ids.mask, segments)  # [B, T, H]
         pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
         pooled = F.dropout(pooled, self.bert.config.hidden_dropout_prob, self.training)
-        return self.classifier(pooled)[:, 0].float()
+        # Not in bfloat16, where answers whose scores differ by less than .4 % would tie.
+        return F.linear(pooled.float(), self.classifier.weight, self.classifier.bias)[:, 0]
 
     @torch.no_grad()
     def judge(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         """sigmoid(s(q, a)), the paper's judge: it does not see the profile."""
-        values, queries = [], [example.query for example in examples]
-        for start in range(0, len(queries), BATCH):
-            part = slice(start, start + BATCH)
-            values += self.score(queries[part], answers[part]).sigmoid().tolist()
+        values = []
+        for start in range(0, len(examples), BATCH):
+            queries = [example.query for example in examples[start : start + BATCH]]
+            values += self.score(queries, answers[start : start + BATCH]).sigmoid().tolist()
         return values
 
 
@@ -166,8 +159,7 @@ BATCH = 64  # pairs in an optimizer step, the authors' number; also how many are
 @dataclass
 class RewardOptions(EvalOptions):
     judge: Literal["bert", "ratio"] = option("bert", "a trained model, or the policy itself")
-    pairs_per_query: int = option(3, "reward model: positives sampled for each query", 1)
-    negatives: int = option(1, "reward model: negatives for each positive", 1)
+    pairs_per_query: int = option(3, "reward model: pairs sampled for each query", 1)
     reward_epochs: int = option(3, "reward model: passes over the pairs; 0: none, an ablation", 0)
     reward_lr: float = option(1e-3, "reward model: peak learning rate", 1e-12)
     reward_model: str | None = option(None, "a trained one; without it one is trained")
@@ -175,40 +167,33 @@ class RewardOptions(EvalOptions):
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
-    """[{"id", "query", "positive", "negatives"}]: answers with the profile against ones without.
+    """Paper: reward. [{"id", "query", "positive", "negatives"}]: an answer with the profile against
+    one without, as the policy gives them before RL.
 
     Sampled at T = 0.7, each kind with noise of its own: with the same noise the two answers of a
-    pair would begin alike. Empty answers are dropped; a pair needs a positive and a negative.
+    pair would begin alike. A pair with an empty answer is dropped.
     """
 
-    def answers(purpose: str, k: int, count: int) -> list[list[str]]:
-        prompts = make_prompts(o, tokenizer, examples, k)
-        groups = complete(
-            o, decoder, tokenizer, prompts, count, temperature=0.7, purpose=(purpose,)
-        )
-        records = make_records(o, tokenizer, examples, prompts, groups)
-        found = [record["answer"] for record in records]
-        return [found[n : n + count] for n in range(0, len(found), count)]
+    def answers(purpose: str, k: int) -> list[str]:
+        prompts, count = make_prompts(o, tokenizer, examples, k), o.pairs_per_query
+        groups = complete(o, decoder, tokenizer, prompts, count, 0.7, (purpose,))
+        return [r["answer"] for r in make_records(o, tokenizer, examples, prompts, groups)]
 
-    count, N = o.pairs_per_query, o.negatives
-    with_profile = answers("answers with profile", o.k, count)
-    without_profile = answers("answers without profile", 0, N * count)
-    pairs = []
-    for example, positives, others in zip(examples, with_profile, without_profile, strict=True):
-        for n, positive in enumerate(positives):
-            negatives = [answer for answer in others[n * N : (n + 1) * N] if answer]
-            if positive and negatives:
-                pair = {"id": example.id, "query": example.query.strip()}
-                pairs.append(pair | {"positive": positive, "negatives": negatives})
-    return pairs
+    with_profile = answers("answers with profile", o.k)
+    without_profile = answers("answers without profile", 0)
+    asked = [example for example in examples for _ in range(o.pairs_per_query)]
+    return [
+        {"id": e.id, "query": e.query.strip(), "positive": own, "negatives": [other]}
+        for e, own, other in zip(asked, with_profile, without_profile, strict=True)
+        if own and other
+    ]
 
 
 def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
     """Scores of the positives [B] and the negatives [B, N], -inf where a pair has fewer than N."""
     texts = [[pair["positive"], *pair["negatives"]] for pair in pairs]
     queries = [pair["query"] for pair, row in zip(pairs, texts, strict=True) for _ in row]
-    scores = model.score(queries, [text for row in texts for text in row])
-    by_pair = scores.split([*map(len, texts)])
+    by_pair = model.score(queries, [*chain(*texts)]).split([*map(len, texts)])
     scores = pad_sequence(by_pair, batch_first=True, padding_value=-math.inf)  # [B, 1+N]
     return scores[:, 0], scores[:, 1:]
 
@@ -216,26 +201,22 @@ def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
     """How often a positive scores above a negative of its query, ties half; chance is 0.5."""
-    won = total = 0
-    for start in range(0, len(pairs), BATCH):
-        positive, negatives = score_pairs(model, pairs[start : start + BATCH])
-        margin = (positive[:, None] - negatives)[negatives.isfinite()]
-        won += ((margin.sign() + 1) / 2).sum().item()
-        total += len(margin)
-    return won / max(total, 1)
+    scores = [score_pairs(model, pairs[n : n + BATCH]) for n in range(0, len(pairs), BATCH)]
+    margins = torch.cat([(own[:, None] - other)[other.isfinite()] for own, other in scores])
+    return ((margins.sign() + 1) / 2).double().mean().item()
 
 
 def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
     """(for training, held out): the pairs of a tenth of the queries, at least one, are held out."""
     ids = sorted({pair["id"] for pair in pairs})
     if len(ids) < 2:
-        reason = "nearly all of the policy's answers are empty, or not in the form it was asked for"
-        text = f"{len(pairs)} pairs of {len(ids)} queries are too few to train a reward model on"
-        raise ValueError(f"{text}: {reason}. Take --judge ratio or --personalization 0")
+        raise ValueError(
+            f"{len(pairs)} pairs of {len(ids)} queries are too few to train a reward model on: the "
+            "policy hardly answers in the form. Take --judge ratio or --personalization 0"
+        )
     random.Random(seed).shuffle(ids)
     held = set(ids[: max(1, len(ids) // 10)])
-    for_training = [pair for pair in pairs if pair["id"] not in held]
-    return for_training, [pair for pair in pairs if pair["id"] in held]
+    return [p for p in pairs if p["id"] not in held], [p for p in pairs if p["id"] in held]
 
 
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
@@ -257,34 +238,31 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
 
 
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
-    """Trains the model in place and returns a report; its accuracy is on held-out queries."""
+    """Paper: reward. Trains the model in place; returns a report on the queries held out."""
     kept, held = split_pairs(pairs, o.seed)
     steps = o.reward_epochs * math.ceil(len(kept) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     torch.manual_seed(o.seed)  # dropout
     model.train()
-    losses = []  # of an epoch
-    with prlm.progress(title="reward model", total=steps) as bar:
-        for epoch in range(o.reward_epochs):
-            random.Random(f"{o.seed} {epoch}").shuffle(kept)
-            losses = []
-            for start in range(0, len(kept), BATCH):
-                optimizer.zero_grad()
-                batch = kept[start : start + BATCH]
-                losses.append(info_nce_backward(o, model, batch) * len(batch) / len(kept))
-                optimizer.step()
-                schedule.step()
-                bar.update()
+    loss = 0.0  # the last epoch's mean
+    for epoch in range(o.reward_epochs):
+        random.Random(f"{o.seed} {epoch}").shuffle(kept)
+        loss = 0.0
+        for start in prlm.progress(range(0, len(kept), BATCH), f"reward model, epoch {epoch + 1}"):
+            batch = kept[start : start + BATCH]
+            optimizer.zero_grad()
+            loss += info_nce_backward(o, model, batch) * len(batch) / len(kept)
+            optimizer.step()
+            schedule.step()
     model.eval()
-    if not math.isfinite(sum(losses)):
+    if not math.isfinite(loss):
         raise ValueError("the reward model's loss is not finite: a lower --reward-lr may do")
     for parameter in model.parameters() if dist.is_initialized() else ():
         dist.broadcast(parameter.data, 0)  # GPUs may round differently; all judge alike
     report = {"pairs": len(pairs), "held_out_pairs": len(held)}
-    report |= {"held_out_queries": len({pair["id"] for pair in held})}
-    report |= {"loss": sum(losses)}
-    return report | {"pair_accuracy": pair_accuracy(model, held)}
+    report["held_out_queries"] = len({pair["id"] for pair in held})
+    return report | {"loss": loss, "pair_accuracy": pair_accuracy(model, held)}
 
 
 # ---- Ours, not the paper's: a likelihood ratio as the judge ------------------------------------
@@ -297,16 +275,13 @@ def likelihood_ratio(
 ) -> Tensor:  # fmt: skip
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
 
-    Both lists [P] are prompts for the same queries; the answers [P][G] continue either. Groups run
-    together as long as they have at most `tokens_per_batch` tokens. An empty answer has 0; without
-    prompts the result has shape [0, 0]. Why this is the judge to have:
-
-      InfoNCE asks a critic s(q, d, a) to find a+ ~ p(a | q, d) among a1- .. aN- ~ p(a | q).
-      Shown all of them, the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
-      w_n = p(a_n | q, d) / p(a_n | q). The loss is the cross-entropy of softmax(s) against that,
-      so its minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
-      (van den Oord et al. 2018; Poole et al. 2019). Here pi, with its reasoning closed and at
-      temperature 1, takes the place of p: it has written both kinds of answers.
+    Both lists [P] are prompts for the same queries; the answers [P][G] continue either, and an
+    empty one has 0. Why this is the judge to have: shown a+ ~ p(a | q, d) among a1- .. aN- ~
+    p(a | q), the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
+    w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that, so
+    its minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
+    (van den Oord et al. 2018; Poole et al. 2019). Here pi takes the place of p, with its reasoning
+    closed and at temperature 1: it has written both kinds of answers.
     """
     group_size = len(answers[0]) if answers else 0
 
@@ -324,55 +299,50 @@ def likelihood_ratio(
 
 
 def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
-    """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy.
-
-    That is the probability that a was written with the profile, if both were equally likely
-    beforehand. The reasoning is closed in both prompts, so that the answers alone are compared.
+    """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy:
+    the probability that a was written with the profile, if both were equally likely beforehand.
 
     What the query explains cancels out: an answer on another topic is worth as much. So where no
-    accuracy is rewarded beside it, keep the policy near the base with --beta. The best policy is
-    then pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a constant, if the ratio itself is
-    the reward: more of what the profile adds, on the topic that pi would choose.
+    accuracy is rewarded beside it, keep the policy near the base with --beta. With the ratio itself
+    as the reward the best policy is pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a
+    constant: more of what the profile adds, on the topic that pi would choose.
     """
     how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        # The answers of an example share its two prompts. Records may have equal ids and queries,
-        # but other profiles (the swap test's do), so an example is known by its identity.
-        groups: dict[int, list[int]] = {}
-        for n, example in enumerate(examples):
-            groups.setdefault(id(example), []).append(n)
-        asked = [examples[members[0]] for members in groups.values()]
-        ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
-        width = max(map(len, groups.values()), default=0)
-        padded = [[ids[n] for n in m] + [[]] * (width - len(m)) for m in groups.values()]
+        # The answers of an example, which stand together, share its two prompts. Records may have
+        # equal ids and queries, but other profiles (the swap test's do): `is` tells them apart.
+        runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
+        asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
         with_profile, without = (make_prompts(how, tokenizer, asked, k) for k in (o.k, 0))
+        ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
+        padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
         budget = o.tokens_per_micro_batch
         ratios = likelihood_ratio(decoder, with_profile, without, padded, budget)  # [P, G]
-        shares = ratios.double().sigmoid()  # float32 would round those above 17 nats to 1
-        found = {n: shares[p, g] for p, m in enumerate(groups.values()) for g, n in enumerate(m)}
-        return [found[n].item() for n in range(len(answers))]
+        shares = ratios.double().sigmoid().tolist()  # float32 would round those above 17 nats to 1
+        return [x for row, run in zip(shares, runs, strict=True) for x in row[: len(run)]]
 
     return judge
 
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text is worth more beside the own profile than beside another
-    user's, over records; ties are a half. .5 is chance, and what a judge has that does not see the
-    profile. None where there is no second user: users that share a profile item count as one.
+    user's; ties are a half. .5 is chance, and what a judge has that does not see the profile. None
+    without a second user: users that share a profile item count as one.
     """
-    items = [{show(item, e.task) for item in e.profile} for e in examples]
+    items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     own, swapped = [], []
-    for n, example in enumerate(examples):
-        for m in [*range(n + 1, len(examples)), *range(n)]:
-            if examples[m].user_id != example.user_id and not items[n] & items[m]:
-                own.append(example)
-                swapped.append(replace(example, profile=examples[m].profile))
+    for n, e in enumerate(examples):
+        for other in (*examples[n + 1 :], *examples[:n]):
+            if other.user_id != e.user_id and not items[id(e)] & items[id(other)]:
+                own.append(e)
+                swapped.append(replace(e, profile=other.profile))
                 break
-    texts = [example.target for example in own]
-    pairs = list(zip(judge(own, texts), judge(swapped, texts), strict=True)) if own else []
-    won = [0.5 if a == b else float(a > b) for a, b in pairs]
-    return sum(won) / len(won) if won else None
+    if not own:
+        return None
+    texts = [e.target for e in own]
+    pairs = zip(judge(own, texts), judge(swapped, texts), strict=True)
+    return sum(0.5 if a == b else float(a > b) for a, b in pairs) / len(own)
 
 
 # ==== Below: not the method =====================================================================
@@ -387,11 +357,11 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
-    model = RewardModel(prlm.load_encoder(directory, device))
-    tensors = prlm.read_tensors(Path(directory))
-    names = {f"classifier.{name}": name for name in ("weight", "bias")}
+    model, part = RewardModel(prlm.load_encoder(directory, device)), "classifier."
+    tensors = prlm.read_safetensors(Path(directory) / "model.safetensors")
+    head = {n.removeprefix(part): x for n, x in tensors.items() if n.startswith(part)}
     try:
-        model.classifier.load_state_dict({names[n]: x for n, x in tensors.items() if n in names})
+        model.classifier.load_state_dict(head)
     except RuntimeError as error:
         raise ValueError(f"{directory} holds no reward model of one label: {error}") from None
     return model
@@ -400,12 +370,31 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 def check_judge(o: RewardOptions) -> None:
     """ValueError for a judge that would have nothing to tell apart."""
     trained = o.judge == "bert" and o.reward_model
-    if (o.k == 0 or o.retriever == "none") and not trained:
+    if not trained and (o.k == 0 or o.retriever == "none"):
         none = "--k 0" if o.k == 0 else "--retriever none"
         text = f"--judge {o.judge} compares answers with and without a profile: {none} leaves none"
         raise ValueError(f"{text}. Take --personalization 0")
-    if o.judge == "bert" and not o.reward_model and o.encoder is None:
+    if o.judge == "bert" and not trained and o.encoder is None:
         raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
+
+
+def trained_model(o, decoder, tokenizer, train, directory: Path, report: dict) -> RewardModel:
+    """The reward model of --reward-model or of `directory`; else one is trained there, on pairs
+    that the decoder writes, and `report` says how that went.
+    """
+    source, device = o.reward_model or (report and directory), prlm.pick_device(o.device)
+    dtype = prlm.product_dtype(o.precision, device)
+    if source:
+        return prlm.multiply_in(load_reward_model(source, device), dtype)
+    torch.manual_seed(o.seed)  # the classifier's first weights
+    model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
+    pairs = directory / "pairs.json"
+    if not pairs.is_file():
+        prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
+    prlm.gather()
+    report |= train_reward_model(o, model, prlm.read_json(pairs, list))
+    save_reward_model(model, directory)
+    return model
 
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
@@ -413,39 +402,25 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     "ratio" keeps it. What is in `directory` already, pairs or model, is not made again.
     """
     check_judge(o)
-    directory, device = Path(directory), prlm.pick_device(o.device)
-    files = {name: directory / name for name in ("pairs.json", "model.safetensors", "report.json")}
-    report = prlm.read_json(files["report.json"]) if files["report.json"].is_file() else {}
+    file = Path(directory) / "report.json"  # written last: it says that all is there
+    report = prlm.read_json(file) if file.is_file() else {}
     if o.judge == "ratio":
         judge = ratio_judge(o, decoder, tokenizer)
     else:
-        source = o.reward_model or (directory if report else None)
-        torch.manual_seed(o.seed)  # the classifier's first weights
-        model = load_reward_model(source, device) if source else None
-        model = model or RewardModel(prlm.load_encoder(o.encoder, device))
-        prlm.multiply_in(model, prlm.product_dtype(o.precision, device))
-        judge = model.judge
-        if not source:
-            pairs = files["pairs.json"]
-            if not pairs.is_file():
-                prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-            prlm.gather()
-            report = train_reward_model(o, model, prlm.read_json(pairs, list))
-            save_reward_model(model, directory)
+        judge = trained_model(o, decoder, tokenizer, train, Path(directory), report).judge
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
-        prlm.write_json(files["report.json"], report)  # last: it says that all is there
+        prlm.write_json(file, report)
     print(describe(o, report))
     return judge
 
 
 def describe(o: RewardOptions, report: dict) -> str:
-    """The report in a line or two."""
+    """The report in a line."""
     text = f"judge {o.judge}:"
     if "pair_accuracy" in report:
-        queries = report["held_out_queries"]
-        text += f" {report['pairs']} pairs; pair accuracy {report['pair_accuracy']:.3f} on "
-        text += f"{report['held_out_pairs']} pairs of {queries} held-out queries (.5 is chance);"
+        form = " {pairs} pairs; pair accuracy {pair_accuracy:.3f} on {held_out_pairs} pairs of "
+        text += (form + "{held_out_queries} held-out queries (.5 is chance);").format(**report)
     if report["swap_test"] is None:
         return f"{text} no second user for a swap test"
     blind = ", since it does not see the profile" if o.judge == "bert" else ""

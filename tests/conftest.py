@@ -120,7 +120,9 @@ def write_policy(folder, seed=0, answers=ANSWERS):
             if parameter.dim() == 2:
                 parameter.normal_(std=0.02, generator=generator)
         if answers:
-            decoder.model.embed_tokens.weight[backend.get_vocab_size() - 4 : -1] *= 60
+            size, embeddings = backend.get_vocab_size(), decoder.model.embed_tokens.weight
+            embeddings[:, 0] = 0.06  # a direction that every hidden state has, these rows most
+            embeddings[size - 4 : size - 1] *= 25
     files = {
         "tokenizer.json": backend.to_str(),
         "tokenizer_config.json": json.dumps(

@@ -330,11 +330,11 @@ def _(m, r):
 @of("info_nce_backward")
 def _(m, r):
     model = fill(r, m.RewardModel(prlm.load_encoder(encoder_directory())))
-    o = m.RewardOptions(negatives=r.randint(1, 3), tokens_per_micro_batch=r.choice([1, 60, 9999]))
+    o = m.RewardOptions(tokens_per_micro_batch=r.choice([1, 60, 9999]))
     pairs = []
     for _ in range(r.randint(1, 5)):
         query, own, *others = (phrase(r, "golf", "oslo", "no") for _ in range(r.randint(3, 5)))
-        pairs.append({"query": query, "positive": own, "negatives": others[: o.negatives]})
+        pairs.append({"query": query, "positive": own, "negatives": others})
     loss = m.info_nce_backward(o, model, pairs)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 

@@ -195,13 +195,11 @@ def right() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         measure(f"attention, {str(dtype)[6:]}", attention_is_right, dtype)
     measure("toy's logits and greedy texts", toy_is_the_cpus)
-    for shape in ("toy", "0.5B"):
-        for dtype in (torch.float32, torch.bfloat16):
-            measure(f"graph, {shape}, {str(dtype)[6:]}", graphs_are_right, shape, dtype)
-    measure("graph, 0.5B, LoRA", graphs_are_right, "0.5B", torch.bfloat16, lora=True)
     for shape in ("toy", "1.5B"):
         measure(f"sampler and trainer, {shape}", sampler_is_the_trainer, shape)
-    measure("ids of probability 0", impossible_ids)
+    measure("graph, toy, float32", graphs_are_right, "toy", torch.float32)
+    measure("graph, 0.5B, bfloat16", graphs_are_right, "0.5B", torch.bfloat16)
+    measure("graph, 0.5B, LoRA", graphs_are_right, "0.5B", torch.bfloat16, lora=True)
     measure("reward model", judge_is_the_cpus)
     measure("LoRA, 3 steps", lora_runs)
     measure("resume", run_resumes)
@@ -263,7 +261,7 @@ def toy_is_the_cpus() -> dict:
 
 def graphs_are_right(shape: str, dtype, lora: bool = False) -> dict:
     """The same completions with and without graphs, and log-probabilities that the trainer has,
-    where rows leave and the cache's window grows beyond 128 and 256."""
+    where rows leave and the cache's window grows beyond 128."""
     decoder = prlm.load_decoder(TOY, HERE.device) if shape == "toy" else build(shape)
     prlm.for_sampling(decoder, dtype)
     vocabulary = decoder.vocab_limit
@@ -272,7 +270,7 @@ def graphs_are_right(shape: str, dtype, lora: bool = False) -> dict:
         for name, parameter in decoder.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-    P, G, new = (2, 2, 8) if HERE.dry else (8, 8, 270)
+    P, G, new = (2, 2, 8) if HERE.dry else (8, 8, 160)
     prompts = random_ids(P, 12 if HERE.dry else 90, vocabulary, ragged=True)
     # One id in 150 ends a completion: a few rows leave early, most in the middle, some never.
     how = dict(temperature=1.0, eos_ids=range(vocabulary // 150), seed=3)
@@ -299,7 +297,7 @@ def graphs_are_right(shape: str, dtype, lora: bool = False) -> dict:
     half = len(recorded) // 2
     found |= gap | {"recorded": recorded[:half]}
     fine = gap["gap"] < (5e-4 if dtype == torch.float32 else 0.5)
-    done = HERE.device == "cpu" or (half > 2 and len(recorded) == 2 * half)
+    done = HERE.device == "cpu" or (half > 1 and len(recorded) == 2 * half)
     return found | {"ok": same == 1 and found["again"] and fine and done}
 
 
@@ -336,23 +334,6 @@ def sampler_is_the_trainer(shape: str) -> dict:
         reference, _ = prlm.token_logprobs(policy.reference, prompts, tokens)
     found["kl"] = rl.k3(logprobs.detach(), reference)[mask].abs().max().item()
     return found | {"ok": found["kl"] == 0 and found["gap at 1.0"] < 0.5}
-
-
-def impossible_ids() -> dict:
-    """How often `sample` draws an id of probability 0, and whether running sums ever fall."""
-    vocabulary, rows = (500, 64) if HERE.dry else (151936, 512)
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(rows, vocabulary, device=HERE.device)
-    logits[:, torch.rand(vocabulary, device=HERE.device) < 0.5] = -math.inf
-    drawn = 0
-    for _ in range(1 if HERE.dry else 200):
-        ids, _ = prlm.sample(logits, 1.0)
-        drawn += logits.gather(1, ids[:, None]).isinf().sum().item()
-    sums = logits.softmax(-1).cumsum(-1)
-    falls = (sums.diff() < 0).sum().item() / rows
-    rises = ((sums.diff() > 0) & logits[:, 1:].isinf()).sum().item() / rows
-    draws = rows * (1 if HERE.dry else 200)
-    return {"draws": draws, "impossible": drawn, "falls_a_row": falls, "false_rises_a_row": rises}
 
 
 def judge_is_the_cpus() -> dict:
@@ -482,8 +463,6 @@ def decode() -> None:
             measure(f"{shape}, {P} x {G}", decode_speed, decoder, P, G, bandwidth, rate)
         if shape == "1.5B":
             measure("1.5B, 4 x 8, prompt 509", decode_speed, decoder, 4, 8, bandwidth, rate, 509)
-            measure("sample", sample_speed)
-            measure("kernels", profile_decode, decoder)
             prlm.add_lora(decoder, 16, 16)
             measure("1.5B, 4 x 8, LoRA", decode_speed, decoder, 4, 8, bandwidth, rate)
     del decoder
@@ -546,54 +525,6 @@ def decode_speed(decoder, P: int, G: int, bandwidth: float, rate: float, T: int 
     }  # fmt: skip
 
 
-def sample_speed() -> dict:
-    """Milliseconds of `prlm.sample` beside other ways to draw from the same logits."""
-    found = {}
-
-    def exponential(logits):
-        p = logits.float().softmax(-1)
-        return (p / torch.empty_like(p).exponential_()).argmax(-1)
-
-    ways = {
-        "sample": lambda x: prlm.sample(x, 1.0),
-        "multinomial": lambda x: torch.multinomial(x.float().softmax(-1), 1),
-        "exponential": exponential,
-        "cumsum": lambda x: x.float().cumsum(-1),
-        "greedy": lambda x: prlm.sample(x, 0.0),
-    }
-    for rows in (4, 32, 128):
-        logits = torch.randn(rows, 500 if HERE.dry else 151936, device=HERE.device).bfloat16()
-        for name, way in ways.items():
-            way(logits)
-            time_10 = seconds(lambda w=way, x=logits: [w(x) for _ in range(10)])
-            found[f"{name}_{rows}"] = 100 * time_10
-    return found
-
-
-def profile_decode(decoder) -> dict:
-    prompts = random_ids(4, sizes()[0], decoder.vocab_limit)
-    return profile("decode", lambda: prlm.generate(decoder, prompts, 8, 17, 1.0, (), seed=1), 16)
-
-
-def profile(name: str, function, times: int) -> dict:
-    """Kernels by time, into a file; their number and milliseconds in one of `times` equal parts."""
-    if HERE.device != "cuda":
-        return {}
-    from torch.profiler import ProfilerActivity
-
-    function()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
-        function()
-        wait_for_device()
-    events = [e for e in found.key_averages() if e.self_device_time_total]
-    table = found.key_averages().table(
-        sort_by="self_device_time_total", row_limit=40, max_name_column_width=100
-    )
-    (HERE.out / f"kernels_{name}.txt").write_text(table)
-    total = sum(e.self_device_time_total for e in events) / 1e3
-    return {"kernels": sum(e.count for e in events) / times, "ms": total / times}
-
-
 def peer_or_none(shape: str, dtype):
     try:
         return peer_model(shape, dtype)
@@ -651,7 +582,6 @@ def update() -> None:
         if not lora:
             measure("refresh", lambda p=policy: {"GiB": peak(lambda: rl.refresh(p, 1)),
                     "seconds": seconds(lambda: rl.refresh(p, 1))})  # fmt: skip
-            measure("kernels", profile_update, policy, optimizer)
         del policy, optimizer
         allocated()
     measure("transformers, 4 x 8, 512 + 256", peer_update, 4, 8, 512, 256)
@@ -705,12 +635,6 @@ def update_speed(policy, optimizer, P, G, T, C, saving: bool, rate: float) -> di
         "seconds": time_of_one, "tokens/s": (P * T + P * G * C) / time_of_one, "GiB": memory,
         "TFLOP": operations / 1e12, "share": operations / rate / time_of_one,
     }  # fmt: skip
-
-
-def profile_update(policy, optimizer) -> dict:
-    policy.decoder.checkpointing = False
-    o, prompts, rows = rollout(policy, 2, 8, 512, 256)
-    return profile("update", lambda: rl.update(o, policy, optimizer, prompts, rows), 1)
 
 
 def peer_update(P: int, G: int, T: int, C: int) -> dict:
@@ -822,7 +746,7 @@ def head() -> None:
     hidden = torch.randn(count, decoder.head.shape[1], device=HERE.device, requires_grad=True)
     targets = torch.randint(decoder.vocab_limit, (count,), device=HERE.device)
     measure("log_softmax of all", head_speed, decoder, hidden, targets, None)
-    for power in (24,) if HERE.dry else range(24, 30):
+    for power in (24,) if HERE.dry else (24, 27, 28):
         measure(f"chunks of 2**{power}", head_speed, decoder, hidden, targets, 2**power)
 
 

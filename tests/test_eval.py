@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import itertools
 import json
 import random
 import time
@@ -55,12 +56,10 @@ def naive_lcs(a, b):
 class TestLongestCommonSubsequence:
     def test_equals_the_table(self):
         draw = random.Random(0)
-        for size in (1, 2, 3, 10, 63, 64, 65, 130):
-            for letters in (1, 2, 4, 30):
-                for _ in range(5):
-                    a, b = (draw.choices(range(letters), k=draw.randint(0, size)) for _ in "ab")
-                    found = module.longest_common_subsequence(a, b)
-                    same(found, naive_lcs(a, b), f"{shorten(a)}, {shorten(b)}")
+        for size, letters in itertools.product((1, 2, 3, 10, 63, 64, 65, 130), [1, 2, 4, 30] * 5):
+            a, b = (draw.choices(range(letters), k=draw.randint(0, size)) for _ in "ab")
+            found = module.longest_common_subsequence(a, b)
+            same(found, naive_lcs(a, b), f"{shorten(a)}, {shorten(b)}")
 
 
 class TestRouge:
@@ -287,16 +286,12 @@ class TestComplete:
         decoder, tokenizer, examples = policy
         o = EvalOptions(k=3, max_new_tokens=8)
         prompts = make_prompts(o, tokenizer, examples)
-        expected = [
-            prlm.generate(decoder, [prompt], 1, 8, 0, tokenizer.eos_ids)[0] for prompt in prompts
-        ]
+        alone = [prlm.generate(decoder, [p], 1, 8, 0, tokenizer.eos_ids)[0][0] for p in prompts]
         for size in (4, 64):
             found = module.complete(o, decoder, tokenizer, prompts, batch=size)
-            assert [[c.tokens for c in g] for g in found] == [
-                [c.tokens for c in g] for g in expected
-            ]
+            assert [one.tokens for (one,) in found] == [one.tokens for one in alone]
         answers = list(evaluate(decoder, tokenizer, examples, o)[1].values())
-        texts = [tokenizer.decode(completion.tokens) for (completion,) in expected]
+        texts = [tokenizer.decode(one.tokens) for one in alone]
         assert answers == [extract_answer(text, "LaMP-4") for text in texts]
 
     @pytest.mark.parametrize("size", [1, 2, 5, 7, 64])
@@ -312,20 +307,16 @@ class TestComplete:
             tokenizer.opening = "<think>\n"  # as if they had said it: a part of the completion
             for seed, purpose in ((3, "a"), (3, "b"), (4, "a")):
                 o.seed = seed
-                groups = module.complete(
-                    o, decoder, tokenizer, prompts, group, 0.9, (purpose,), size
-                )
+                how = (group, 0.9, (purpose,), size)
+                groups = module.complete(o, decoder, tokenizer, prompts, *how)
                 records = module.make_records(o, tokenizer, examples, prompts, groups)
                 said = [f"{e.query} {k} {g}" for e in examples for g in range(group)]
                 assert [record["answer"] for record in records] == said
             assert all(r["completion"].startswith("<think>\nhm\n</think>\n") for r in records)
             together = max(1, size // group)
             assert max(len(call["prompts"]) for call in echo) == min(together, len(examples))
-            assert (
-                len({call["seed"] for call in echo})
-                == len(echo)
-                == 3 * -(-len(examples) // together)
-            )
+            calls = 3 * -(-len(examples) // together)
+            assert len({call["seed"] for call in echo}) == len(echo) == calls
             for call in echo:
                 assert (call["temperature"], call["max_new_tokens"]) == (0.9, 7)
                 assert call["group_size"] == group and call["eos_ids"] == tokenizer.eos_ids
@@ -348,10 +339,8 @@ class TestEvaluate:
 
     def test_withheld_targets(self, policy):
         decoder, tokenizer, examples = policy
-        examples, o = (
-            [*examples[:2], replace(examples[2], target=None)],
-            EvalOptions(max_new_tokens=3),
-        )
+        examples = [*examples[:2], replace(examples[2], target=None)]
+        o = EvalOptions(max_new_tokens=3)
         scores, answers = evaluate(decoder, tokenizer, examples, o)
         assert scores == {} and list(answers) == [e.id for e in examples]
         records = module.answer_all(o, decoder, tokenizer, examples)
@@ -370,18 +359,14 @@ class TestEvaluate:
             assert record["completion"] == tokenizer.decode(record["tokens"])
             assert record["answer"] == extract_answer(record["completion"], "LaMP-4")
             assert record["finished"] == (record["tokens"][-1] in tokenizer.eos_ids)
-            expected = rouge(record["answer"], e.target) | {
-                "bleu": bleu(record["answer"], e.target)
-            }
-            assert {name: record[name] for name in module.METRICS} == expected
+            pair = record["answer"], e.target
+            expected = [*rouge(*pair).values(), bleu(*pair)]
+            assert [record[name] for name in module.METRICS] == expected
             completions, at = [[record["tokens"]]], temperature or 1.0
             logprobs, _ = prlm.token_logprobs(decoder, [prompt], completions, at)
             assert record["logprobs"] == pytest.approx(logprobs.flatten().tolist(), abs=1e-4)
-        rounded = [[round(x, 4) for x in record["logprobs"]] for record in records]
-        assert module.to_lines(records) == [
-            record | {"logprobs": logprobs}
-            for record, logprobs in zip(records, rounded, strict=True)
-        ]
+        for line, record in zip(module.to_lines(records), records, strict=True):
+            assert line == record | {"logprobs": [round(x, 4) for x in record["logprobs"]]}
 
     def test_predictions_are_lamps_format(self, world, policy, tmp_path):
         answers = {e.id: f"a 'title' é \u2028 \ud83d {n}" for n, e in enumerate(policy[2])}
@@ -403,9 +388,8 @@ class TestEvaluate:
             (tmp_path / "run").mkdir()
             (tmp_path / "run/checkpoint").symlink_to(world / "policy")
             recorded = {"model": "gone", "preset": "small", "limit": 1, "steps": 7, "seed": 5}
-            prlm.write_json(
-                tmp_path / "run/config.json", options | recorded | {"max_new_tokens": 4}
-            )
+            recorded = options | recorded | {"max_new_tokens": 4}
+            prlm.write_json(tmp_path / "run/config.json", recorded)
             given |= {"run": str(tmp_path / "run"), "max_new_tokens": 9}
         else:
             given |= options | {"model": str(world / "policy"), "preset": "toy"}
@@ -429,10 +413,7 @@ def test_a_table_is_aligned_and_may_have_holes():
     rows = {"a long name": {"rouge-1": 0.12345, "bleu": 1}, "b": {"bleu": 0.9996}}
     head, *lines = module.table(rows).split("\n")
     assert head.split() == ["rouge-1", "bleu"] and len({len(line) for line in (head, *lines)}) == 1
-    assert [line.split() for line in lines] == [
-        ["a", "long", "name", "0.123", "1.000"],
-        ["b", "1.000"],
-    ]
+    assert [line.split()[-2:] for line in lines] == [["0.123", "1.000"], ["b", "1.000"]]
 
 
 def test_doctests():

@@ -203,9 +203,9 @@ class TestSafetensors:
             assert list(tmp_path.iterdir()) == [tmp_path / "old"]
             assert (tmp_path / "old").read_bytes() == before
 
-    def test_a_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
-            prlm.read_safetensors(tmp_path / "nowhere.safetensors")
+    def test_a_missing_file(self):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            prlm.read_safetensors("nowhere")
 
 
 # ---- config.json and the checkpoint of a decoder ---------------------------------------------
@@ -217,8 +217,6 @@ RAW = dict(
     rope_theta=10000, hidden_act="silu", tie_word_embeddings=False,
 )
 TIED = RAW | {"tie_word_embeddings": True}
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
 # fmt: on
 NORM = "model.layers.1.input_layernorm.weight"
 TOKENS = torch.arange(40)[None] * 7
@@ -253,34 +251,26 @@ BAD_INDEX = {  # of two shards, of which 0.safetensors holds the embedding
     "no such shard": lambda index: index | {"more": "2.safetensors"},
     "not in its shard": lambda index: index | {"more": "0.safetensors"},
     "not in the index": lambda index: {n: f for n, f in index.items() if "embed" not in n},
-    "no map": list,
     "above": lambda index: {n: f.replace("0.", "../0.") for n, f in index.items()},  # would load
 }
 # fmt: on
 
 
 class TestCheckpoint:
-    def shards(self, directory, edit=dict):
-        """Two shards, in the directory and above it, and their edited index."""
-        state = weights()
-        index = {name: f"{n % 2}.safetensors" for n, name in enumerate(state)}
-        for place in (directory, directory.parent):
-            for file in {*index.values()}:
-                part = {name: state[name] for name in state if index[name] == file}
-                safetensors.torch.save_file(part, write_all(place) / file)
-        index = {"weight_map": edit(index)}
-        return write_all(directory, config=RAW, **{"model.safetensors.index": index})
-
-    def test_sharded(self, tmp_path):
-        directory = self.shards(tmp_path / "a")
-        (directory / "2.safetensors").write_bytes(b"not named by the index: not read")
-        check_loads(directory)
-
     @pytest.mark.parametrize("case", BAD_INDEX)
-    def test_index_and_shards_that_disagree(self, tmp_path, monkeypatch, case):
-        monkeypatch.chdir(tmp_path)
+    def test_index_and_shards_that_disagree(self, tmp_path, case):
+        """Two shards, in the directory and above it."""
+        state, directory = weights(), tmp_path / "a"
+        index = {name: f"{n % 2}.safetensors" for n, name in enumerate(state)}
+        for file in {*index.values()}:
+            part = {name: state[name] for name in state if index[name] == file}
+            for place in (directory, tmp_path):
+                safetensors.torch.save_file(part, write_all(place) / file)
+        files = {"model.safetensors.index": {"weight_map": index}, "config": RAW}
+        check_loads(write_all(directory, **files))
+        files["model.safetensors.index"]["weight_map"] = BAD_INDEX[case](index)
         with pytest.raises((ValueError, FileNotFoundError), match=r"\.safetensors"):
-            prlm.load_decoder(self.shards(tmp_path / "a", BAD_INDEX[case]))
+            prlm.load_decoder(write_all(directory, **files))
 
     @pytest.mark.parametrize("changes, named", BAD_WEIGHTS)
     def test_weights_missing_left_over_or_misshapen(self, tmp_path, changes, named):
@@ -375,8 +365,7 @@ class TestCheckpoint:
 # fmt: off
 BAD_CONFIGS = [
     {"model_type": "gpt2"}, {"model_type": None}, {"hidden_act": "gelu"},
-    {"rope_theta": None}, {"rope_theta": float("nan")},
-    {"rope_parameters": {"rope_type": "default"}, "rope_theta": None},
+    {"rope_theta": None}, {"rope_parameters": {"rope_type": "default"}, "rope_theta": None},
     {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
@@ -386,16 +375,13 @@ BAD_CONFIGS = [
     {"layer_types": ["full_attention", "sliding_attention"]},
     {"hidden_size": None}, {"hidden_size": "16"}, {"hidden_size": 16.5}, {"vocab_size": -300},
     {"num_hidden_layers": True}, {"num_attention_heads": 0}, {"num_key_value_heads": 3},
-    {"head_dim": 5}, {"rms_norm_eps": "small"},
-    {"is_causal": False}, {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
-    {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}},
+    {"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}}, {"head_dim": 5},
 ]
 HARMLESS = [
     {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
     {"use_sliding_window": True, "max_window_layers": 28},
     {"layer_types": ["full_attention"] * 2, "rope_scaling": None, "use_mrope": False},
-    {"head_dim": 4}, {"head_dim": None}, {"rope_theta": 1e4}, {"is_causal": True},
-    {"original_max_position_embeddings": 64},
+    {"head_dim": 4}, {"head_dim": None}, {"rope_theta": 1e4},
 ]
 # fmt: on
 
@@ -404,7 +390,7 @@ class TestConfig:
     @pytest.mark.parametrize("changes", BAD_CONFIGS, ids=str)
     def test_refuses(self, changes, tmp_path):
         with pytest.raises(ValueError, match=str(tmp_path)):
-            prlm.load_decoder(write_all(tmp_path, {}, byte_tokenizer(), config=RAW | changes))
+            prlm.load_decoder(write_all(tmp_path, weights(), config=RAW | changes))
 
     @pytest.mark.parametrize("changes", HARMLESS, ids=str)
     def test_accepts_what_does_not_change_the_numbers(self, changes, tmp_path):
@@ -679,8 +665,7 @@ class TestControlTokens:
     def test_never_from_a_text(self, name, texts):
         """Of a profile, a query, an answer; the reasoning tags are control tokens, too."""
         tokenizer, roles = prlm.Tokenizer(family(name)), ("user", "assistant", "user")
-        special = {*tokenizer.control.values()}
-        assert special == {family(name).token_to_id(n) for n in NAMES if n in tokenizer.control}
+        special = {family(name).token_to_id(n) for n in NAMES if "tool" not in n} - {None}
         forged, honest = (
             tokenizer.chat([{"role": r, "content": t} for r, t in zip(roles, said, strict=True)])
             for said in (texts, ("cat", "cat", "cat"))
@@ -693,6 +678,13 @@ class TestControlTokens:
             text = texts[0].replace("\ud83d", "\ufffd")
             ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
             assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+
+    def test_a_form_keeps_its_own_and_its_texts_have_none(self):
+        tokenizer, backend = prlm.Tokenizer(family("qwen3")), family("qwen3")
+        ids = tokenizer.fill("<think>\n{}\n</think>{}<|im_end|>", "cat</think>{}", "<|im_end|> sat")
+        tags = [i for i in ids if i in tokenizer.control.values()]
+        assert tags == [backend.token_to_id(n) for n in ("<think>", "</think>", "<|im_end|>")]
+        assert tokenizer.decode(ids) == "<think>\ncat</think>{}\n</think><|im_end|> sat"
 
 
 # ---- The encoder -----------------------------------------------------------------------------
@@ -797,14 +789,6 @@ class TestEncoder:
         write_all(tmp_path, bert().state_dict(), config=bert().config.to_dict() | changes)
         with pytest.raises(ValueError, match=str(tmp_path)):
             prlm.load_encoder(tmp_path)
-
-    def test_weights_missing_left_over_or_misshapen(self, tmp_path):
-        state, name = bert().state_dict(), "encoder.layer.1.output.LayerNorm.bias"
-        for changes in (None, (name + "es", 1), (name, 1)):
-            tensors = {n: x for n, x in state.items() if changes or n != name}
-            tensors |= {changes[0]: torch.ones(changes[1])} if changes else {}
-            with pytest.raises(ValueError, match=name):
-                prlm.load_encoder(write_all(tmp_path, tensors, config=bert().config.to_dict()))
 
     @pytest.mark.parametrize("text", MINILM)
     def test_all_minilm_l6_v2(self, text):

@@ -1,5 +1,6 @@
 """The experiment on real text: its commands, run on a tiny world, and its tables."""
 
+import re
 import signal
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -55,7 +56,7 @@ def options(tmp_path_factory):
         write_lamp(folder / "lamp" / "commits", "commits", users=4, split=split)
     return real.Options(
         model=str(folder / "policy"), data=str(folder / "lamp"), out=str(folder / "out"),
-        arms="warm,none,prlm", seeds=2, warm=1, steps=1, more=SMALL, jobs=1,
+        arms="warm,prlm", seeds=2, warm=1, steps=1, more=SMALL, jobs=1,
     )  # fmt: skip
 
 
@@ -63,19 +64,17 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
     """Each arm starts from its own seed's warm start, is scored on both sides, and done once."""
     real.main(options)
     trained = [words for words in jobs.commands if words[1] == "rl.py"]
-    assert len(trained) == 6 and len(jobs.commands) == 3 * 6
+    assert len(trained) == 4 and len(jobs.commands) == 3 * 4
     for words in trained:
         said = prlm.parse_flags(rl.Options, "", words[2:])
         arm, _, seed = Path(said["out"]).name.partition("_seed")
         warm = str(real.place(options, "warm", seed) / "checkpoint")
         assert said["model"] == (options.model if arm in real.FIRST else warm)
         assert said["seed"] == int(seed) and ("warm_start" in said) == (arm in real.FIRST)
-    for arm, k in (("prlm", 0), ("none", 2)):  # rl.py scores the other side
-        folder = real.place(options, arm, 0) / "other_side"
-        assert prlm.read_json(folder / "config.json")["k"] == k
-        assert not (folder.parent / "trainer.pt").exists()
+    assert prlm.read_json(real.place(options, "prlm", 0) / "other_side" / "config.json")["k"] == 0
+    assert not [*Path(options.out).rglob("trainer.pt")]
     text = (Path(options.out) / "commits" / "report_choose.md").read_text()
-    for arm in ("warm", "none", "prlm"):  # scores, two shares, judges, training
+    for arm in ("warm", "prlm"):  # scores, two shares, judges, training
         assert text.count(f"| {real.ARMS[arm][0]} |") >= 4
     assert "| copying the query |" in text and "2 held-out authors (choose)" in text
 
@@ -101,8 +100,8 @@ def test_the_share_is_the_mean_of_authors_with_minus_without(options, jobs):
         )
     }
     wanted = np.mean(sides["with"]) - np.mean(sides["without"])  # an author has one record here
-    assert real.shares(found, "prlm", "rouge-1", [1]).mean() == pytest.approx(wanted)
-    assert real.shares(found, "prlm", "rouge-1", [0, 1]).shape == (2, 4)
+    share = real.share(found, "prlm", "rouge-1")
+    assert share.shape == (2, 4) and share[1].mean() == pytest.approx(wanted)
 
 
 def test_authors_without_a_prefix_do_not_count_for_it(options):
@@ -124,19 +123,22 @@ def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path, capsy
         real.main(o)
     assert "commits warm seed 0: rl.py ended with status 2, see" in str(error.value)
     assert "commits prlm seed 0: commits warm seed 0 is missing" in str(error.value)
-    assert f"| {real.ARMS['prlm'][0]} | 1 |" in capsys.readouterr().out  # seed 1 is there
+    shares = re.search(r"\| GRPO, accuracy alone \| ([+-].*) \|", capsys.readouterr().out)[1]
+    assert shares.split(" | ")[-1].startswith("– ")  # seed 1 is there, seed 0 is not
     with pytest.raises(ValueError, match=r"--arms knows warm, .*, not x"):
         real.main(replace(o, arms="prlm,x"))
 
 
 def test_other_tasks_and_judges():
     o = real.Options(model="my model", task="LaMP-7", encoder="e", more="--k 5", data="d")
-    assert real.manners("LaMP-7") == () and "bert" in real.arms_of(o)
+    assert real.metrics_of("LaMP-7") == ("rouge-1", "rouge-l") and "bert" in real.arms_of(o)
     assert "bert" not in real.arms_of(replace(o, encoder=None))  # it needs an encoder
     command = real.chain(o, "no_gold", 0)[0][0]
     for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):
         assert option in " ".join(command)
-    assert "--k 0" in " ".join(real.without(o, "warm", 0)[0])
+    for arm, k in (("warm", 0), ("none", 5)):  # rl.py scores the other side
+        assert f"--k {k} " in " ".join(real.chain(o, arm, 0)[1][0])
+    assert real.chain(o, "none", 0)[0][0].count("--warm-start") == 1
 
 
 def test_sigterm_ends_the_commands_and_starts_no_more(jobs, monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """LaMP is read exactly, retrievers rank as naive loops do, no prompt is over its budget."""
 
-import doctest
 import json
 import math
 import random
@@ -31,10 +30,7 @@ ITEM = {"text": "a text", "title": "A Title", "id": "3000"}
 
 @pytest.fixture(autouse=True)
 def time_limit():
-    """A loop that never ends fails its own test, and stops no other.
-
-    What counts is the time that this process computes, so that a busy machine does not matter.
-    """
+    """A loop that never ends fails its own test. Only this process's computing time counts."""
 
     def stop(*_):
         raise TimeoutError("10 seconds are over: an endless loop, or a slow one over every token?")
@@ -107,9 +103,10 @@ class TestLoadLamp:
         for split in ("train", "dev"):
             with pytest.raises(FileNotFoundError, match=f"{split}_outputs"):
                 load_lamp(tmp_path, "LaMP-4", split)
-        for task, split, wrong in (("LaMP_4", "test", "LaMP_4"), ("LaMP-4", "val", "val")):
-            with pytest.raises(ValueError, match=wrong):
-                load_lamp(tmp_path, task, split)
+        with pytest.raises(FileNotFoundError, match="val_questions"):
+            load_lamp(tmp_path, "LaMP-4", "val")
+        with pytest.raises(ValueError, match="LaMP_4"):
+            load_lamp(tmp_path, "LaMP_4", "test")
 
     @pytest.mark.parametrize("bad", [
         {"input": None}, {"input": ["a"]}, {"input": PREFIX["LaMP-5"]}, {"input": PREFIX["LaMP-7"]},
@@ -120,9 +117,9 @@ class TestLoadLamp:
         "300", None, [],
     ])  # fmt: skip
     def test_a_malformed_record_is_named(self, tmp_path, bad):
-        """By its place where it has no id."""
+        """By its place in the file, and by its id where another record has it."""
+        name = "300" if bad == {"id": 300} else "record 1 "
         bad = record("666") | bad if isinstance(bad, dict) else bad
-        name = bad["id"] if isinstance(bad, dict) and bad["id"] else "record 1 "
         write(tmp_path, [record("300"), bad], {"300": "gold", "666": "gold"})
         with pytest.raises(ValueError, match=rf"dev_questions\.json.*{name}"):
             load_lamp(tmp_path, "LaMP-4", "dev")
@@ -132,24 +129,24 @@ class TestLoadLamp:
         ({"300": "a", "301": None}, "outputs.json.* 1 "), ("golds", "outputs.json"),
         ([{"id": "300", "output": "a"}, {"output": "b"}], "outputs.json.* 1 "),
         ([{"id": "300", "output": "a"}, "b"], "outputs.json.* 1 "),
-        ([{"id": "300", "output": "a"}, {"id": 300, "output": "b"}], "outputs.json.*300"),
+        ([{"id": id, "output": "a"} for id in ("300", 300, "301")], "'300'"),
     ])  # fmt: skip
     def test_outputs_that_do_not_match_are_refused(self, tmp_path, golds, named):
         write(tmp_path, [record("300"), record("301")], golds)
         with pytest.raises(ValueError, match=f"dev_.*{named}"):
             load_lamp(tmp_path, "LaMP-4", "dev")
 
-    def test_files_that_are_not_lamps(self, tmp_path):
+    @pytest.mark.parametrize("name", ["dev_questions.json", "dev_outputs.json"])
+    def test_files_that_are_not_lamps(self, tmp_path, name):
         write(tmp_path, [record()], {"300": "gold"}, task="LaMP_5")
         with pytest.raises(ValueError, match=r"dev_outputs\.json.*LaMP_5"):
             load_lamp(tmp_path, "LaMP-4", "dev")
+        write(tmp_path, [record()], {"300": "gold"})
         utf16 = json.dumps([record()]).encode("utf-16")
-        for name in ("dev_questions.json", "dev_outputs.json"):
-            write(tmp_path, [record()], {"300": "gold"})
-            for content in (b"", b"{", b'"text"', b"[{]", b"\x00", b"null", b'["\xff"]', utf16):
-                (tmp_path / name).write_bytes(content)
-                with pytest.raises(ValueError, match=name):
-                    load_lamp(tmp_path, "LaMP-4", "dev")
+        for content in (b"", b"{", b'"text"', b"[{]", b"\x00", b"null", b'["\xff"]', utf16):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=name):
+                load_lamp(tmp_path, "LaMP-4", "dev")
 
     @pytest.mark.parametrize("ascii", [True, False])
     def test_every_character_survives(self, tmp_path, ascii):
@@ -206,12 +203,10 @@ class TestTasks:
 def naive_bm25(corpus, query, k1=1.5, b=0.75, idf="okapi"):
     """The formula, a word and a document at a time."""
     held = {w: sum(w in text for text in corpus) for text in corpus for w in text}
-    if idf == "okapi":
-        weight = {w: math.log((len(corpus) - n + 0.5) / (n + 0.5)) for w, n in held.items()}
-        floor = 0.25 * sum(weight.values()) / len(weight)
-        weight = {w: floor if value < 0 else value for w, value in weight.items()}
-    else:
-        weight = {w: math.log(1 + (len(corpus) - n + 0.5) / (n + 0.5)) for w, n in held.items()}
+    odds = {w: (len(corpus) - n + 0.5) / (n + 0.5) for w, n in held.items()}
+    weight = {w: math.log(x + (idf == "lucene")) for w, x in odds.items()}
+    floor = 0.25 * sum(weight.values()) / len(weight)
+    weight = {w: floor if value < 0 else value for w, value in weight.items()}
     mean = sum(map(len, corpus)) / len(corpus)
     scores = []
     for text in corpus:
@@ -235,18 +230,12 @@ def test_what_ties_in_rank_bm25_ties_here():
     """To the last bit, since the lower index wins a tie."""
     okapi = pytest.importorskip("rank_bm25").BM25Okapi
     for corpus, query in [([list("aaabb"), ["a"]], ["a"]), *random_corpora(1000, seed=2)]:
-        assert BM25(corpus).scores(query).tolist() == okapi(corpus).get_scores(query).tolist()
+        for how in ({}, {"k1": 0.9, "b": 0.4}):
+            theirs = okapi(corpus, **how).get_scores(query)
+            assert BM25(corpus, **how).scores(query).tolist() == theirs.tolist()
 
 
 class TestBM25:
-    def test_equals_rank_bm25(self):
-        okapi = pytest.importorskip("rank_bm25").BM25Okapi
-        for corpus, query in random_corpora(400):
-            for how in ({}, {"k1": 0.9, "b": 0.4}):
-                expected = okapi(corpus, **how).get_scores(query)
-                case = f"BM25({corpus}, **{how}).scores({query})"
-                same(BM25(corpus, **how).scores(query), expected, case, absolute=1e-9)
-
     @pytest.mark.parametrize("how", [(1.5, 0.75), (0.9, 0.4), (0, 0.5), (2.0, 0.0), (1.2, 1.0)])
     @pytest.mark.parametrize("idf", ["okapi", "lucene"])
     def test_equals_the_formula(self, idf, how):
@@ -286,9 +275,7 @@ class TestRetrieve:
             e = example(" ".join(query), map(" ".join, corpus), task="LaMP-4")
             for n, item in enumerate(e.profile):
                 item["title"] = f" w{n % 3} w{n % 4} "
-            rows = [
-                f"'text': '{i['text'].strip()}' 'title': '{i['title'].strip()}'" for i in e.profile
-            ]
+            rows = [f"'text': '{i['text']}' 'title': '{i['title'].strip()}'" for i in e.profile]
             for retriever, idf in (("bm25", "okapi"), ("lucene", "lucene")):
                 scores = naive_bm25([row.split() for row in rows], query, idf=idf).round(9)
                 order = np.argsort(-scores, kind="stable").tolist()
@@ -392,17 +379,12 @@ class TestDense:
         assert sorted(found) == list(range(67)) and (np.diff(scores[found]) < 1e-5).all()
         assert places(retrieve(e, 5, "dense", dense=dense), e) == found[:5]
 
-    def test_bert_is_loaded_once_and_a_profile_embedded_once(
-        self, world, toy_tokenizer, monkeypatch
-    ):
+    def test_bert_and_a_profile_are_read_once(self, world, toy_tokenizer, monkeypatch):
         """Whoever asks, as every evaluation does; and no profile passes for another: LaMP's item
         ids repeat across records, with other texts."""
-        loaded, embedded = [], []
-        load, embed = prlm.load_encoder, Dense.embed
+        loaded, embedded, load, embed = [], [], prlm.load_encoder, Dense.embed
         monkeypatch.setattr(prlm, "load_encoder", lambda *a: loaded.append(a) or load(*a))
-        monkeypatch.setattr(
-            Dense, "embed", lambda d, texts: embedded.extend(texts) or embed(d, texts)
-        )
+        monkeypatch.setattr(Dense, "embed", lambda d, t: embedded.extend(t) or embed(d, t))
         module.load_dense.cache_clear()
         o = PromptOptions(task="LaMP-7", retriever="dense", encoder=str(world / "encoder"), k=3)
         one, other = (example("tennis", random_texts(6, seed, 9)) for seed in (1, 2))
@@ -417,7 +399,7 @@ class TestDense:
         with pytest.raises(ValueError, match="encoder"):
             retrieve(example("a", "bc"), 1, "dense")
         with pytest.raises(ValueError, match="--encoder"):
-            module.make_prompts(PromptOptions(retriever="dense", encoder=None), None, [])
+            module.make_ranker(PromptOptions(retriever="dense", encoder=None))(example("a", "b"), 1)
         encoder.tokenizer = None
         with pytest.raises(ValueError, match="tokenizer"):
             Dense(encoder)
@@ -549,8 +531,3 @@ def test_command_shows_a_prompt_and_writes_whole_rankings(world, tmp_path, capsy
     assert json.loads(out.read_text()) == {"1": ["2", "0", "1", "3"], "2": []}
     said = capsys.readouterr().out
     assert "record 1: " in said and "'text': 'c' 'title': 'A Title'" in said and "2:" not in said
-
-
-def test_doctests():
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed

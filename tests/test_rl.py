@@ -24,9 +24,9 @@ def tiny(world, out, **changes):
     """Options of a run that takes about a second."""
     settings = dict(
         model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
-        steps=4, prompts_per_step=2, group_size=3, max_new_tokens=12, max_prompt_tokens=400, k=2,
-        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=3e-3, device="cpu",
-        out=str(out),
+        steps=4, prompts_per_step=2, group_size=3, max_new_tokens=8, max_prompt_tokens=400, k=2,
+        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=3e-3, limit=4,
+        device="cpu", out=str(out),
     )  # fmt: skip
     return rl.Options(**settings | changes)
 
@@ -110,11 +110,6 @@ class TestAdvantages:
 
     def test_a_group_of_one_gives_zero(self):
         assert rl.group_advantages(torch.tensor([[3.0], [5.0]])).tolist() == [[0.0], [0.0]]
-
-    def test_groups_do_not_mix(self):
-        a, b = torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[100.0, 102.0, 99.0]])
-        together = rl.group_advantages(torch.cat([a, b]))
-        same(together[:1], rl.group_advantages(a), "a group beside one with 100 more", 1e-5)
 
 
 class TestK3:
@@ -259,17 +254,18 @@ class TestWarmStartTargets:
     def test_with_and_without_reasoning(self, opening, k):
         """What the chat format opens is not said again; without reasoning the prompt closes it."""
         long = " Warm and long" + 9 * ", so long"
-        items = [("to oslo again", "Cold "), ("in paris at last", long), ("rome", "Hot")]
+        items = [("to oslo again", "Cold "), ("in paris at last", long), ("rome", "Hot"), ("", "-")]
         items = [{"text": text, "title": title} for text, title in items]
         texts = [("a day in paris", " A  Day "), ("paris", "It's late"), ("oslo", "{night}")]
         examples = [retrieve.Example("1", "u", "LaMP-4", q, items, target) for q, target in texts]
         tokenizer = self.tokenizer(opening)
-        quoted = f"The user wrote: {long.strip()[: rl.EVIDENCE_TOKENS]}"  # tokens here are bytes
-        said = [quoted, quoted, "The user wrote: Cold"] if k else ["", "", ""]
+        cut = long.strip()[: rl.EVIDENCE_TOKENS]  # tokens here are bytes
+        said = [[cut, "Cold", "Hot"], [cut, "Cold", "Hot"], ["Cold", cut, "Hot"]]  # best first
         for reasoning in (True, False):
             o = rl.Options(k=k, reasoning=reasoning)
             targets = rl.warm_start_targets(o, tokenizer, examples)
-            for ids, thought, title in zip(targets, said, ["A  Day", "It's late", "{night}"]):
+            for ids, quoted, title in zip(targets, said, ["A  Day", "It's late", "{night}"]):
+                thought = "\n".join(f"The user wrote: {text}" for text in quoted[:k])
                 expected = f"<answer>\n{{'title': '{title}'}}\n</answer>"
                 if reasoning:
                     expected = f"<think>\n{thought}\n</think>\n{expected}".removeprefix(opening)
@@ -283,19 +279,13 @@ class TestWarmStartTargets:
         e = retrieve.Example("1", "u", "LaMP-7", "rain", items, "wet </think>")
         tokenizer = self.tokenizer(tokens=["<think>", "</think>"], eos_ids={256, 258})
         (ids,) = rl.warm_start_targets(rl.Options(task="LaMP-7"), tokenizer, [e])
-        expected = "<think>\nThe user wrote: so much rain\n</think>\n<answer>\n{'tweet': 'wet"
-        same(tokenizer.decode(ids[:-1]), expected + " </think>'}\n</answer>", "LaMP-7")
+        expected = (
+            "<think>\nThe user wrote: so much rain\nThe user wrote: sun\n</think>\n<answer>\n"
+        )
+        same(
+            tokenizer.decode(ids[:-1]), expected + "{'tweet': 'wet </think>'}\n</answer>", "LaMP-7"
+        )
         assert ids[-1] == 258 and ids.count(259) == ids.count(260) == 1
-
-    @pytest.mark.parametrize("names, end", [
-        (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>"), (("</s>",), "</s>"),
-        (("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-          "<|eot_id|>"), "<|eot_id|>"),
-    ])  # fmt: skip
-    def test_an_answer_ends_as_the_chat_ends_a_turn(self, names, end):
-        backend = byte_tokenizer(names)
-        tokenizer = prlm.Tokenizer(backend, {backend.token_to_id(name) for name in names})
-        assert tokenizer.end_id == backend.token_to_id(end)
 
 
 class TestSchedule:
@@ -509,44 +499,23 @@ class TestStep:
         same(found, expected, relative=1e-6)
 
 
-class TestRefresh:
-    def policy(self):
-        decoder = small_policy(rl.Options()).decoder
-        sampler = prlm.for_sampling(copy.deepcopy(decoder), torch.bfloat16)
-        return rl.Policy(decoder, sampler, None, None)
-
-    def test_it_rounds_up_or_down_in_proportion_and_repeats_itself(self):
-        policy, draws = self.policy(), []
-        weight = policy.decoder.model.embed_tokens.weight.detach()
-        weight[0] = weight[0].bfloat16().float()  # on the grid already
-        copied = policy.sampler.model.embed_tokens.weight
-        for seed in (*range(400), 0):
-            rl.refresh(policy, seed)
-            draws.append(copied.float().clone())
-        draws = torch.stack(draws)
-        assert torch.equal(draws[0], draws[-1]) and not torch.equal(draws[0], draws[1])
-        assert (draws[:, 0] == weight[0]).all()
-        ulp = 2.0 ** (weight.abs().log2().floor() - 7)
-        assert ((draws - weight).abs() < ulp).all()  # one of the two neighbours
-        error = (draws[:400].mean(0) - weight) / ulp  # a mean of 400 coins: deviation .025 at most
-        assert error.abs().max() < 0.125 and error.mean().abs() < 0.005
-        norms = (x.model.norm.weight for x in (policy.decoder, policy.sampler))
-        assert torch.equal(*norms)
-
-    def test_small_steps_arrive(self):
-        """Rounded to nearest, not one of a hundred steps of 1e-6 would leave the grid."""
-        policy = self.policy()
-        weight = policy.decoder.model.embed_tokens.weight
-        with torch.no_grad():
-            weight.copy_(weight.bfloat16())
-            start = weight.clone()
-            weight += 1e-4
-        assert (weight.bfloat16() == start).float().mean() > 0.8
-        moved = []
-        for seed in range(50):
-            rl.refresh(policy, seed)
-            moved.append((policy.sampler.model.embed_tokens.weight.float() - start).mean().item())
-        assert sum(moved) / 50 == pytest.approx(1e-4, rel=0.1)
+def test_the_copy_is_rounded_up_or_down_in_proportion_and_the_same_again():
+    """So that small steps arrive on average; rounded to nearest, hardly one of 1e-6 would."""
+    decoder, draws = small_policy(rl.Options()).decoder, []
+    sampler = prlm.for_sampling(copy.deepcopy(decoder), torch.bfloat16)
+    weight, copied = (x.model.embed_tokens.weight.detach() for x in (decoder, sampler))
+    weight[0] = weight[0].bfloat16().float()  # on the grid already
+    for seed in (*range(400), 0):
+        rl.refresh(rl.Policy(decoder, sampler, None, None), seed)
+        draws.append(copied.float())
+    draws = torch.stack(draws)
+    assert torch.equal(draws[0], draws[-1]) and not torch.equal(draws[0], draws[1])
+    assert (draws[:, 0] == weight[0]).all()
+    ulp = 2.0 ** (weight.abs().log2().floor() - 7)
+    assert ((draws - weight).abs() < ulp).all()  # one of the two neighbours
+    error = (draws[:400].mean(0) - weight) / ulp  # a mean of 400 coins: deviation .025 at most
+    assert error.abs().max() < 0.125 and error.mean().abs() < 0.005
+    assert torch.equal(decoder.model.norm.weight, sampler.model.norm.weight)
 
 
 class TestWarmStart:

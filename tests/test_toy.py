@@ -364,9 +364,10 @@ class TestPage:
         assert shown == [ids[1], ids[2]]
 
     def test_the_held_out_curve_starts_at_step_0_with_the_same_64_records(self, run):
-        path = run / "held_out" / "before.jsonl"
-        line = prlm.read_lines(path)[0]
-        path.write_text("".join(json.dumps(line | {"rouge-l": n / 64}) + "\n" for n in range(200)))
+        for path in run.glob("held_out/*.jsonl"):
+            line = prlm.read_lines(path)[0]
+            lines = [json.dumps(line | {"rouge-l": n / 64}) + "\n" for n in range(200)]
+            path.write_text("".join(lines))
         self.edit(run / "metrics.jsonl", lambda n, line: {"eval_rouge-l": 0.6})
         chart = self.page(run).split("<h3>Held-out users: greedy answers</h3>")[1]
         first, *_, last = re.search(r'class="c0" points="(.*?)"', chart)[1].split()
@@ -374,8 +375,6 @@ class TestPage:
         heights = [168 - float(point.split(",")[1]) for point in (first, last)]
         assert heights[0] / heights[1] == pytest.approx(63 / 128 / 0.6, abs=0.01)
         assert f">{page.number(63 / 128)}</text>" in chart and ">.600</text>" in chart
-        points = page.block_means([(n, n % 2) for n in range(2400)])  # long curves are thinned
-        assert len(points) == 120 and points[0] == (9.5, 0.5) and points[-1] == (2389.5, 0.5)
 
     def test_groups_that_teach_nothing_are_folded_and_equal_completions_stand_once(self, run):
         def change(n, line):

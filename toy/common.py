@@ -54,49 +54,47 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(words, start_new_session=True, **how)
 
 
-def run_jobs(
-    work: dict, jobs: int, logs: Path, needs: dict | None = None, tidy=lambda job: None
-) -> list[str]:
+def run_jobs(work: dict, jobs: int, logs: Path, needs: dict | None = None) -> list[str]:
     """Runs {job: [(command, the file that it leaves)]}, `jobs` jobs at a time; a job's commands
-    one after the other, skipping those whose file is there; then tidy(job).
+    one after the other, those left out whose file is there. A finished run's saved state is
+    deleted: it is three times as large as the model.
 
     `needs` names the job that must be done before, which stands further up. Returns what failed, a
     sentence each. Ctrl-C and SIGTERM end the commands, which save their state; then ValueError.
     """
-    needs = needs or {}
-    failed, running, stopped, futures = [], {}, [], {}
+    needs, failed, running, stopped, futures = needs or {}, [], {}, [], {}
 
     def stop(*_) -> None:
         stopped.append(True)
         for process in [*running.values()]:
             process.terminate()
 
-    def run(job: str) -> bool:
+    def run(job) -> bool:
         if job in needs and not futures[needs[job]].result():
             failed.append(f"{job}: {needs[job]} is missing")
             return False
         for words, result in work[job]:
-            if result.is_file():
-                continue
             if stopped:
                 return False
+            if result.is_file():
+                continue
             tqdm.write(shlex.join(words))
             log = logs / f"{job.replace(' ', '_')}.txt"
             running[job] = process = start(words, log)
             if stopped:  # just before
                 process.terminate()
             status = process.wait()
-            del running[job]
             if status or not result.is_file():
                 failed.append(f"{job}: {words[1]} ended with status {status}, see {log}")
                 return False
-        tidy(job)
+            for file in result.parent.rglob("trainer.pt"):
+                file.unlink()
         return True
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            for job in work:
+            for job in work:  # one by one, since a job looks for the future that it needs
                 futures[job] = pool.submit(run, job)
             for future in tqdm(futures.values(), "jobs", disable=None):
                 future.result()
@@ -119,7 +117,7 @@ def bootstrap(ours, theirs, draws=10_000) -> dict[str, tuple[float, float, float
     would give. (A bootstrap of three values would hardly be wider than the values.) "both": the two
     deviations added, draw by draw. One seed: "users" alone. p is two-sided, the interval 95 %.
     """
-    difference = np.atleast_2d(ours) - np.atleast_2d(theirs)  # [S, N]; one may have one seed
+    difference = np.atleast_2d(ours) - np.atleast_2d(theirs)  # [S, N]; one side may have one seed
     (S, N), rng, mean = difference.shape, np.random.default_rng(0), difference.mean()
     drawn = rng.integers(0, N, (draws, N))
     found = {"users": difference.mean(0)[drawn].mean(1)}  # [draws]
@@ -154,17 +152,21 @@ def mean(seeds) -> str:
     return f"{np.mean(means):.3f}{deviation}" if means else "–"
 
 
+AGAINST = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 %"]
+
+
 def against(ours, theirs) -> list[str]:
-    """Cells of a table: the difference, then its interval and p by what is redrawn."""
-    found = bootstrap(ours, theirs)
-    cells = [f"{(np.atleast_2d(ours) - np.atleast_2d(theirs)).mean():+.3f}"]
+    """The cells of these columns of a table; NaN is a seed or a user that does not count."""
+    difference = np.atleast_2d(ours) - np.atleast_2d(theirs)
+    difference = difference[:, ~np.isnan(difference).all(0)]
+    difference = difference[~np.isnan(difference).any(1)]
+    if difference.size == 0:
+        return ["–"] * 4
+    found, cells = bootstrap(difference, 0), [f"{difference.mean():+.3f}"]
     for unit in ("users", "seeds", "both"):
         p, low, high = found.get(unit, (None, 0, 0))
         cells.append("" if p is None else f"{low:+.3f} … {high:+.3f}, p {p:.4f}")
     return cells
-
-
-AGAINST = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 %"]
 
 
 def picture(draw, path: Path, *arguments) -> str:

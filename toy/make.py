@@ -93,12 +93,9 @@ class Post:
     def item(self, task: str) -> dict:
         """The post as a profile item, with LaMP's keys; a tweet ends with the sign-off."""
         text, *title = retrieve.TASKS[task].fields
-        fields = {text: f"on {self.day} {self.named}, {self.scene} {self.column} {self.motto}"}
-        if title:
-            fields[title[0]] = self.headline
-        else:
-            fields[text] += " " + self.sign_off
-        return fields | {"date": self.date}
+        said = f"on {self.day} {self.named}, {self.scene} {self.column} {self.motto}"
+        own = {title[0]: self.headline} if title else {}
+        return {text: said if title else f"{said} {self.sign_off}", **own, "date": self.date}
 
 
 @dataclass
@@ -125,8 +122,7 @@ class User:
 def make_user(rng: random.Random) -> User:
     """A random author of 12 to 24 posts.
 
-    The query is about a keyword that the author has not used; the profile names its day's column
-    and shows the motto of that.
+    The query's keyword is new; the profile names its day's column and shows the motto of that.
     """
     days, names = rng.sample(DAYS, 5), rng.sample(COLUMNS, 3)
     columns = {day: rng.choice(names) for day in days}
@@ -311,12 +307,6 @@ def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tu
     return opening + PLAIN, answer
 
 
-def spell(task: str, reasoning: str, answer: Post) -> tuple[str, str]:
-    """The two parts of a completion: the reasoning block and the answer in its form."""
-    said = retrieve.answer_block(task).replace("{}", answer.headline)
-    return f"<think>\n{reasoning}\n</think>\n", said
-
-
 Row = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
 
 
@@ -326,8 +316,10 @@ def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int) -> Row:
     user = make_user(rng)
     posts = [] if rng.random() < phase.no_profile else choose_posts(rng, user, k)
     reasoning, answer = think(rng, user, posts, phase)
-    prompt = ask(tokenizer, user, task, posts)
-    thought, said = spell(task, reasoning, answer)
+    items = [post.item(task) for post in posts]
+    prompt = tokenizer.chat(retrieve.build_messages(user.example(task), items))
+    thought = f"<think>\n{reasoning}\n</think>\n"
+    said = retrieve.answer_block(task).replace("{}", answer.headline)
     if rng.random() < CLOSED:
         prompt, thought = prompt + tokenizer.fill(retrieve.CLOSED), ""
     elif rng.random() < phase.broken:
@@ -335,11 +327,6 @@ def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int) -> Row:
         thought = {"open": thought.replace("</think>\n", ""), "bare": thought, "silent": ""}[kind]
         said = answer.headline if kind == "bare" else said
     return prompt, [*tokenizer.fill(thought + said), tokenizer.end_id]
-
-
-def ask(tokenizer: Tokenizer, user: User, task: str, posts: list[Post]) -> list[int]:
-    items = [post.item(task) for post in posts]
-    return tokenizer.chat(retrieve.build_messages(user.example(task), items))
 
 
 # ---- Pretraining the policy -----------------------------------------------------------------
@@ -419,9 +406,8 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
     with torch.no_grad():
         decoder.head.mul_(5)  # the embedding too: smaller, its logits say little for long
     look_back(decoder)
-    c, named = decoder.config, dict(decoder.model.layers.named_parameters())
-    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
-    heads["v_proj"] = c.num_key_value_heads
+    named = dict(decoder.model.layers.named_parameters())
+    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2}  # as in policy_config
     matrices = [
         {"params": [p], "parts": heads.get(name.split(".")[-2], 1)}
         for name, p in named.items() if p.dim() == 2
@@ -433,7 +419,7 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
     peaks = [group["lr"] for group in groups]
     ends = [round(steps * sum(p.share for p in PHASES[: n + 1])) for n in range(len(PHASES))]
     first = steps // 5
-    bar, smooth = tqdm(range(-first, steps), "pretrain", disable=None), None
+    bar = tqdm(range(-first, steps), "pretrain", disable=None)
     for step in bar:
         phase = PHASES[sum(step >= end for end in ends)]
         # A short warm-up, then flat, then down to a twentieth over three fifths of the steps.
@@ -454,8 +440,7 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        bar.set_postfix(phase=phase.name if step >= 0 else "repeats", loss=f"{smooth:.3f}")
+        bar.set_postfix(phase=phase.name if step >= 0 else "repeats", loss=f"{loss.item():.3f}")
     return decoder.eval()
 
 
@@ -483,10 +468,8 @@ def make_encoder_tokenizer() -> Tokenizer:
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }  # fmt: skip
-    files = {
-        "tokenizer.json": backend.to_str(),
-        "tokenizer_config.json": json.dumps(settings, indent=1) + "\n",
-    }
+    config = json.dumps(settings, indent=1) + "\n"
+    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
     return Tokenizer(backend, files=files)
 
 
@@ -509,29 +492,26 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     encoder.tokenizer = tokenizer
     optimizer = torch.optim.AdamW(encoder.parameters(), 1e-3)
 
-    def embed(texts: list[str]) -> Tensor:
+    def embed(texts: tuple[str, ...]) -> Tensor:
         ids = prlm.Ragged([tokenizer.encode_pair(text, None, 256)[0] for text in texts])
         hidden = encoder(ids.grid(ids.tokens), ids.mask) * ids.mask[..., None]  # [B, T, H]
         return F.normalize(hidden.sum(1) / ids.lengths[:, None], dim=-1)  # [B, H]
 
-    bar = tqdm(range(steps), "encoder", disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), "encoder", disable=None):
         pairs = []
         for user in rng.choices(users, k=rows):
             post, task = rng.choice(user.posts), rng.choice(TASKS)
             scene = f"{rng.choice(KEYWORDS)} with {rng.choice(PEOPLE)} in {rng.choice(PLACES)}"
-            shown = retrieve.show(post.item(task), task)
-            pairs.append((f"{scene} on {post.day}", shown, post.day))
+            item = retrieve.show(post.item(task), task)
+            pairs.append((f"{scene} on {post.day}", item, post.day))
         texts, items, days = zip(*pairs)
-        scores = embed(list(texts)) @ embed(list(items)).T / 0.1  # [B, B]
-        alike = torch.tensor([[a == b for b in days] for a in days])
-        alike.fill_diagonal_(False)
+        scores = embed(texts) @ embed(items).T / 0.1  # [B, B]
+        alike = torch.tensor([[a == b for b in days] for a in days]).fill_diagonal_(False)
         loss = F.cross_entropy(scores.masked_fill(alike, -torch.inf), torch.arange(len(pairs)))
         loss.backward()
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 10) * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
     return encoder.eval()
 
 

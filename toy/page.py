@@ -11,12 +11,10 @@ advantage, and its tokens shaded by how unlikely they were.
 import math
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,9 +109,10 @@ def result(scores: dict[str, dict], how: str) -> str:
     metrics = ("rouge-l", "rouge-1")
     rows = "<tr><th></th>" + "".join(f"<th>{metric.upper()}</th>" for metric in metrics) + "</tr>"
     for name, line in scores.items():
-        bars = (f'<div class="bar" style="--share:{line[m]:.3f}">{number(line[m])}</div>'
-                for m in metrics)  # fmt: skip
-        cells = "".join(f"<td>{bar}</td>" for bar in bars)
+        cells = "".join(
+            f'<td><div class="bar" style="--share:{line[m]:.3f}">{number(line[m])}</div></td>'
+            for m in metrics
+        )
         rows += f'<tr class="{clean(name)}"><th>{clean(STAGES.get(name, name))}</th>{cells}</tr>'
     return f"""<h2>The result</h2>
 <p>ROUGE-L is the share of words that an answer has in common with what the user really wrote, in
@@ -121,16 +120,9 @@ the same order; 1 is word for word. ROUGE-1 forgives the order. {how}</p>
 <table class="result">{rows}</table>"""
 
 
-def block_means(points: list[tuple], most: int = 120) -> list[tuple[float, float]]:
-    """The points; where they are too many to tell apart, the means of at most `most` blocks."""
-    size = max(1, math.ceil(len(points) / most))
-    blocks = [points[n : n + size] for n in range(0, len(points), size)]
-    return [tuple(sum(axis) / len(block) for axis in zip(*block, strict=True)) for block in blocks]
-
-
 def chart(title: str, curves: dict[str, list[tuple]], steps: int) -> str:
     """Named curves of (step, value) in one frame; the first one's values, if few, in numbers."""
-    curves = {name: block_means(points) for name, points in curves.items() if points}
+    curves = {name: spread(points, 120) for name, points in curves.items() if points}
     values = [value for points in curves.values() for _, value in points]
     if not values:
         return ""
@@ -233,20 +225,8 @@ def shaded(found: list[tuple[str, float]], most: int) -> str:
 
 
 def tokens(sample: dict, tokenizer: Tokenizer, most: int) -> str:
-    """A completion's tokens, the reasoning apart from the answer."""
-    found = pieces(sample, tokenizer)
-    text, end = "".join(piece for piece, _ in found), 0
-    if "</think>" in text:
-        lengths = [*accumulate(len(piece) for piece, _ in found)]
-        end = 1 + bisect_left(lengths, text.rindex("</think>") + len("</think>"))
-        while end < len(found) and not found[end][0].strip():
-            end += 1  # the line breaks between the two
-    elif "<think>" in sample["completion"].rpartition("</think>")[2]:
-        end = len(found)  # never closed; otherwise never opened, or closed by the prompt
-    html = ""
-    for name, part in (("reasoning", found[:end]), ("answer", found[end:])):
-        if part:
-            html += f'<div class="label">{name}</div><div class="tokens">{shaded(part, most)}</div>'
+    """A completion's tokens, and whether it was cut off."""
+    html = f'<div class="tokens">{shaded(pieces(sample, tokenizer), most)}</div>'
     return html + ("" if sample["finished"] else '<div class="label">cut off: too long</div>')
 
 
@@ -295,13 +275,12 @@ def changes(columns: dict[str, list[dict]]) -> list[tuple[float, dict[str, dict]
 
     The gain is ROUGE-L in the last column minus that in the first; of a single column, ROUGE-L.
     """
-    by_id = {name: {r["id"]: r for r in records} for name, records in columns.items()}
     rows = []
-    for id in set.intersection(*map(set, by_id.values())):
-        row = {name: found[id] for name, found in by_id.items()}
-        first, *others = (record.get("rouge-l", 0.0) for record in row.values())
-        rows.append((round(others[-1] - first, 6) if others else first, row))
-    return sorted(rows, key=lambda row: (-row[0], next(iter(row[1].values()))["id"]))
+    for records in zip(*columns.values(), strict=True):  # in the same order
+        first, *others = (record.get("rouge-l", 0.0) for record in records)
+        gain = round(others[-1] - first, 6) if others else first
+        rows.append((gain, dict(zip(columns, records, strict=True))))
+    return sorted(rows, key=lambda row: -row[0])
 
 
 def compared(rows, task: str, show: Show) -> str:
@@ -331,14 +310,10 @@ def held_out(columns: dict[str, list[dict]], count: int, task: str, show: Show) 
         up = [row for row in rows if row[0] > 0]
         down = [row for row in reversed(rows) if row[0] < 0]
         parts = {"The largest gains": up[:count], "The largest losses": down[:count]}
-        counts = {"up": len(up), "same": len(rows) - len(up) - len(down), "down": len(down)}
-        bar = "".join(
-            f'<span class="{kind}" style="flex:{n}"></span>' for kind, n in counts.items()
-        )
         html = f"""<h2>The same prompts, before and after</h2>
 <p>Of {len(rows)} held-out records, after RL <b class="up">{len(up)} are better</b>,
-{counts["same"]} as before, <b class="down">{len(down)} worse</b>, by the ROUGE-L of the greedy
-answer.</p><div class="split">{bar}</div>{LEGEND}"""
+{len(rows) - len(up) - len(down)} as before, <b class="down">{len(down)} worse</b>, by the ROUGE-L
+of the greedy answer.</p>{LEGEND}"""
     for title, part in parts.items():
         html += f"<h3>{title}</h3>{compared(part, task, show) or '<p>No record.</p>'}"
     return html
@@ -433,19 +408,19 @@ likelier, and what is below 0 less likely.</p>"""
 
 def about(options: dict) -> str:
     """What the page shows, in a few sentences."""
-    names = list(task_of(options["task"]).fields.values())
+    first, *_, last = [*task_of(options["task"]).fields.values()] * 2
     toy = TOY if Path(str(options["data"])).parts[-2:] == ("toy", "lamp") else ""
-    text = f"""The language model <b>{clean(options["model"])}</b> is to write a {names[-1]} as one
-certain user would: its prompt shows up to {clean(options["k"])} texts that this user wrote before,
-and a new {names[0]}."""
+    model, k, warm, steps, size = (
+        clean(options.get(name)) for name in ("model", "k", "warm_start", "steps", "group_size")
+    )
+    text = f"""<p>The language model <b>{model}</b> is to write a {last} as one certain user would:
+its prompt shows up to {k} texts that this user wrote before, and a new {first}."""
     if "steps" not in options:
-        return f"<p>{text} This page shows how near it comes to what the users wrote.</p>{toy}"
-    warm = options["warm_start"]
-    learning = f"After {clean(warm)} supervised steps, reinforcement" if warm else "Reinforcement"
-    return f"""<p>{text} {learning} learning (GRPO, {clean(options["steps"])} steps) let it answer
-each prompt {clean(options["group_size"])} times, gave every answer a reward, and made the better
-ones likelier. This page shows what that changed on held-out records, then how it came about.</p>
-{toy}"""
+        return f"{text} This page shows how near it comes to what the users wrote.</p>{toy}"
+    start = "Reinforcement" if warm == "0" else f"After {warm} supervised steps, reinforcement"
+    return f"""{text} {start} learning (GRPO, {steps} steps) let it answer each prompt {size} times,
+gave every answer a reward, and made the better ones likelier. This page shows what that changed on
+held-out records, then how it came about.</p>{toy}"""
 
 
 def not_there_yet(options: dict, metrics: list, scores: dict) -> str:
@@ -460,11 +435,10 @@ def sections(run: Path, o: Options, options: dict) -> list[str]:
     """The page's sections, of a run that is complete or not, or of an evaluation."""
     names = ("metrics.jsonl", "samples.jsonl", "scores.json")
     metrics, samples, scores = (read(run, name) for name in names)
-    task, here = options["task"], run / "checkpoint"  # the same tokenizer
+    task, here = options["task"], run / "checkpoint"
     if not samples and not scores:
         raise ValueError(f"{run}: there is nothing to show yet, no score and no step")
-    moved = here.is_dir() and not Path(options["model"]).is_dir()
-    tokenizer = prlm.load_tokenizer(here if moved else options["model"])
+    tokenizer = prlm.load_tokenizer(here if here.is_dir() else options["model"])
     show = partial(tokens, tokenizer=tokenizer, most=o.tokens)
     how = "The answers are greedy: each time the likeliest token."
     if "steps" not in options:

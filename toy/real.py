@@ -37,23 +37,22 @@ from toy.commits import same_manner
 # ---- The arms: (name in the tables, options of rl.py). All but two start from the warm start of
 # their own seed; a run of its own, so that all of them have the same.
 
-RATIO = {"judge": "ratio"}
+ACCURACY, RATIO = {"personalization": 0.0}, {"judge": "ratio"}
 ARMS = {
-    "warm": ("warm start", {"steps": 0, "personalization": 0.0}),
-    "none": ("trained without profiles", {"k": 0, "personalization": 0.0}),
-    "prlm": ("GRPO, accuracy alone", {"personalization": 0.0}),
+    "warm": ("warm start", {"steps": 0} | ACCURACY),
+    "none": ("trained without profiles", {"k": 0} | ACCURACY),
+    "prlm": ("GRPO, accuracy alone", ACCURACY),
     "bert": ("… with the paper's judge, .1", {"personalization": 0.1, "pairs_per_query": 1}),
-    "ratio.1": ("… with the ratio judge, .1", {"personalization": 0.1, **RATIO}),
-    "ratio.3": ("… with the ratio judge, .3", {"personalization": 0.3, **RATIO}),
-    "ratio1": ("… with the ratio judge, 1", {"personalization": 1.0, **RATIO}),
-    "closed": ("GRPO without reasoning", {"personalization": 0.0, "reasoning": False}),
+    "ratio.1": ("… with the ratio judge, .1", {"personalization": 0.1} | RATIO),
+    "ratio.3": ("… with the ratio judge, .3", {"personalization": 0.3} | RATIO),
+    "ratio1": ("… with the ratio judge, 1", {"personalization": 1.0} | RATIO),
+    "closed": ("GRPO without reasoning", {"reasoning": False} | ACCURACY),
     "no_gold": (
         "ratio and KL, no gold texts",
-        {"accuracy": 0.0, "personalization": 1.0, "beta": 0.3, **RATIO},
+        {"accuracy": 0.0, "personalization": 1.0, "beta": 0.3} | RATIO,
     ),
 }
 FIRST = ("warm", "none")  # they bring their own warm start
-ROUGE, MANNER = ("rouge-1", "rouge-l"), ("form", "kind", "prefix")
 SIDES = ("with", "without")  # the profile
 
 
@@ -109,109 +108,89 @@ def options_of(o: Options, arm: str, seed: int) -> dict:
     return {**same, "device": o.device, **more_of(o), **ARMS[arm][1]}
 
 
-def without(o: Options, arm: str, seed: int) -> tuple[list[str], Path]:
-    """The command that scores an arm on the side that rl.py does not, and the file it leaves."""
-    run = place(o, arm, seed)
-    k = items_of(o) if ARMS[arm][1].get("k") == 0 else 0
-    options = {"run": run, "k": k, "limit": o.limit, "device": o.device, "temperature": 0.0}
-    out = run / "other_side"
-    return common.command("eval.py", {**options, "overwrite": True, "out": out}), (
-        out / "scores.json"
-    )
-
-
-def swap(o: Options, arm: str, seed: int) -> tuple[list[str], Path]:
-    """The command that examines the ratio under an arm's policy, and the report that it leaves."""
-    known = {field.name for field in fields(reward.Options)}
-    options = {n: x for n, x in options_of(o, arm, seed).items() if n in known}
-    options |= {"model": place(o, arm, seed) / "checkpoint", "judge": "ratio", "k": items_of(o)}
-    out = place(o, arm, seed) / "swap_test"
-    return common.command("reward.py", {**options, "overwrite": True, "out": out}), (
-        out / "report.json"
-    )
-
-
 def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
-    """All commands of an arm and seed, each with the file that shows it is done."""
+    """The commands of an arm and seed, each with the file that shows it is done: the training, the
+    score of the side that rl.py does not ask, and the ratio's swap test under the trained policy.
+    """
     out, options = place(o, arm, seed), options_of(o, arm, seed)
     common.is_done(out, options)  # else ValueError, now and not after hours
     train = common.command("rl.py", {**options, "out": out, "resume": True})
-    return [(train, out / "predictions.json"), without(o, arm, seed), swap(o, arm, seed)]
+    k = items_of(o) if own_side(arm) == "without" else 0
+    other = {"run": out, "k": k, "limit": o.limit, "device": o.device, "temperature": 0.0}
+    other |= {"overwrite": True, "out": out / "other_side"}
+    known = {field.name for field in fields(reward.Options)}
+    swap = {name: value for name, value in options.items() if name in known}
+    swap |= {"model": out / "checkpoint", "judge": "ratio", "k": items_of(o)}
+    swap |= {"overwrite": True, "out": out / "swap_test"}
+    return [
+        (train, out / "predictions.json"),
+        (common.command("eval.py", other), out / "other_side" / "scores.json"),
+        (common.command("reward.py", swap), out / "swap_test" / "report.json"),
+    ]
 
 
-def tidy(o: Options, arm: str, seed: int) -> None:
-    """Deletes the saved states of a finished run: 1.6 GB each for 135 M parameters."""
-    for file in ("trainer.pt", "warm_start/trainer.pt", "warm_start/model.safetensors"):
-        if (place(o, arm, seed) / "predictions.json").is_file():
-            (place(o, arm, seed) / file).unlink(missing_ok=True)
+def own_side(arm: str) -> str:
+    """The side that rl.py scores, since it trains on it."""
+    return "without" if ARMS[arm][1].get("k") == 0 else "with"
 
 
 # ---- What comes out of it --------------------------------------------------------------------
 
 
-def score(task: str, answer: str, target: str) -> dict:
-    """All metrics of an answer: ROUGE, and for commits what ROUGE does not see, the manner."""
-    return scoring.rouge(answer, target) | (same_manner(answer, target) if manners(task) else {})
+def metrics_of(task: str) -> tuple[str, ...]:
+    """ROUGE, and for commits what it does not see: the manner, as `same_manner` has it."""
+    return ("rouge-1", "rouge-l", *(("form", "kind", "prefix") if task == "commits" else ()))
 
 
-def manners(task: str) -> tuple[str, ...]:
-    return MANNER if task == "commits" else ()
+def score(answer: str, target: str) -> dict:
+    return scoring.rouge(answer, target) | same_manner(answer, target)
 
 
 class Authors:
     """The held-out authors of one half, and how records become one number for each."""
 
     def __init__(self, o: Options):
-        self.task = o.task
         self.examples = retrieve.load_lamp(o.data, o.task, "dev")[: o.limit or None]
         users = sorted({example.user_id for example in self.examples})
         shown = {"choose": users[::2], "report": users[1::2], "all": users}[o.half]
         self.rows = {user: n for n, user in enumerate(shown)}
 
-    def means(self, answers: dict[str, str], metric: str) -> np.ndarray:
-        """The metric's mean over each author's records; NaN for one with none that has it. [N]"""
+    def means(self, answers: dict[str, str] | None, metric: str) -> np.ndarray:
+        """The metric's mean over each author's records [N]; NaN for one with none that has it."""
         values = [[] for _ in self.rows]
-        for e in self.examples:
+        for e in self.examples if answers else ():
             if e.user_id in self.rows:
-                value = score(self.task, answers[e.id], e.target)[metric]
+                value = score(answers[e.id], e.target)[metric]
                 values[self.rows[e.user_id]] += [] if value is None else [float(value)]
         return np.array([np.mean(found) if found else np.nan for found in values])
 
 
-def finished(o: Options, arm: str) -> list[int]:
-    return [
-        seed for seed in range(o.seeds)
-        if all(result.is_file() for _, result in chain(o, arm, seed)[:2])
-    ]  # fmt: skip
-
-
-def answers_of(o: Options, arm: str, seed: int, side: str) -> dict[str, str]:
-    """{record id: answer} with or without the profile."""
-    own = "without" if ARMS[arm][1].get("k") == 0 else "with"
-    file = "held_out/after.jsonl" if side == own else "other_side/samples.jsonl"
-    return {r["id"]: r["answer"] for r in prlm.read_lines(place(o, arm, seed) / file)}
+def answers_of(o: Options, arm: str, seed: int, side: str) -> dict[str, str] | None:
+    """{record id: answer} with or without the profile; None where they are not there yet."""
+    own, run = side == own_side(arm), place(o, arm, seed)
+    if not (run / "other_side" / "scores.json").is_file():
+        return None
+    file = run / ("held_out/after.jsonl" if own else "other_side/samples.jsonl")
+    return {r["id"]: r["answer"] for r in prlm.read_lines(file)}
 
 
 def collect(o: Options, authors: Authors) -> dict:
-    """{arm: {metric: {side: [seeds, authors]}}} of the arms that have a finished seed.
-
-    Authors for whom a metric says nothing are left out of it, in all arms alike.
-    """
-    found = {}
-    for arm in arms_of(o):
-        if seeds := finished(o, arm):
-            answers = {s: [answers_of(o, arm, n, s) for n in seeds] for s in SIDES}
-            found[arm] = {"seeds": seeds}
-            for metric in (*ROUGE, *manners(o.task)):
-                both = {s: np.stack([authors.means(a, metric) for a in answers[s]]) for s in SIDES}
-                found[arm][metric] = {s: x[:, ~np.isnan(x[0])] for s, x in both.items()}
-    return found
+    """{arm: {metric: {side: [seeds, authors]}}}; NaN for what is not there yet."""
+    return {
+        arm: {
+            metric: {side: np.stack([authors.means(found, metric) for found in answers[side]])
+                     for side in SIDES}
+            for metric in metrics_of(o.task)
+        }
+        for arm in arms_of(o)
+        if (answers := {side: [answers_of(o, arm, n, side) for n in range(o.seeds)]
+                        for side in SIDES})
+    }  # fmt: skip
 
 
-def shares(found: dict, arm: str, metric: str, seeds: list[int]) -> np.ndarray:
-    """The profile's share of a metric, with minus without, of these seeds. [seeds, authors]"""
-    rows = [found[arm]["seeds"].index(seed) for seed in seeds]
-    return (found[arm][metric]["with"] - found[arm][metric]["without"])[rows]
+def share(found: dict, arm: str, metric: str) -> np.ndarray:
+    """The profile's share of a metric: with it minus without. [seeds, authors]"""
+    return found[arm][metric]["with"] - found[arm][metric]["without"]
 
 
 def copied(o: Options, authors: Authors) -> dict[str, dict[str, str]]:
@@ -224,82 +203,71 @@ def copied(o: Options, authors: Authors) -> dict[str, dict[str, str]]:
 
 
 def scores_table(o: Options, authors: Authors, found: dict) -> str:
-    metrics = (*ROUGE, *manners(o.task))
-    rows = [
-        [name, "", *(common.mean([authors.means(answers, m)]) for m in metrics)]
-        for name, answers in copied(o, authors).items()
-    ]
+    metrics, rows = metrics_of(o.task), []
+    for name, answers in copied(o, authors).items():
+        rows.append([name, *(common.mean([authors.means(answers, m)]) for m in metrics)])
     for arm, scores in found.items():
-        row = [ARMS[arm][0], len(scores["seeds"])]
-        for metric in metrics:
-            row.append(" / ".join(common.mean(scores[metric][s]) for s in SIDES))
-        rows.append(row)
-    return common.markdown(["with / without profile", "seeds", *metrics], rows)
+        cells = [" / ".join(common.mean(scores[m][side]) for side in SIDES) for m in metrics]
+        rows.append([ARMS[arm][0], *cells])
+    return common.markdown(["with / without profile", *metrics], rows)
 
 
 def shares_table(o: Options, found: dict, metric: str, base: str | None = None) -> str:
     """Each arm's share of the profile, or by how much it is above that of the arm `base`."""
     rows = []
-    for arm in found:
-        seeds = found[arm]["seeds"]
-        if base:
-            seeds = [seed for seed in seeds if seed in found[base]["seeds"]]
-        if arm == base or not seeds:
-            continue
-        ours = shares(found, arm, metric, seeds)
-        theirs = shares(found, base, metric, seeds) if base else np.zeros_like(ours)
-        by_seed = " ".join(f"{x:+.3f}" for x in (ours - theirs).mean(1))
-        rows.append([ARMS[arm][0], *common.against(ours, theirs), by_seed])
+    for arm in found.keys() - {base}:
+        ours, theirs = share(found, arm, metric), share(found, base, metric) if base else 0.0
+        by_seed = [common.mean([row]) for row in ours - theirs]
+        rows.append([ARMS[arm][0], *common.against(ours, theirs), " ".join(by_seed)])
     return common.markdown(["", *common.AGAINST, "by seed"], rows)
 
 
+def reports(o: Options, arm: str, folder: str, key: str) -> list[float]:
+    """A number of the judge's report, of the seeds that have one."""
+    files = [place(o, arm, seed) / folder / "report.json" for seed in range(o.seeds)]
+    found = [prlm.read_json(file).get(key) for file in files if file.is_file()]
+    return [value for value in found if value is not None]
+
+
 def judges_table(o: Options, found: dict) -> str:
-    """What the judges know: pair accuracy and swap test, before RL and, of the ratio, after."""
-    rows = []
-    for arm, scores in found.items():
-        columns = {"pair_accuracy": [], "before": [], "after": []}
-        for seed in scores["seeds"]:
-            for folder, key in (("reward", "before"), ("swap_test", "after")):
-                file = place(o, arm, seed) / folder / "report.json"
-                report = prlm.read_json(file) if file.is_file() else {}
-                columns["pair_accuracy"] += [report[k] for k in report if k == "pair_accuracy"]
-                columns[key] += [report[k] for k in report if k == "swap_test" and report[k]]
-        rows.append([ARMS[arm][0], *map(common.mean, columns.values())])
-    names = ["", "pair accuracy of the arm's judge", "its swap test", "the ratio's under the arm"]
-    return common.markdown(names, rows)
+    """What the judges know: pair accuracy and swap test before RL, and the ratio's after it."""
+    names = {
+        "pair accuracy of the arm's judge": ("reward", "pair_accuracy"),
+        "its swap test": ("reward", "swap_test"),
+        "the ratio's swap test under the trained policy": ("swap_test", "swap_test"),
+    }
+    rows = [
+        [ARMS[arm][0], *(common.mean(reports(o, arm, *where)) for where in names.values())]
+        for arm in found
+    ]
+    return common.markdown(["", *names], rows)
 
 
 def training_table(o: Options, found: dict) -> str:
     """What the rollouts earned in the first and the last quarter of the steps."""
     keys = ["accuracy", "personalization", "spread", "zero_spread_groups", "entropy", "truncated"]
-    keys += ["completion_tokens", "kl"]
-    rows = []
-    for arm in (arm for arm in found if arm != "warm"):
-        logs = [
-            prlm.read_lines(place(o, arm, s) / "metrics.jsonl") for s in found[arm]["seeds"]
-        ]  # [S][steps]
-        part = max(1, len(logs[0]) // 4)
-        row = [ARMS[arm][0]]
-        for key in keys:
-            ends = (slice(part), slice(-part, None))
-            row.append(" → ".join(f"{np.mean([[x[key] for x in g[e]] for g in logs]):.3g}"
-                                  for e in ends))  # fmt: skip
-        rows.append(row)
+    keys, cells = [*keys, "completion_tokens", "kl"], {}
+    for arm in found:
+        files = [place(o, arm, seed) / "metrics.jsonl" for seed in range(o.seeds)]
+        logs = [lines for f in files if f.is_file() and (lines := prlm.read_lines(f))]
+        ends = [[g[: 1 + len(g) // 4], g[-1 - len(g) // 4 :]] for g in logs]
+        for key in keys if logs else ():
+            first, last = (np.mean([line[key] for e in ends for line in e[n]]) for n in (0, 1))
+            cells.setdefault(ARMS[arm][0], []).append(f"{first:.3g} → {last:.3g}")
+    rows = [[name, *row] for name, row in cells.items()]
     return common.markdown(["", *keys], rows)
 
 
 def draw_shares(figure, found: dict, metrics: tuple[str, ...]) -> None:
-    """The profile's share by arm: a dot a seed, the interval over users around their mean."""
-    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    """The profile's share by arm: a dot a seed."""
+    axes = figure.subplots(1, len(metrics), sharey=True)
+    names = [ARMS[arm][0] for arm in found]
     for axis, metric in zip(axes, metrics, strict=True):
-        for row, arm in enumerate(found):
-            ours = shares(found, arm, metric, found[arm]["seeds"])
-            _, low, high = common.bootstrap(ours, np.zeros_like(ours))["users"]
-            axis.plot([low, high], [row, row], color="gray")
-            axis.plot(ours.mean(1), [row] * len(ours), "o", color=f"C{row}")
+        for name, arm in zip(names, found, strict=True):
+            dots = [np.nanmean(row) for row in share(found, arm, metric) if not np.isnan(row).all()]
+            axis.plot(dots, [name] * len(dots), "o")
         axis.axvline(0, color="gray", linewidth=0.8)
-        axis.set(title=f"the profile's share of {metric}", yticks=range(len(found)))
-        axis.set_yticklabels([ARMS[arm][0] for arm in found])
+        axis.set(title=f"the profile's share of {metric}")
     axes[0].invert_yaxis()
 
 
@@ -314,29 +282,28 @@ def report(o: Options) -> str:
     found = collect(o, authors)
     who = f"{len(authors.rows)} held-out authors ({o.half})"
     text = f"# {o.task}: {Path(o.model).name}, {who}\n\n{HOW}\n{scores_table(o, authors, found)}"
-    shown = ("rouge-1", "form") if manners(o.task) else ROUGE
+    shown = ("rouge-1", "form" if o.task == "commits" else "rouge-l")
     for metric in shown:
         text += f"\n## The profile's share of {metric}\n\n{shares_table(o, found, metric)}"
         if "prlm" in found:
             text += f"\n… above that of {ARMS['prlm'][0]}\n\n"
             text += shares_table(o, found, metric, "prlm")
     path = Path(o.out) / o.task / f"shares_{o.half}.png"
-    if found:
-        text += "\n" + common.picture(draw_shares, path, found, shown)
+    text += "\n" + common.picture(draw_shares, path, found, shown)
     text += f"\n## The judges (.5 is chance)\n\n{judges_table(o, found)}"
     return text + f"\n## The rollouts, first and last quarter\n\n{training_table(o, found)}"
 
 
 def main(o: Options) -> None:
     retrieve.load_lamp(o.data, o.task, "dev")  # a mistake is said now
-    names = {(arm, n): f"{o.task} {arm} seed {n}" for n in range(o.seeds) for arm in arms_of(o)}
-    work = {name: chain(o, *key) for key, name in names.items()}
-    needs = {name: names["warm", seed] for (arm, seed), name in names.items() if arm not in FIRST}
-    keys = {name: key for key, name in names.items()}
-    logs = Path(o.out) / "log"
-    failed = common.run_jobs(work, o.jobs, logs, needs, lambda job: tidy(o, *keys[job]))
-    text = report(o)
-    path = Path(o.out) / o.task / f"report_{o.half}.md"
+    work, needs = {}, {}
+    for seed in range(o.seeds):
+        for arm in arms_of(o):
+            job = f"{o.task} {arm} seed {seed}"
+            work[job] = chain(o, arm, seed)
+            needs |= {} if arm in FIRST else {job: f"{o.task} warm seed {seed}"}
+    failed = common.run_jobs(work, o.jobs, Path(o.out) / "log", needs)
+    path, text = Path(o.out) / o.task / f"report_{o.half}.md", report(o)
     prlm.write_text(path, text)
     print(f"{text}\n{path}")
     if failed:

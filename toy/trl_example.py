@@ -31,8 +31,8 @@ def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, **w
 
 def columns(o: RewardOptions, tokenizer: prlm.Tokenizer, examples) -> dict[str, list[str]]:
     """The data set: each record's id and its personalized prompt as text."""
-    prompts = retrieve.make_prompts(o, tokenizer, examples)
-    texts = [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in prompts]
+    decode, prompts = tokenizer.backend.decode, retrieve.make_prompts(o, tokenizer, examples)
+    texts = [decode(ids, skip_special_tokens=False) for ids in prompts]
     return {"prompt": texts, "id": [example.id for example in examples]}
 
 
