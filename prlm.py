@@ -26,13 +26,11 @@ import argparse
 import dataclasses
 import json
 import math
-import mmap
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,17 +46,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---- The decoder -----------------------------------------------------------------------------
-#
-# Modules have Hugging Face's names, so that the state dict is the checkpoint; `c` is config.json.
+# ---- The decoder: modules have Hugging Face's names, so its state dict is the checkpoint ------
 
 
 def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
-    With llama3's scaling, the frequency of a pair that turns (2 pi radians) fewer than `low` times
-    within the original context is divided by `factor`; that of a pair with more than `high` turns
-    is kept; in between the two are blended, linearly in the turns. float32.
+    With llama3's scaling, the frequency of a pair that turns fewer than `low` times within the
+    original context is divided by `factor`, with more than `high` turns it is kept, in between the
+    two are blended, linearly in the turns. float32.
     """
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
     frequencies = 1.0 / c.rope["rope_theta"] ** exponents
@@ -98,34 +94,22 @@ class Linear(nn.Linear):
     """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021).
 
     The product is computed in the precision `products`, or in W's own where that is None: float32
-    weights can be trained while their products are bfloat16. A is [r, inputs], B [outputs, r].
+    weights can have bfloat16 products. A is [r, inputs], B [outputs, r].
     """
 
     products: torch.dtype | None = None
-    scale = 0.0  # alpha / r
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True):
-        super().__init__(inputs, outputs, bias)
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
+    scale = 0.0  # alpha / r; 0: there are no lora_A and lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.products or self.weight.dtype
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        if self.lora_A is None:
+        if not self.scale:
             return F.linear(x, self.weight.to(dtype), bias)
         change = self.scale * F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
         change = change if bias is None else change + bias
         # Added within the product: the rounding of a result would swallow a small change.
         product = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.weight.to(dtype).T)
         return product.view(change.shape)
-
-
-class Embedding(nn.Embedding):
-    """A table of vectors. Torch would fill it at once, which takes seconds on a large one."""
-
-    def __init__(self, rows: int, size: int):
-        super().__init__(rows, size, _weight=torch.empty(rows, size))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -143,35 +127,20 @@ class Attention(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.head_dim, self.qk_norm = c.head_dim, c.model_type == "qwen3"
-        queries, keys = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim)
+        self.head_dim, queries = c.head_dim, c.num_attention_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, queries, c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, keys, c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, keys, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
         self.o_proj = Linear(queries, c.hidden_size, c.o_bias)
-        if self.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
-
-
-class MLP(nn.Module):
-    """down(silu(gate) * up)."""
-
-    def __init__(self, c: SimpleNamespace):
-        super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        q, k = (rotate(y, cos, sin) for y in (self.q_norm(q), self.k_norm(k)))
+        return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class Layer(nn.Module):
@@ -182,11 +151,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.mlp = mlp = nn.Module()
+        mlp.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        mlp.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        mlp.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y, mlp = self.post_attention_layernorm(x), self.mlp
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 
 class Decoder(nn.Module):
@@ -198,7 +171,8 @@ class Decoder(nn.Module):
         self.config = c = parse_config(raw, where)
         self.vocab_limit = c.vocab_size  # ids from here on are rows without a token: never sampled
         self.model = nn.Module()
-        self.model.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        table = torch.empty(c.vocab_size, c.hidden_size)  # nn.Embedding(V, H) would fill it twice
+        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_word_embeddings:
@@ -225,11 +199,10 @@ class Decoder(nn.Module):
         return F.linear(hidden.to(self.products), head.to(self.products))
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
-        """Final hidden states [.., H] of tokens [..].
+        """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
 
-        attend(layer, q, k, v) is the attention: it decides which token may look at which. The sum
-        that runs through the layers is float32 even where products are bfloat16: so the sampler,
-        whose weights may be a bfloat16 copy, agrees with the trainer, whose weights are float32.
+        The sum that runs through the layers is float32 even where products are bfloat16: so the
+        sampler, whose weights may be a bfloat16 copy, agrees with the trainer and its float32 ones.
         """
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
@@ -260,6 +233,24 @@ class Decoder(nn.Module):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
         x = self.run(tokens, positions.expand_as(tokens), lambda _, *qkv: attention(*qkv, visible))
         return self.logits(x, self.head)
+
+
+def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, whose matrix products are computed in `dtype` from here on."""
+    for part in module.modules():
+        if isinstance(part, Linear | RMSNorm):
+            part.products = dtype
+    return module
+
+
+def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """The decoder, frozen, with its matrices and biases in the precision of products, so that a
+    step casts none. Norms stay float32, as in training.
+    """
+    for module in decoder.modules():
+        if isinstance(module, Linear | nn.Embedding):
+            module.to(dtype)
+    return multiply_in(decoder, dtype).requires_grad_(False)
 
 
 # ---- Sampling: the prompt once, its completions many -----------------------------------------
@@ -345,8 +336,7 @@ class Cache:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
 
         One softmax over [scores against the prompt, scores against its own tokens] is exact:
-        attention does not care that its keys lie in two tensors. Batched products, because einsum,
-        which reads better, is a tenth slower here.
+        attention does not care that its keys lie in two tensors. (einsum is a tenth slower here.)
         """
         P, K, G, _, D = self.own.shape[2:]
         n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
@@ -372,9 +362,8 @@ COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """One id per row of softmax(logits / temperature) [rows, V], and its log-probability.
 
-    Temperature 0 takes the id of the largest logit and reports its log-probability at temperature
-    1. Rows are independent, the same generator draws the same, an id of probability 0 is never
-    drawn.
+    Temperature 0 takes the id of the largest logit, with its log-probability at temperature 1. Rows
+    are independent; the same generator draws the same; an id of probability 0 is never drawn.
     """
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
@@ -402,21 +391,21 @@ def generate(
     first id of `eos_ids`, and is then finished, or after `max_new_tokens`; rows that have ended
     leave the batch. `seed` makes the noise repeatable (None draws from torch's own generator).
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. ValueError for a
-    group or a length below 1, a temperature below 0 or between 0 and COLDEST, and bad ids.
+    prompt, a group or a length below 1 and a temperature below COLDEST that is not 0.
     """
-    if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise ValueError("generate needs group_size >= 1, max_new_tokens >= 1, temperature >= 0")
-    if 0 < temperature < COLDEST:
-        raise ValueError(f"a temperature of {temperature} is greedy in all but name: take 0")
-    check_ids(decoder, prompts)
+    if min(group_size, max_new_tokens, *map(len, prompts)) < 1:
+        raise ValueError("prompts, group_size and max_new_tokens must be at least 1")
+    if temperature != 0 and not temperature >= COLDEST:
+        raise ValueError(f"the temperature must be 0, which is greedy, or at least {COLDEST}")
     if not prompts:
         return []
     P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    eos, pace = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device), pace_of(device)
+    eos, pace = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device), PACES[device.type]
     laid = Ragged(prompts, device, multiple=pace.multiple)
     cache = Cache(decoder, laid, G, max_new_tokens)
-    run_step = make_step(decoder, cache)
+    run_step = partial(decoder.run, attend=cache.read_next)
+    run_step = Recorded(run_step, cache) if pace.record else run_step
     hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
     hidden = hidden[laid.starts + laid.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
     positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
@@ -437,24 +426,11 @@ def generate(
         cache.next_slot(pace.coarse)
         hidden = run_step(ids, positions)
         positions = positions + 1
-    completions = [
-        cut_at_eos(*row, {*eos.tolist()}) for row in zip(tokens.tolist(), logprobs.tolist())
-    ]
+    completions, ends = [], {*eos.tolist()}
+    for row, chances in zip(tokens.tolist(), logprobs.tolist()):  # a finished row may have gone on
+        end = next((n for n, token in enumerate(row, 1) if token in ends), None)
+        completions.append(Completion(row[:end], chances[:end], end is not None))
     return [completions[first : first + G] for first in range(0, P * G, G)]
-
-
-def cut_at_eos(tokens: list[int], logprobs: list[float], eos_ids: set[int]) -> Completion:
-    """The row up to its first EOS id; a finished row may have gone on while others were sampled."""
-    end = next((n for n, token in enumerate(tokens, 1) if token in eos_ids), None)
-    return Completion(tokens[:end], logprobs[:end], end is not None)
-
-
-def check_ids(decoder: Decoder, prompts, completions=()) -> None:
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("every prompt needs at least one token")
-    for ids in (*prompts, *(ids for group in completions for ids in group)):
-        if ids and not 0 <= min(ids) <= max(ids) < decoder.config.vocab_size:
-            raise ValueError(f"token ids must lie in 0..{decoder.config.vocab_size - 1}")
 
 
 # ---- Training: the same tokens once more, with gradient --------------------------------------
@@ -469,13 +445,12 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
 
     The temperature is the sampler's: without it the ratio of the loss would compare two different
     policies. The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
-    ValueError for a temperature below COLDEST, groups of unequal size, and bad ids.
+    ValueError for a temperature below COLDEST, an empty prompt, and groups of unequal size.
     """
-    if not COLDEST <= temperature < math.inf:
-        raise ValueError(f"log-probabilities need a temperature above 0, at least {COLDEST}")
+    if not temperature >= COLDEST or not all(map(len, prompts)):
+        raise ValueError(f"the temperature must be at least {COLDEST}, and no prompt be empty")
     if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
         raise ValueError("each prompt needs one group of completions, and all groups one size")
-    check_ids(decoder, prompts, completions)
     device, G = decoder.head.device, len(completions[0]) if completions else 0
     rows = [list(ids) for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
@@ -490,10 +465,9 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
         if L == 0:
             return out
-        # Unlike in the sampler's Cache, the prompt's keys are repeated for each completion:
-        # autograd then sums their gradients over the group, which is what makes the shared prompt
-        # exact (Prefix Grouper, arXiv 2506.05433). What is not repeated is the work of the layers'
-        # matrices, which is most of the cost.
+        # Unlike in the Cache, the prompt's keys are repeated for each completion, so that autograd
+        # sums their gradients over the group, which makes the shared prompt exact (Prefix Grouper,
+        # arXiv 2506.05433). The layers' matrices, most of the cost, still meet the prompt once.
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
@@ -513,8 +487,7 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
     """log softmax(hidden W^T / temperature)[target], [N], some rows of logits at a time.
 
     A whole batch's logits would be the largest tensor of all: for 8,192 tokens and 152,000 words
-    5 GB in float32, and backward needs several. So a chunk's are computed, used, dropped, and
-    computed again in backward.
+    5 GB in float32, and more in backward. So a chunk's are dropped, and computed again in backward.
     """
     limit = decoder.vocab_limit
 
@@ -523,14 +496,14 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
-    size, head = max(128, pace_of(hidden.device).logits // limit), decoder.head[:limit]
+    size, head = max(128, PACES[hidden.device.type].logits // limit), decoder.head[:limit]
     pairs = zip(hidden.split(size), targets.clamp(max=limit - 1).split(size), strict=True)
     run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
     logprobs = torch.cat([run(x, ids, head) for x, ids in pairs])
     return logprobs.masked_fill(targets >= limit, -math.inf)
 
 
-def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
     """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one."""
     batches, room = [], 0
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
@@ -542,10 +515,7 @@ def micro_batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-# ---- LoRA: a few numbers to train beside frozen weights --------------------------------------
-#
-# Instead of W (2,359,296 numbers for 1536 x 1536) an A and a B are trained (49,152 at rank 16), and
-# AdamW keeps moments of these alone. `Linear` computes with them.
+# ---- LoRA: instead of W, 1536 x 1536, A and B are trained: 49,152 numbers at rank 16 ----------
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
@@ -553,8 +523,6 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
 
     A is drawn from torch's own generator, as PEFT draws it; B is 0, so at first nothing changes.
     """
-    if not 1 <= rank <= decoder.config.hidden_size or not alpha > 0:
-        raise ValueError(f"LoRA needs 1 <= rank <= {decoder.config.hidden_size} and alpha > 0")
     decoder.requires_grad_(False)
     for module in decoder.model.layers.modules():
         if isinstance(module, Linear):
@@ -569,29 +537,31 @@ def without_lora(decoder: Decoder) -> Decoder:
     """A decoder of the same frozen weights, in the same memory, without the adapters."""
     with torch.device("meta"):
         plain = Decoder(decoder.raw)
-    weights = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
-    plain.load_state_dict(weights, assign=True)
+    plain.load_state_dict(decoder.state_dict(), strict=False, assign=True)  # lora_ is left over
     plain.vocab_limit = decoder.vocab_limit
     return multiply_in(plain, decoder.products).eval().requires_grad_(False)
 
 
-def merged_state(decoder: Decoder) -> dict[str, Tensor]:
-    """The state dict of a plain decoder that computes the same; without LoRA, the decoder's own.
+def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
+    """Writes a checkpoint that transformers opens unchanged, LoRA merged in.
 
     W + (alpha / r) B A is float32: on the grid of a bfloat16 W most of the change would be lost.
     """
     state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     for path, module in decoder.named_modules():
-        if isinstance(module, Linear) and module.lora_A is not None:
+        if isinstance(module, Linear) and module.scale:
             change = module.scale * (module.lora_B.detach() @ module.lora_A.detach())
             state[f"{path}.weight"] = module.weight.detach().float() + change
-    return state
+    save_checkpoint(state, decoder.raw, tokenizer, directory)
 
 
 # ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
 
-
-BERT = ("bert", "gelu", False)
+BERT = {  # the defaults of config.json; the first four are all that is implemented
+    "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
+    "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+}  # fmt: skip
 
 
 class Block(nn.ModuleDict):
@@ -611,21 +581,16 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.heads, self.rate, H = (
-            c.num_attention_heads,
-            c.attention_probs_dropout_prob,
-            c.hidden_size,
-        )
+        self.heads, self.rate = c.num_attention_heads, c.attention_probs_dropout_prob
+        H = c.hidden_size
         qkv = nn.ModuleDict({name: Linear(H, H) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": qkv, "output": Block(H, c)})
         self.intermediate = nn.ModuleDict({"dense": Linear(H, c.intermediate_size)})
         self.output = Block(c.intermediate_size, c)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
-            for projection in self.attention["self"].values()
-        )
+        projections = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
         rate = self.rate if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
         x = self.attention.output(x, out.transpose(1, 2).flatten(2))  # [B, T, H]
@@ -637,18 +602,17 @@ class Encoder(nn.Module):
 
     def __init__(self, raw: dict, where="config.json", pooler: bool = True):
         super().__init__()
-        self.raw = {"type_vocab_size": 2, "layer_norm_eps": 1e-12} | raw
-        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-        self.config = c = SimpleNamespace(**dropout | self.raw)
-        kind = (c.model_type, raw.get("hidden_act", "gelu"), raw.get("is_decoder", False))
-        if (*kind, raw.get("position_embedding_type", "absolute")) != (*BERT, "absolute"):
+        self.raw = BERT | raw
+        if any(self.raw[name] != BERT[name] for name in [*BERT][:4]):
             raise ValueError(f"{where}: not a BERT encoder with gelu and absolute positions")
+        self.config = c = SimpleNamespace(**self.raw)
         self.tokenizer, self.max_length = None, c.max_position_embeddings
-        self.hidden = H = c.hidden_size
+        H, self.embeddings = c.hidden_size, nn.ModuleDict()
         sizes = {"word": c.vocab_size, "position": self.max_length, "token_type": c.type_vocab_size}
-        tables = {f"{name}_embeddings": Embedding(size, H) for name, size in sizes.items()}
-        norm = nn.LayerNorm(H, c.layer_norm_eps)
-        self.embeddings = nn.ModuleDict({**tables, "LayerNorm": norm})
+        for name, size in sizes.items():
+            table = nn.Embedding.from_pretrained(torch.empty(size, H), freeze=False)
+            self.embeddings[f"{name}_embeddings"] = table
+        self.embeddings["LayerNorm"] = nn.LayerNorm(H, c.layer_norm_eps)
         layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": Linear(H, H)}) if pooler else None
@@ -663,9 +627,9 @@ class Encoder(nn.Module):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         if tokens.numel() and positions.max() >= self.max_length:
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
-        words, positions_of, kinds, norm = self.embeddings.values()
+        words, places, kinds, norm = self.embeddings.values()
         tokens, segments = tokens.masked_fill(~mask, 0), segments.masked_fill(~mask, 0)
-        x = norm(words(tokens) + positions_of(positions) + kinds(segments))
+        x = norm(words(tokens) + places(positions) + kinds(segments))
         x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
         itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         visible = mask[:, None, None, :] | itself  # [B, 1, T, T]; padding sees itself too
@@ -674,24 +638,20 @@ class Encoder(nn.Module):
         return x
 
 
-# ---- Text: chat formats, control tokens, the tokenizer ---------------------------------------
+# ---- Text: a format brings its control tokens' ids, and whatever fills it is text --------------
 #
-# A format is split at its control tokens, whose ids are put in directly, and whatever fills it is
-# encoded as text: no profile and no answer can open a turn, end one, or close the reasoning.
+# So no profile and no answer can open a turn, end one, or close the reasoning.
 
 ROLES = ("system", "user", "assistant")
 FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
     "R1": ("<｜begin▁of▁sentence｜>", {  # its bars are wide ones, U+FF5C
         "system": ("", ""), "user": ("<｜User｜>", ""),
-        "assistant": ("<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
-    }),
+        "assistant": ("<｜Assistant｜>", "<｜end▁of▁sentence｜>")}),
     "ChatML": ("", {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ROLES}),
-    "Llama 3": ("<|begin_of_text|>", {
-        role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES
-    }),
+    "Llama 3": ("<|begin_of_text|>", {role: (
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
-CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
-THINK = re.compile(r"(</?think>)")
+CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|</?think>")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>")
@@ -699,43 +659,61 @@ OPENS_THINKING = re.compile(r"(?:<｜Assistant｜>|assistant\\n)<think>\\n")
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
-def as_text(text: str) -> str:
-    """The text with U+FFFD for half of a surrogate pair, which is no character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def chat_format(known, template: str) -> str | None:
+    """The format whose control tokens are all known and whose turns the template, if any, names."""
+    for name, (begin, turns) in FORMATS.items():
+        user, end = turns["user"][0], turns["assistant"][1]
+        named = not template or all(token in template for token in CONTROL.findall(user))
+        foreign = any(mark in template for mark in FOREIGN)
+        if named and not foreign and {*CONTROL.findall(begin + user + end)} <= known.keys():
+            return name
+    return None
 
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
 
-    Ids of ordinary text equal transformers'. Control tokens come from formats alone, never from
-    what a text spells: <think> and </think> are among them.
+    Ids of ordinary text equal transformers'. Control tokens, <think> and </think> among them, come
+    from formats alone, never from what a text spells.
     """
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
         self.files = files or {"tokenizer.json": backend.to_str()}
         settings = json.loads(self.files.get("tokenizer_config.json", "{}"))
-        known = backend.get_vocab(with_added_tokens=True)
+        found = self.files.get("chat_template.jinja") or settings.get("chat_template") or ""
+        if isinstance(found, list):  # several: [{"name", "template"}]
+            found = {each["name"]: each["template"] for each in found}.get("default", "")
+        self.template = found.replace("\r\n", "\n")
+        known = backend.get_vocab()
         self.size = max(known.values(), default=-1) + 1
-        self.template = chat_template(self.files, settings)
         self.format = chat_format(known, self.template)
         ends = FORMATS[self.format][1]["assistant"][1] if self.format else ""
         end = {known[name] for name in CONTROL.findall(ends)}  # of the assistant's turn
         self.eos_ids = frozenset({*eos_ids, *end})
         self.end_id = min(end or self.eos_ids, default=None)
         content = json.loads(backend.to_str())
-        for t in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
-            named = CONTROL.fullmatch(t["content"]) or THINK.fullmatch(t["content"])
-            t["special"] |= bool(named) or t["id"] in self.eos_ids
+        for token in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
+            named = CONTROL.fullmatch(token["content"]) is not None
+            token["special"] |= named or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+        names = sorted(map(re.escape, self.control), key=len, reverse=True)
+        self.marks = re.compile(f"({'|'.join(names) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         self.backend.no_truncation()  # tokenizer.json may switch on either
         self.backend.no_padding()
-        bos = settings.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
-        self.bos = bos if bos in self.control and "bos_token" in self.template else ""
-        thinks = OPENS_THINKING.search(self.template) or (self.format == "R1" and not self.template)
+        self.read_template(token_text(settings.get("bos_token")))
+
+    def read_template(self, bos: str) -> None:
+        """What the template adds to its format: a BOS, a system message, how an answer begins."""
+        template, plain = self.template, not self.template
+        self.bos = bos if bos in self.control and "bos_token" in template else ""
+        thinks = OPENS_THINKING.search(template) or (self.format == "R1" and plain)
         self.opening = "<think>\n" if self.format and thinks else ""  # said for the assistant
+        dated = "Cutting Knowledge Date" in template or (plain and "<|eom_id|>" in self.control)
+        self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
+        found = DEFAULT_SYSTEM.search(template)
+        self.default_system = found[1] if found else "" if self.dates else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
@@ -744,22 +722,16 @@ class Tokenizer:
     def fill(self, form: str, *texts: str) -> list[int]:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
-        for piece in CONTROL.split(form):
+        for piece in self.marks.split(form):
             if piece in self.control:
                 ids.append(self.control[piece])
-            elif "{}" not in piece:  # ours as a whole: its <think> is the token, if there is one
-                self.backend.encode_special_tokens = False
-                ids += self.encode(piece)
-                self.backend.encode_special_tokens = True
             else:
-                for part in THINK.split(piece) if "<think>" in self.control else [piece]:
-                    text = re.sub(r"\{\}", lambda _: next(texts), part)
-                    ids += [self.control[part]] if part in self.control else self.encode(text)
+                ids += self.encode(re.sub(r"\{\}", lambda _: next(texts), piece))
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
-        hidden = {i for name, i in self.control.items() if not THINK.fullmatch(name)}
+        hidden = {i for name, i in self.control.items() if "think>" not in name}
         return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
     def chat(self, messages: list[dict]) -> list[int]:
@@ -769,23 +741,31 @@ class Tokenizer:
         tokenizer's BOS, and a warning says so. ValueError for a template that is not known.
         """
         turns = [(m["role"], m["content"]) for m in messages]
-        if self.format:
-            form, texts = render_chat(turns, self.format, self.template, self.control)
-            return self.fill(self.bos * (self.format == "ChatML") + form + self.opening, *texts)
-        if self.template:
-            raise ValueError(
-                f"the checkpoint's chat template is none of those known: {', '.join(FORMATS)}. "
-                "Without it, messages have the format that the tokens show"
-            )
-        warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
-        return self.backend.encode("".join(as_text(text) + "\n\n" for _, text in turns)).ids
+        if self.format is None and self.template:
+            raise ValueError(f"the chat template is none of those known: {', '.join(FORMATS)}")
+        if self.format is None:
+            warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
+            return self.backend.encode("".join(as_text(text) + "\n\n" for _, text in turns)).ids
+        begin, around = FORMATS[self.format]
+        form, texts = (self.bos if self.format == "ChatML" else begin), []
+        if self.default_system is not None and "system" not in dict(turns):
+            turns = [("system", self.default_system), *turns]
+        for role, text in turns:
+            if role == "assistant" and (self.format == "R1" or "</think>" in self.template):
+                text = text.rpartition("</think>")[2].lstrip("\n" * (self.format == "ChatML"))
+            if self.format == "Llama 3":
+                text = self.dates * (role == "system") + text.strip()
+            # A system message is ours, and stands in the form itself: its <think> is the token.
+            marks = [name for name in (*self.control, "{}") if "think>" not in name]
+            theirs = role != "system" or any(mark in text for mark in marks)
+            form += ("{}" if theirs else text).join(around[role])
+            texts += [text] if theirs else []
+        return self.fill(form + around["assistant"][0] + self.opening, *texts)
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
-        """BERT's ids and segments of [CLS] first [SEP] second [SEP], the longer text cut to fit;
-        without a second text those of [CLS] first [SEP].
-        """
-        self.backend.enable_truncation(max_length)
+        """BERT's ids and segments of [CLS] first [SEP], or + second [SEP]; the longer is cut."""
         texts = [as_text(text) for text in (first, second) if text is not None]
+        self.backend.enable_truncation(max_length)
         encoding = self.backend.encode(*texts)
         self.backend.no_truncation()
         return encoding.ids, encoding.type_ids
@@ -801,79 +781,26 @@ class Tokenizer:
             write_text(Path(directory) / name, content)
 
 
-def chat_template(files: dict, settings: dict) -> str:
-    """The checkpoint's chat template, in Jinja's language, or ""."""
-    found = files.get("chat_template.jinja", settings.get("chat_template"))
-    if isinstance(found, list):  # several: [{"name", "template"}]
-        found = next((t.get("template") for t in found if t.get("name") == "default"), "")
-    return found.replace("\r\n", "\n") if isinstance(found, str) else ""
-
-
-def chat_format(known, template: str) -> str | None:
-    """The format whose control tokens are all `known`, and whose turns the template names, if there
-    is one. A template of anything else has none: nothing is guessed.
-    """
-    for name, (begin, turns) in FORMATS.items():
-        users, ends = turns["user"][0], turns["assistant"][1]
-        named = all(token in template for token in CONTROL.findall(users)) or not template
-        foreign = any(mark in template for mark in FOREIGN)
-        tokens = CONTROL.findall(begin + users + ends)
-        if named and not foreign and all(token in known for token in tokens):
-            return name
-    return None
-
-
-def render_chat(turns: list[tuple], kind: str, template: str, control) -> tuple[str, list[str]]:
-    """(form, texts) for `Tokenizer.fill`: the turns, and the beginning of the assistant's."""
-    begin, around = FORMATS[kind]
-    system = next((text for role, text in turns if role == "system"), None)
-    if kind == "Llama 3":
-        turns = [(role, text.strip()) for role, text in turns]
-        if "Cutting Knowledge Date" in template or (not template and "<|eom_id|>" in control):
-            turns = [turn for turn in turns if turn[0] != "system"]
-            turns = [("system", LLAMA_DATES + (system or "").strip()), *turns]
-    elif kind == "ChatML" and system is None and (found := DEFAULT_SYSTEM.search(template)):
-        turns = [("system", found[1]), *turns]
-    form, texts = begin, []
-    for role, text in turns:
-        if role == "assistant" and (kind == "R1" or "</think>" in template):
-            text = text.rpartition("</think>")[2].lstrip("\n" * (kind == "ChatML"))
-        # A system message is ours, and stands in the form itself: its <think> is the token.
-        theirs = role != "system" or any(n in text for n in (*control, "{}") if "think>" not in n)
-        form += ("{}" if theirs else text).join(around[role])
-        texts += [text] if theirs else []
-    return form + around["assistant"][0], texts
-
-
 # ==== Below: not the method =====================================================================
 
-# ---- Faster: rows that leave the batch, and what runs only on CUDA ---------------------------
+# ---- Faster: what depends on the device, rows that leave the batch, what runs only on CUDA ----
 
 
 class Pace(NamedTuple):
-    """What is fastest depends on the device: a GPU's host should wait for it rarely."""
+    """What is fastest on a device: a GPU's host should wait for it rarely."""
 
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
     coarse: bool  # cache windows in powers of 2, since a CUDA graph needs shapes that last
     logits: int  # how many numbers a chunk of logits may have
     multiple: int  # of which a prompt batch's width should be: a GPU reads 16 bytes at a time
+    record: bool  # whether a decode step is a CUDA graph
 
 
-ON_CPU, ON_CUDA = Pace(1, 0.75, False, 2**21, 1), Pace(16, 0.5, True, 2**27, 8)
-CUDA_GRAPHS = True  # False: every decode step is launched kernel by kernel
+PACES = {"cpu": Pace(1, 0.75, False, 2**21, 1, False), "cuda": Pace(16, 0.5, True, 2**27, 8, True)}
+PACES["mps"] = PACES["cpu"]
 # cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def pace_of(device: torch.device) -> Pace:
-    return ON_CUDA if device.type == "cuda" else ON_CPU
-
-
-def make_step(decoder: Decoder, cache: Cache):
-    """step(ids, positions): the final hidden states of one new token per row."""
-    step = partial(decoder.run, attend=cache.read_next)
-    return Recorded(step, cache) if cache.own.is_cuda and CUDA_GRAPHS else step
 
 
 def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
@@ -899,10 +826,8 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
 
 
 def exact_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T of [batch, n, D] and [batch, m, D], summed and kept in float32 even from bfloat16.
-
-    Real checkpoints have scores of several hundred, which bfloat16 would round to steps of 2: the
-    sampler would disagree with the trainer's attention, which does not round.
+    """q k^T of [batch, n, D] and [batch, m, D], in float32, as the trainer's attention has them:
+    scores can be several hundred, which bfloat16 would round to steps of 2.
     """
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
@@ -912,8 +837,7 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
 class Recorded:
     """The decode step as a CUDA graph: one launch in place of dozens per layer.
 
-    A graph keeps the addresses and shapes it was recorded with, so it is recorded anew whenever the
-    number of rows or the cache's window changes.
+    It keeps addresses and shapes: it is recorded anew when the rows or the cache's window change.
     """
 
     newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
@@ -953,41 +877,47 @@ class Recorded:
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# How names in a file become a module's: what is replaced, by what; what is left out.
+DECODER_NAMES = {r"^(?!model\.|lm_head\.)": "model."}
+DECODER_EXTRA = r"rotary_emb"  # a buffer of old exports
+ENCODER_NAMES = {r"^bert\.": "", r"Norm\.gamma$": "Norm.weight", r"Norm\.beta$": "Norm.bias"}
+ENCODER_EXTRA = r"^(cls|classifier|qa_outputs)\.|position_ids"  # heads of other tasks, a buffer
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
-    """What the decoder needs of config.json, under Hugging Face's names and with its defaults.
-
+    """What the decoder needs of config.json, under Hugging Face's names and with its defaults;
     ValueError for what is not implemented. Rotary settings have the old layout (rope_theta,
-    rope_scaling) or transformers 5's (rope_parameters); only Llama, whose first models had no
-    rope_theta, has a default for it.
+    rope_scaling) or transformers 5's (rope_parameters).
     """
     given = {key: value for key, value in raw.items() if value is not None}
-    family, heads, kinds = (
-        given.get("model_type"),
-        raw["num_attention_heads"],
-        given.get("layer_types"),
-    )
-    defaults = {"num_key_value_heads": heads, "rms_norm_eps": 1e-6, "attention_bias": False}
-    defaults |= {"head_dim": 128 if family == "qwen3" else raw["hidden_size"] // heads}
-    defaults |= {"mlp_bias": False, "tie_word_embeddings": False, "max_window_layers": 28}
-    c = SimpleNamespace(**{"max_position_embeddings": 10**9, **defaults, **given})
+    family, heads = given.get("model_type"), raw["num_attention_heads"]
+    c = SimpleNamespace(**{
+        "head_dim": 128 if family == "qwen3" else raw["hidden_size"] // heads,
+        "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+        "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 10**9,
+        "rope_theta": 10000.0 if family == "llama" else None, **given,
+    })  # fmt: skip
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
-    theta = raw.get("rope_theta") or (10000.0 if family == "llama" else None)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    c.rope = {"rope_theta": theta, **rope, "rope_type": kind}
-    # From layer max_window_layers on they slide; Llama has no such setting.
-    slides = given.get("use_sliding_window") and raw.get("sliding_window", 4096)
-    slides = slides and c.max_window_layers < c.num_hidden_layers and family != "llama"
-    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
-    needed = LLAMA3_ROPE if kind == "llama3" else ()
+    c.rope = {"rope_theta": c.rope_theta, **rope, "rope_type": kind}
+    slides = c.use_sliding_window and c.max_window_layers < c.num_hidden_layers
+    layers = given.get("layer_types", ["sliding_attention"] if slides else [])
     for good, what in (
         (family in ("qwen2", "qwen3", "llama"), f"model_type {family!r}"),
-        (given.get("hidden_act", "silu") == "silu", f"hidden_act {given.get('hidden_act')!r}"),
-        (kind in ("default", "llama3") and share == 1, f"the rope type {kind!r}"),
-        ({*(kinds or ())} <= {"full_attention"} and not (slides and not kinds), "a sliding window"),
-        (all(c.rope.get(n) for n in ("rope_theta", *needed)), "a rotary embedding without a base"),
-        (heads % c.num_key_value_heads == 0 == c.head_dim % 2, "such a number of heads"),
+        (c.hidden_act == "silu", f"hidden_act {c.hidden_act!r}"),
+        (kind in ("default", "llama3"), f"the rope type {kind!r}"),
+        (c.rope["rope_theta"], "a rotary embedding without rope_theta"),
+        ({*layers} <= {"full_attention"}, "a sliding window"),
     ):
         if not good:
             raise ValueError(f"{where}: {what} is not implemented")
@@ -1000,12 +930,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-
-    def rename(name: str) -> str | None:  # a buffer of old exports; exports without the prefix
-        prefixed = name.startswith(("model.", "lm_head."))
-        return None if "rotary_emb" in name else name if prefixed else f"model.{name}"
-
-    raw, tensors, tokenizer = open_checkpoint(directory, rename)
+    raw, tensors, tokenizer = open_checkpoint(directory, DECODER_NAMES, DECODER_EXTRA)
     if raw.get("tie_word_embeddings") and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         if not torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
@@ -1017,41 +942,31 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-
-    def rename(name: str) -> str | None:  # a buffer, and the heads of other tasks
-        other = name.startswith(("cls.", "classifier.", "qa_outputs.")) or "position_ids" in name
-        name = name.removeprefix("bert.").replace("Norm.gamma", "Norm.weight")
-        return None if other else name.replace("Norm.beta", "Norm.bias")
-
-    raw, tensors, tokenizer = open_checkpoint(directory, rename)
+    raw, tensors, tokenizer = open_checkpoint(directory, ENCODER_NAMES, ENCODER_EXTRA)
     make = partial(Encoder, raw, directory, "pooler.dense.weight" in tensors)
     encoder = fill_module(make, tensors, directory, device, dtype)
     encoder.tokenizer = tokenizer
     return encoder
 
 
-def open_checkpoint(directory, rename) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
-    """(config.json, tensors by the names that rename(name) gives them, less those that get None,
-    the tokenizer if there is one): of model.safetensors, or of the shards that its index names.
-    """
+def open_checkpoint(directory, names: dict[str, str], extra: str):
+    """(config.json, tensors by a module's names, of one file or shards; the tokenizer or None)."""
     directory = Path(directory)
     if not directory.is_dir():
-        hub = f"from the Hugging Face hub: hf download {directory} --local-dir DIR"
-        raise FileNotFoundError(f"{directory}: no such directory; {hub}")
+        hub = f"hf download {directory} --local-dir DIR"
+        raise FileNotFoundError(f"{directory}: no such directory; from Hugging Face: {hub}")
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise ValueError(f"{directory} holds a PEFT adapter: save PEFT's merge_and_unload() first")
-    raw, tensors = read_json(directory / "config.json"), {}
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    sharded = index.is_file() and not single.is_file()
-    places = read_json(index).get("weight_map") if sharded else None
-    for file in sorted({*places.values()}) if isinstance(places, dict) else [single.name]:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)):  # so no way out of the directory
-            raise ValueError(f"{index}: {file!r} is no plain .safetensors file name")
-        found = read_safetensors(directory / file)
-        if sharded and found.keys() != {name for name, shard in places.items() if shard == file}:
-            raise ValueError(f"{directory / file} does not hold what {index.name} places in it")
-        tensors |= {rename(name): tensor for name, tensor in found.items()}
-    tensors.pop(None, None)
+    raw, tensors, files = read_json(directory / "config.json"), {}, ["model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if index.is_file() and not (directory / files[0]).is_file():
+        files = sorted({*read_json(index)["weight_map"].values()})
+    for file in files:
+        for name, tensor in read_safetensors(directory / file).items():
+            if not re.search(extra, name):
+                for old, new in names.items():
+                    name = re.sub(old, new, name)
+                tensors[name] = tensor
     tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
     if tokenizer and tokenizer.size > raw.get("vocab_size", 0):
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.size} ids, the model fewer")
@@ -1070,11 +985,6 @@ def fill_module(make, tensors: dict[str, Tensor], directory, device, dtype) -> n
     return module.eval().requires_grad_(True)
 
 
-def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
-    """Writes a checkpoint that transformers opens unchanged, LoRA merged in."""
-    save_checkpoint(merged_state(decoder), decoder.raw, tokenizer, directory)
-
-
 def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
     """The tokenizer's files, config.json and, last, the weights: where they are, all is there."""
     dtype = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
@@ -1084,18 +994,10 @@ def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, d
     write_safetensors(Path(directory) / "model.safetensors", state)
 
 
-TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-)  # fmt: skip
-
-
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
-    files = (Path(directory) / name for name in TOKENIZER_FILES)
-    files = {file.name: read_text(file) for file in files if file.is_file()}
-    path, eos_ids = Path(directory) / "tokenizer.json", []
-    text = files.get(path.name) or read_text(path)
+    path, eos_ids = Path(directory) / "tokenizer.json", set()
+    text = read_text(path)
     try:
         backend = Backend.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -1103,30 +1005,25 @@ def load_tokenizer(directory) -> Tokenizer:
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = path.with_name(f"{kind}.json")
         settings = read_json(file) if file.is_file() else {}
-        ids, token = settings.get("eos_token_id"), settings.get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        known = backend.token_to_id(token) if isinstance(token, str) else None
-        ids = [*(ids if isinstance(ids, list) else [ids]), known]
-        eos_ids += [i for i in ids if i is not None]
-    if not all(type(i) is int for i in eos_ids):
-        raise ValueError(f"{path.parent}: its settings name EOS ids {eos_ids}, not all numbers")
-    return Tokenizer(backend, eos_ids, files)
+        ids = settings.get("eos_token_id")
+        eos_ids |= {*ids} if isinstance(ids, list) else {ids}
+        eos_ids.add(backend.token_to_id(token_text(settings.get("eos_token"))))
+    files = [path.with_name(name) for name in TOKENIZER_FILES]
+    files = {file.name: read_text(file) for file in files if file.is_file()}
+    return Tokenizer(backend, eos_ids - {None}, files)
 
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+def token_text(token: dict | str | None) -> str:
+    """What a token of the settings spells, which may be {"content": text}; none spells nothing."""
+    return (token.get("content") if isinstance(token, dict) else token) or ""
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
 
     Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
-    data_offsets}} in UTF-8; the bytes, which the ranges must tile: no hole, no overlap, nothing
-    after them. Writing to a tensor does not change the file. Faulty bytes, also a repeated name or
-    endless nesting, are a ValueError that names the file; no file is a FileNotFoundError.
+    data_offsets}} in UTF-8; the bytes, which the ranges must tile. Writing to a tensor does not
+    change the file. Faulty bytes, also a repeated name, are a ValueError that names the file.
     """
 
     def unique(pairs):
@@ -1134,17 +1031,15 @@ def read_safetensors(path) -> dict[str, Tensor]:
             raise ValueError("a key appears twice in the header")
         return dict(pairs)
 
+    tensors, size = {}, os.path.getsize(path)
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
             start = 8 + int.from_bytes(file.read(8), "little")
             if size < 8 or start > min(size, 100_000_008):  # the format's own limit
                 raise ValueError("the file ends before its header; is the download complete?")
             text = file.read(start - 8).decode("utf-8")
-            header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            data = torch.frombuffer(mapped, dtype=torch.uint8)
-        tensors = {}
+        header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
             # The format does not promise alignment.
@@ -1177,16 +1072,16 @@ def check_header(header: dict, size: int) -> dict[str, tuple]:
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
     """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header, offset = {"__metadata__": metadata or {"format": "pt"}}, 0
+    header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
     # Large elements first: then each tensor begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
-        x, begin = tensors[name], offset
-        if name in header or x.dtype not in codes or name != as_text(name):
+        x, begin = tensors[name], end
+        if name in header or x.dtype not in codes:
             raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
-        offset += x.numel() * x.element_size()
-        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape]}
-        header[name]["data_offsets"] = [begin, offset]
+        end += x.numel() * x.element_size()
+        offsets = [begin, end]
+        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -1202,10 +1097,8 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`.
-
-    A reader, or a run that was killed, finds the old file or the new one, never a part of one. Of
-    several processes only the first one's file is kept.
+    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`: a
+    reader finds the old file or the new one. Of several processes only the first one's is kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1236,6 +1129,11 @@ def append(path, records: list[dict]) -> None:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
+def as_text(text: str) -> str:
+    """The text with U+FFFD for half of a surrogate pair, which is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_text(path) -> str:
     """A file's text; ValueError names a file that is not UTF-8."""
     try:
@@ -1262,8 +1160,7 @@ def read_lines(path) -> list[dict]:
 
 # ---- Several processes, which torchrun starts ------------------------------------------------
 #
-# Every process computes the same, but for what `complete` (eval.py) and `my_batches` (rl.py) share
-# out; only the first one writes and prints. Without torchrun there is one.
+# All compute the same, but for what `complete` (eval.py) and `my_batches` (rl.py) share out.
 
 
 def world() -> tuple[int, int]:
@@ -1293,10 +1190,7 @@ def processes():
         dist.destroy_process_group()
 
 
-# ---- Options and commands --------------------------------------------------------------------
-#
-# Each command's options are a dataclass. Defaults < a preset, or the options that a run recorded <
-# what is given on the command line.
+# ---- Options and commands: each command's options are a dataclass ----------------------------
 
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -1325,18 +1219,13 @@ def option(default, help: str, least: float | None = None):
 
 def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
     """What was given on the command line, by field name."""
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        None,
-        "%(prog)s [options]",
-        description,
-        None,
-        (),
-        layout,
-        argument_default=argparse.SUPPRESS,
-    )
+        usage="%(prog)s [options]", description=description, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    kinds = get_type_hints(options)
     for field in dataclasses.fields(options):
-        kind = get_type_hints(options)[field.name]
+        kind = kinds[field.name]
         how = {"type": (*get_args(kind), kind)[0]}  # X of "X | None"
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
@@ -1353,18 +1242,16 @@ def resolve(options: type, given: dict):
     names = {field.name for field in dataclasses.fields(options)}
     config = Path(given.get("run") or given.get("out") or options.out or "") / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
-    preset = given.get("preset", "toy" if shipped else None)
+    preset = given.get("preset", "toy")
     if "run" in given:  # eval.py scores a run's checkpoint under the run's own options
         base = read_json(config) | {"model": str(config.parent / "checkpoint"), "limit": 0}
     elif given.get("resume") and config.is_file():
         base = read_json(config)
-    elif "preset" not in names or preset:
-        base = PRESETS[preset or "toy"] | {"preset": preset}
+    elif "preset" not in names or shipped or "preset" in given:
+        base = PRESETS[preset] | {"preset": preset}
     else:
-        raise ValueError(
-            "--model is not the toy's: say which recipe fits it. --preset small is for models like "
-            "SmolLM2-135M, paper is the paper's for 1.5 B parameters, toy are the defaults"
-        )
+        recipes = "--preset small is for models like SmolLM2-135M, paper for 1.5 B parameters"
+        raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
     # A temperature in a preset or a run is that of rollouts.
     own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
     base = {name: base[name] for name in base.keys() & names - own}
@@ -1394,9 +1281,7 @@ def command(main, options: type, description: str) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if "debug" in given:
             raise
-        more = " (less: --checkpointing, a lower --tokens-per-micro-batch, --lora-rank 16)"
-        more = more * isinstance(error, torch.OutOfMemoryError)
-        print(f"error: {printable(str(error))}{more}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -1406,11 +1291,8 @@ def new_directory(o, record="config.json") -> Path:
     """
     out = Path(o.out)
     if out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
-        options = read_json(out / record) if (out / record).is_file() else {}
-        if "overwrite" not in options:
-            raise ValueError(
-                f"{out} is not empty, and no result of this command: take another --out"
-            )
+        if not (out / record).is_file() or "overwrite" not in read_json(out / record):
+            raise ValueError(f"{out} is not empty, and no result of this: take another --out")
         if not o.overwrite or getattr(o, "resume", False):
             ways = "--resume goes on with it, " * hasattr(o, "resume") + "--overwrite deletes it"
             raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
@@ -1431,45 +1313,25 @@ def printable(text: str) -> str:
     return re.sub(acting, "\ufffd", text)
 
 
-def pick_device(name: str) -> str:
-    """`auto` is the best of cuda, mps and cpu that this machine has."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else mps
-
-
-def product_dtype(precision: str, device: str) -> torch.dtype:
-    """The precision of matrix products; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    low = precision == "bfloat16" or (precision == "auto" and device.startswith("cuda"))
-    return torch.bfloat16 if low else torch.float32
-
-
-def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module, whose matrix products are computed in `dtype` from here on."""
-    for part in module.modules():
-        if isinstance(part, Linear | RMSNorm):
-            part.products = dtype
-    return module
-
-
-def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """The decoder, frozen, with its matrices and biases in the precision of products, so that a
-    step casts none. Norms stay float32, as in training.
-    """
-    for module in decoder.modules():
-        if isinstance(module, Linear | nn.Embedding):
-            module.to(dtype)
-    return multiply_in(decoder, dtype).requires_grad_(False)
+def device_and_dtype(o) -> tuple[str, torch.dtype]:
+    """--device and the type of products; `auto` is what the machine has, and bfloat16 on CUDA."""
+    other = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else other
+    device = best if o.device == "auto" else o.device
+    low = o.precision == "bfloat16" or (o.precision == "auto" and device.startswith("cuda"))
+    return device, torch.bfloat16 if low else torch.float32
 
 
 def load_policy(o) -> tuple[Decoder, Tokenizer]:
     """The checkpoint o.model to sample from, in --precision's type; ValueError if too short."""
-    device = pick_device(o.device)
-    decoder, longest = load_decoder(o.model, device), o.max_new_tokens
-    longest += getattr(o, "max_prompt_tokens", 0)
-    if longest > decoder.config.max_position_embeddings:
-        most = f"the model was made for {decoder.config.max_position_embeddings} tokens"
-        raise ValueError(f"{most}, not {longest}: --max-prompt-tokens and --max-new-tokens")
-    return for_sampling(decoder, product_dtype(o.precision, device)), load_tokenizer(o.model)
+    device, dtype = device_and_dtype(o)
+    decoder = load_decoder(o.model, device)
+    most = decoder.config.max_position_embeddings
+    longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
+    if longest > most:
+        flags = "--max-prompt-tokens and --max-new-tokens"
+        raise ValueError(f"the model was made for {most} tokens, not {longest}: {flags}")
+    return for_sampling(decoder, dtype), load_tokenizer(o.model)
 
 
 @dataclass

@@ -37,6 +37,7 @@ f(w,d) counts w in d, n(w) of the N documents hold w, d has |d| words, and `mean
 
 import random
 import re
+from bisect import bisect
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -264,15 +265,13 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     if not fits(0, []):
         raise ValueError(f"the bare instruction is over --max-prompt-tokens {max_prompt_tokens}")
     # Nothing longer than the budget can fit: so a very long text is split into tokens only once.
-    low, high = 0, max_prompt_tokens  # in the end `low` fits, and nothing above `high` does
-    items = [{key: tokenizer.cut(item[key].strip(), high) for key in fields} for item in items]
-    example = replace(example, query=tokenizer.cut(example.query.strip(), high))
-    while items and not fits(1, items):
-        items = items[:-1]
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle, items) else (low, middle - 1)
-    return messages(low, items)
+    most = max_prompt_tokens
+    items = [{key: tokenizer.cut(item[key].strip(), most) for key in fields} for item in items]
+    example = replace(example, query=tokenizer.cut(example.query.strip(), most))
+    # How many of the numbers 1, 2, .. fit: first of items, then of tokens.
+    counts = range(1, len(items) + 1)
+    items = items[: bisect(counts, False, key=lambda n: not fits(1, items[:n]))]
+    return messages(bisect(range(1, most + 1), False, key=lambda n: not fits(n, items)), items)
 
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
@@ -396,7 +395,7 @@ def make_ranker(o: "PromptOptions"):
     """rank(example, k) with the retriever that the options ask for."""
     dense = None
     if o.retriever == "dense" and o.encoder:
-        dense = load_dense(o.encoder, prlm.pick_device(o.device))
+        dense = load_dense(o.encoder, prlm.device_and_dtype(o)[0])
     return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense)
 
 

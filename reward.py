@@ -382,8 +382,8 @@ def trained_model(o, decoder, tokenizer, train, directory: Path, report: dict) -
     """The reward model of --reward-model or of `directory`; else one is trained there, on pairs
     that the decoder writes, and `report` says how that went.
     """
-    source, device = o.reward_model or (report and directory), prlm.pick_device(o.device)
-    dtype = prlm.product_dtype(o.precision, device)
+    source = o.reward_model or (report and directory)
+    device, dtype = prlm.device_and_dtype(o)
     if source:
         return prlm.multiply_in(load_reward_model(source, device), dtype)
     torch.manual_seed(o.seed)  # the classifier's first weights

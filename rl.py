@@ -204,35 +204,38 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     which may be a bfloat16 copy. All log-probabilities are at the sampling temperature: without it
     the ratio would compare two different policies.
     """
-    completions = [[row["tokens"] for row in group] for group in in_groups(o, rows)]  # [P][G]
+    completions = in_groups(o, [row["tokens"] for row in rows])  # [P][G]
     device = policy.decoder.head.device
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
     mask = trained_tokens(o, rows).to(device)  # [P, G, C]
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
-        total = 0.0
+        losses = []
         for batch, *asked in my_batches(o, prompts, completions):
             logprobs, _ = prlm.token_logprobs(policy.decoder, *asked, o.temperature)
             part = (batch, slice(None), slice(logprobs.shape[-1]))  # of the tensors [P, G, C]
             new[part] = logprobs.detach()
             if number == 0:
                 old[part] = new[part]
-                if o.beta:
-                    with torch.no_grad():
-                        ref[part], _ = prlm.token_logprobs(policy.reference, *asked, o.temperature)
+                ref[part] = reference_logprobs(o, policy, asked)
             loss = grpo_loss(
                 logprobs, old[part], advantages[batch], mask[part], ref[part],
                 o.clip, o.clip_high, o.beta, weights=weights[part],
             )  # fmt: skip
             loss.backward()
-            total += loss.item()
+            losses.append(loss.item())
         norm = optimizer_step(optimizer)
-    measured = update_metrics(o, rows, total, advantages, mask, new, old, ref)
+    measured = update_metrics(o, rows, sum(losses), advantages, mask, new, old, ref)
     return measured | {"grad_norm": norm}
 
 
-def in_groups(o: Options, rows: list[dict]) -> list[list[dict]]:
+@torch.no_grad()
+def reference_logprobs(o: Options, policy: Policy, asked) -> Tensor | float:
+    return prlm.token_logprobs(policy.reference, *asked, o.temperature)[0] if o.beta else 0.0
+
+
+def in_groups(o: Options, rows: list) -> list[list]:
     return [rows[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
 
 
@@ -288,8 +291,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples, on from the last step's, `start` having been read before step 0.
-    Every epoch has a shuffle of its own.
+    """Indices of a step's examples: each step goes on where the last one stopped, the first behind
+    `start` examples. Every epoch has a shuffle of its own.
     """
     read = range(start + step * size, start + (step + 1) * size)
     orders = {}  # of the epochs that the step reaches into
@@ -362,10 +365,11 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
         loud = "eval_rouge-l" in metrics or (step + 1) % max(1, o.steps // 10) == 0
         return said if loud else ""
 
+    (out / "samples.jsonl").touch()
     keep_training(o, out, "GRPO", o.steps, o.lr, policy, take)
 
 
-# ---- Before RL: a warm start -------------------------------------------------------------------
+# ---- Before RL: a warm start, and a first look -------------------------------------------------
 
 EVIDENCE = "The user wrote: {}\n"  # what the warm start puts into the reasoning block,
 EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # for so many items: a title, or how a tweet begins
@@ -432,6 +436,36 @@ def warm_start(o: Options, out: Path, train) -> str | Path:
     return folder
 
 
+def first_look(o: Options, out: Path, policy: Policy, train) -> None:
+    """One rollout of eight prompts, without a judge: a run that could not learn is stopped."""
+    if not policy.tokenizer.eos_ids:
+        raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
+    if o.steps == 0 or (out / "look.json").is_file():
+        return
+    shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
+    prompts = make_prompts(o, policy.tokenizer, shown)
+    rows = roll_out(o, policy, None, shown, prompts, "look")
+    answered = [not scoring.is_placeholder(row["answer"], o.task) for row in rows]
+    differing = by_group(o, rows, "advantage").any(1)
+    if o.personalization:  # a judge would value answers differently
+        texts = [row["answer"] if real else "" for row, real in zip(rows, answered, strict=True)]
+        differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, texts)])
+    found = {
+        "answered": sum(answered) / len(rows),
+        "truncated": sum(not row["finished"] for row in rows) / len(rows),
+        "groups_with_spread": differing.float().mean().item(),
+    }
+    text = "a first look: {:.0%} of completions have an answer, {:.0%} are cut off; rewards differ "
+    print(f"{text}in {{:.0%}} of groups".format(*found.values()))
+    if found["groups_with_spread"] <= 0.1 and not o.force:
+        raise ValueError(
+            "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
+            "With --overwrite: --warm-start 125 teaches the form; where many are cut off, raise "
+            "--max-new-tokens; where most answer, --temperature. --force trains all the same"
+        )
+    prlm.write_json(out / "look.json", found)
+
+
 # ==== Below: not the method =====================================================================
 
 # ---- The policy and its copies -------------------------------------------------------------------
@@ -444,8 +478,7 @@ def make_policy(o: Options, directory) -> Policy:
     LoRA only the adapters move, so the frozen base may be as small as the products are, and the
     decoder, adapters on, samples itself.
     """
-    device = prlm.pick_device(o.device)
-    dtype = prlm.product_dtype(o.precision, device)
+    device, dtype = prlm.device_and_dtype(o)
     decoder = prlm.multiply_in(prlm.load_decoder(directory, device), dtype)
     if o.lora_rank:
         torch.manual_seed(o.seed)  # LoRA's A starts random
@@ -468,15 +501,13 @@ def refresh(policy: Policy, seed: int | None = None) -> None:
     if policy.sampler is policy.decoder:
         return
     device = policy.decoder.head.device
-    generator = torch.Generator(device).manual_seed(seed or 0)
+    noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
     for copied, weight in pairs:
-        if (
-            copied.dtype == torch.bfloat16 and seed is not None
-        ):  # the upper half of a float32's bits
-            bits, how = weight.detach().view(torch.int32), {"device": device, "dtype": torch.int32}
-            noise = torch.randint(2**16, bits.shape, generator=generator, **how)
-            weight = (bits + noise & -(2**16)).view(torch.float32)
+        if copied.dtype == torch.bfloat16 and seed is not None:
+            bits = weight.detach().view(torch.int32)  # bfloat16 is the upper half of them
+            bits = bits + torch.randint(2**16, bits.shape, dtype=torch.int32, **noise)
+            weight = (bits & -(2**16)).view(torch.float32)
         copied.copy_(weight)
 
 
@@ -556,39 +587,6 @@ def update_metrics(o: Options, rows, loss: float, advantages, *tensors) -> dict[
     return total | {"gap": max(share["gap"] for share in shares)}
 
 
-# ---- A first look ------------------------------------------------------------------------------
-
-
-def first_look(o: Options, out: Path, policy: Policy, train) -> None:
-    """One rollout of eight prompts, without a judge: a run that could not learn is stopped."""
-    if not policy.tokenizer.eos_ids:
-        raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
-    if o.steps == 0 or (out / "look.json").is_file():
-        return
-    shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
-    prompts = make_prompts(o, policy.tokenizer, shown)
-    rows = roll_out(o, policy, None, shown, prompts, "look")
-    answered = [not scoring.is_placeholder(row["answer"], o.task) for row in rows]
-    differing = by_group(o, rows, "advantage").any(1)
-    if o.personalization:  # a judge would value answers differently
-        texts = [row["answer"] if real else "" for row, real in zip(rows, answered, strict=True)]
-        differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, texts)])
-    found = {
-        "answered": sum(answered) / len(rows),
-        "truncated": sum(not row["finished"] for row in rows) / len(rows),
-        "groups_with_spread": differing.float().mean().item(),
-    }
-    text = "a first look: {:.0%} of completions have an answer, {:.0%} are cut off; rewards differ "
-    print(f"{text}in {{:.0%}} of groups".format(*found.values()))
-    if found["groups_with_spread"] <= 0.1 and not o.force:
-        raise ValueError(
-            "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
-            "With --overwrite: --warm-start 125 teaches the form; where many are cut off, raise "
-            "--max-new-tokens; where most answer, --temperature. --force trains all the same"
-        )
-    prlm.write_json(out / "look.json", found)
-
-
 # ---- A run's directory, its saved states, its end ----------------------------------------------
 
 
@@ -616,6 +614,7 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
     done = load_state(folder, policy, optimizer)
+    (folder / "metrics.jsonl").touch()  # the run may have no step to log
     if done:
         refresh(policy, seed_of(o.seed, "rounding", done - 1))
         print(f"{title}: on after step {done}")
@@ -707,14 +706,11 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=Non
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
     if lines.is_file():
         return prlm.read_lines(lines)
-    greedy, sampled = (
-        scoring.answer_all(o, policy.sampler, policy.tokenizer, held, temperature, k)
-        for temperature in (0.0, 0.7)
-    )
+    how = (o, policy.sampler, policy.tokenizer, held)
+    greedy, sampled = (scoring.answer_all(*how, temperature, k) for temperature in (0.0, 0.7))
     scores = scoring.mean_scores(greedy)
     scores |= {f"{key}_sampled": x for key, x in scoring.mean_scores(sampled).items()}
-    others = prlm.read_json(file) if file.is_file() else {}
-    prlm.write_json(file, others | {name: scores})
+    prlm.write_json(file, (prlm.read_json(file) if file.is_file() else {}) | {name: scores})
     text = "".join(f"{json.dumps(record)}\n" for record in scoring.to_lines(greedy))
     prlm.write_text(lines, text)
     return greedy
@@ -730,11 +726,9 @@ def report(out: Path) -> None:
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))
     pairs = zip(*map(prlm.read_lines, files), strict=True)
     before, after = max(pairs, key=lambda two: two[1].get("rouge-l", 0) - two[0].get("rouge-l", 0))
-    shown = {
-        "prompt": after["prompt"].rpartition("</answer>\n")[2],
-        "the user wrote": after["target"],
-    }
-    shown |= {"before RL": before["completion"], "after RL": after["completion"]}
+    shown = {"prompt": after["prompt"].rpartition("</answer>\n")[2]}
+    shown |= {"the user wrote": after["target"], "before RL": before["completion"]}
+    shown |= {"after RL": after["completion"]}
     print(f"\nthe held-out record that gained most, {after['id']}:")
     for title, text in shown.items():
         print(f"--- {title}\n{prlm.printable(str(text)).strip()}")

@@ -488,7 +488,7 @@ EXERCISES = [
         out = torch.einsum("...i,oi->...o", x, self.weight.to(kind))
         if self.bias is not None:
             out = out + self.bias.to(kind)
-        if self.lora_A is not None:
+        if self.scale:
             inner = torch.einsum("...i,ri->...r", x, self.lora_A.to(kind))
             out = out + torch.einsum("...r,or->...o", inner * self.scale, self.lora_B.to(kind))
         return out
@@ -647,7 +647,8 @@ EXERCISES = [
         fine = temperature == 0 or 1e-6 <= temperature < math.inf
         if group_size < 1 or max_new_tokens < 1 or not fine:
             raise ValueError("group_size and max_new_tokens are at least 1, temperature is not < 0")
-        check_ids(decoder, prompts)
+        if [] in prompts:
+            raise ValueError("an empty prompt")
         if not prompts:
             return []
         device, stop = decoder.head.device, set(eos_ids)
@@ -709,12 +710,11 @@ EXERCISES = [
                    "`gap` is 0 at --temperature 1 and large at any other.",
                    "target.tokens, temperature)", "target.tokens, 1.0)"),
         ], """
-        if not 1e-6 <= temperature < math.inf:
-            raise ValueError("the temperature must be above 0")
+        if not 1e-6 <= temperature < math.inf or [] in prompts:
+            raise ValueError("the temperature must be above 0, and prompts hold a token")
         sizes = {len(group) for group in completions}
         if len(prompts) != len(completions) or len(sizes) > 1:
             raise ValueError("each prompt needs a group of completions, all groups of one size")
-        check_ids(decoder, prompts, completions)
         device, limit, groups = decoder.head.device, decoder.vocab_limit, []
         width = max((len(answer) for group in completions for answer in group), default=0)
         for prompt, group in zip(prompts, completions):

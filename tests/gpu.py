@@ -284,10 +284,11 @@ def graphs_are_right(shape: str, dtype, lora: bool = False) -> dict:
     try:
         with_graph = prlm.generate(decoder, prompts, G, new, **how)
         again = prlm.generate(decoder, prompts, G, new, **how)
-        prlm.CUDA_GRAPHS = False
+        prlm.PACES["cuda"] = prlm.PACES["cuda"]._replace(record=False)
         plain = prlm.generate(decoder, prompts, G, new, **how)
     finally:
-        prlm.CUDA_GRAPHS, prlm.Recorded.record = True, record
+        prlm.PACES["cuda"] = prlm.PACES["cuda"]._replace(record=True)
+        prlm.Recorded.record = record
     pairs = [(a, b) for x, y in zip(with_graph, plain) for a, b in zip(x, y)]
     same = statistics.mean(a.tokens == b.tokens for a, b in pairs)
     first = max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs)
@@ -508,11 +509,12 @@ def decode_speed(decoder, P: int, G: int, bandwidth: float, rate: float, T: int 
         memory = peak(lambda: run(C))
         recordings.clear()
         whole, first = seconds(lambda: run(C), 2), seconds(lambda: run(1), 3)
-        prlm.CUDA_GRAPHS, few = False, C // 4
+        prlm.PACES["cuda"], few = prlm.PACES["cuda"]._replace(record=False), C // 4
         run(2)
         plain = (seconds(lambda: run(few)) - first) / max(few - 1, 1)
     finally:
-        prlm.CUDA_GRAPHS, prlm.Recorded.record = True, record
+        prlm.PACES["cuda"] = prlm.PACES["cuda"]._replace(record=True)
+        prlm.Recorded.record = record
     step = (whole - first) / (C - 1)
     layers, _, keys, size = dimensions(decoder)
     token = layers * 2 * keys * size * 2  # bytes of a token's keys and values
@@ -751,7 +753,8 @@ def head() -> None:
 
 
 def head_speed(decoder, hidden, targets, logits: int | None) -> dict:
-    pace_of = prlm.pace_of
+    device = hidden.device.type
+    pace = prlm.PACES[device]
 
     def run():
         decoder.zero_grad()
@@ -765,7 +768,7 @@ def head_speed(decoder, hidden, targets, logits: int | None) -> dict:
 
     try:
         if logits:
-            prlm.pace_of = lambda device: pace_of(device)._replace(logits=logits)
+            prlm.PACES[device] = pace._replace(logits=logits)
         run()
         decoder.zero_grad()
         hidden.grad = None
@@ -773,7 +776,7 @@ def head_speed(decoder, hidden, targets, logits: int | None) -> dict:
         used = peak(run) - start / 2**30
         return {"seconds": seconds(run, 3), "GiB_beside_weights": used}
     finally:
-        prlm.pace_of = pace_of
+        prlm.PACES[device] = pace
         decoder.zero_grad()
 
 

@@ -107,20 +107,16 @@ class TestPEFT:
 
 
 class TestAdapters:
-    def test_at_first_nothing_changes(self):
+    def test_at_first_nothing_changes(self, tmp_path):
         decoder, tokens = small(), torch.arange(30)[None]
         before = decoder(tokens).detach()
         state = {name: x.clone() for name, x in decoder.state_dict().items()}
         prlm.add_lora(decoder, RANK, ALPHA)
         assert torch.equal(decoder(tokens), before)
-        merged = prlm.merged_state(decoder)
+        prlm.save_decoder(decoder, TOKENIZER, tmp_path)
+        merged = prlm.read_safetensors(tmp_path / "model.safetensors")
         assert merged.keys() == state.keys()
         assert all(torch.equal(merged[name], state[name]) for name in state)
-
-    @pytest.mark.parametrize("rank, alpha", [(0, 1.0), (4, 0.0), (4, float("nan")), (10**6, 1.0)])
-    def test_bad_sizes(self, rank, alpha):
-        with pytest.raises(ValueError, match="rank"):
-            prlm.add_lora(small(), rank, alpha)
 
     def test_sampler_and_trainer_agree(self):
         decoder, prompts = adapted(small()), ragged_prompts()

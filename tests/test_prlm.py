@@ -392,11 +392,7 @@ class TestRecorded:
             made.append(Recording())
             return made[-1]
 
-        def make_step(decoder, cache):
-            return prlm.Recorded(partial(decoder.run, attend=cache.read_next), cache)
-
-        monkeypatch.setattr(prlm, "make_step", make_step)
-        monkeypatch.setattr(prlm, "pace_of", lambda device: prlm.ON_CUDA)
+        monkeypatch.setitem(prlm.PACES, "cpu", prlm.PACES["cuda"])
         for name in ("newest", "side"):
             monkeypatch.setattr(prlm.Recorded, name, None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
@@ -409,7 +405,7 @@ class TestRecorded:
 
     def test_answers_are_those_of_eager_steps(self, graphs, monkeypatch):
         """140 tokens: two windows, and rows that leave when they meet their end."""
-        decoder, prompts, eager = small(), ragged_prompts((7, 1, 12, 3)), prlm.ON_CPU
+        decoder, prompts, eager = small(), ragged_prompts((7, 1, 12, 3)), prlm.PACES["mps"]
         long = prlm.generate(decoder, prompts, 1, 140, 0.0)
         ends = {group[0].tokens[n] for group, n in zip(long, (5, 90))}
         found = prlm.generate(decoder, prompts, 2, 140, 0.0, ends)
@@ -420,8 +416,7 @@ class TestRecorded:
         logprobs, mask = prlm.token_logprobs(decoder, prompts, ids_of(found))
         sampled = [torch.tensor(c.logprobs) for group in found for c in group]
         close(logprobs[mask], torch.cat(sampled), 1e-4)
-        monkeypatch.setattr(prlm, "pace_of", lambda device: eager)
-        monkeypatch.setattr(prlm, "make_step", lambda d, c: partial(d.run, attend=c.read_next))
+        monkeypatch.setitem(prlm.PACES, "cpu", eager)
         assert ids_of(found) == ids_of(prlm.generate(decoder, prompts, 2, 140, 0.0, ends))
 
 
@@ -560,7 +555,8 @@ class TestTwins:
 
     def test_chunked_head_equals_the_full_one(self, monkeypatch):
         """And keeps no logits for backward."""
-        monkeypatch.setattr(prlm, "ON_CPU", prlm.ON_CPU._replace(logits=1))  # 128 rows a chunk
+        pace = prlm.PACES["cpu"]._replace(logits=1)  # 128 rows a chunk
+        monkeypatch.setitem(prlm.PACES, "cpu", pace)
         decoder, noise, kept = small(tie_word_embeddings=False), generator(), []
         hidden = torch.randn(300, 48, generator=noise).requires_grad_()
         targets, inputs = torch.arange(300) % 97, (hidden, decoder.head)
@@ -623,7 +619,6 @@ class TestTwins:
         decoder = small()
         for call in (
             lambda: prlm.generate(decoder, [[]]),
-            lambda: prlm.generate(decoder, [[97]]),
             lambda: prlm.generate(decoder, [[1]], temperature=-1),
             lambda: prlm.generate(decoder, [[1]], temperature=9e-7),
             lambda: prlm.generate(decoder, [[1]], group_size=0),

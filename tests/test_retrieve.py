@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import time
 import signal
 import typing
 from dataclasses import replace
@@ -436,6 +437,15 @@ def parts(messages):
 
 
 class TestPrompt:
+    def test_two_hundred_items(self, toy_tokenizer):
+        """The budget is nearly used up, in seconds, however many items there are."""
+        items = [{"text": f"{n} word " * 60, "title": "t"} for n in range(200)]
+        started = time.process_time()
+        messages = build_messages(Example("1", "u", "LaMP-4", "q", items, None), items,
+                                  toy_tokenizer, 1000)  # fmt: skip
+        assert 970 < len(toy_tokenizer.chat(messages)) <= 1000
+        assert time.process_time() - started < 5
+
     @pytest.mark.parametrize(("task", "key", "item", "question"), [
         ("LaMP-4", "title", "'text': 'it’s' 'title': 'B'", "'text': 'the query' 'title':"),
         ("LaMP-5", "title", "'abstract': 'C' 'title': 'B'", "'abstract': 'the query' 'title':"),

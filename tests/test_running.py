@@ -78,7 +78,7 @@ class TestRun:
             assert torch.allclose(model(tokens).logits, ours, rtol=1e-4, atol=1e-5)
 
     def test_eval_gives_the_scores_of_the_run(self, world, finished, tmp_path):
-        given = dict(run=str(finished), out=str(tmp_path / "eval"))
+        given = dict(run=str(finished), out=str(tmp_path / "eval"), limit=4)
         scoring.main(prlm.resolve(scoring.Options, given))
         scores = prlm.read_json(tmp_path / "eval" / "scores.json")
         after = prlm.read_json(finished / "scores.json")["after"]
@@ -294,7 +294,7 @@ class TestLook:
         texts = [form(f"{{'title': '{a}'}}" if a else "no") for a in answers]
         tokenizer = prlm.load_tokenizer(world / "policy")
         groups = [[prlm.Completion(tokenizer.encode(t), [0.0], True) for t in texts]]
-        monkeypatch.setattr(prlm, "generate", lambda _, prompts, **__: groups * len(prompts))
+        monkeypatch.setattr(prlm, "generate", lambda _, prompts, *__, **___: groups * len(prompts))
         policy = rl.Policy(None, None, tokenizer, None)
         rl.first_look(o, tmp_path, policy, retrieve.load_examples(o, "train"))
         assert prlm.read_json(tmp_path / "look.json")["groups_with_spread"] == float(spread)
@@ -319,7 +319,6 @@ class TestOptions:
         ({"temperature": 0.0}, "--temperature must"), ({"lr": math.nan}, "--lr must"),
         ({"encoder": None}, "--encoder DIRECTORY"), ({"k": 0}, "--k 0 leaves none"),
         ({"retriever": "none", "judge": "ratio"}, "--retriever none leaves none"),
-        
         ({"model": "no/where"}, "hf download no/where"), ({"data": "no"}, "no"),
     ])  # fmt: skip
     def test_what_cannot_be_is_refused_before_anything_is_written(

@@ -177,20 +177,19 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(world, undisturbed, tmp_pa
         same_state(out, undisturbed[0])
 
 
-@pytest.mark.parametrize("slow, mark, asked, status", [
-    ("update", "metrics.jsonl", 2, -signal.SIGINT), ("make_judge", "look.json", 1, 130),
+@pytest.mark.parametrize("slow, asked, status", [
+    ("update", 2, -signal.SIGINT), ("make_judge", 1, 130),
 ])  # fmt: skip
 def test_the_second_signal_and_one_outside_of_the_steps_end_at_once(
-    world, tmp_path, monkeypatch, slow, mark, asked, status
+    world, tmp_path, monkeypatch, slow, asked, status
 ):
-    monkeypatch.setattr(rl, slow, lambda *_: time.sleep(60))
-    out, log = tmp_path / "run", tmp_path / "run.log"
-    process = start(whole(world, out, warm_start=0))
-    wait_for((out / mark).is_file, process)
-    time.sleep(0.2)
+    here, log = tmp_path / "here", tmp_path / "run.log"
+    monkeypatch.setattr(rl, slow, lambda *_: [here.touch(), time.sleep(60)])
+    process = start(whole(world, tmp_path / "run", warm_start=0))
+    wait_for(here.is_file, process)
     for _ in range(asked):
         os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.2)
+        time.sleep(0.3)
     process.join(10)
     assert process.exitcode == status and "Traceback" not in log.read_text()
 
