@@ -13,8 +13,7 @@ pass, a prompt, a sampling step and a training step differ only in which token m
 `Decoder.run` is one loop over the layers, and each of the four brings its own `attend`.
 
 Left out: sliding windows, rope types other than default and llama3, quantised weights, top-k and
-top-p (GRPO needs the probability of what was sampled, and a cut distribution is not the one that is
-trained).
+top-p (GRPO needs the probability of what was sampled, not one of a cut distribution).
 
     python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
 
@@ -52,9 +51,8 @@ from tqdm import tqdm
 def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
-    With llama3's scaling, the frequency of a pair that turns fewer than `low` times within the
-    original context is divided by `factor`, with more than `high` turns it is kept, in between the
-    two are blended, linearly in the turns. float32.
+    llama3 divides by `factor` where a pair turns fewer than `low` times within the original
+    context, keeps it with more than `high` turns, and blends in between, linearly in the turns.
     """
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
     frequencies = 1.0 / c.rope["rope_theta"] ** exponents
@@ -68,16 +66,13 @@ def rope_frequencies(c: SimpleNamespace) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
-
-    `cos` and `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half,
-    so that rolling by half, which gives (x2, x1), is all that is left to do.
+    `cos`, `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half.
     """
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
-
     `visible` is True where query t may look at key s. k and v [B, S, K, D] may have fewer heads
     (grouped queries): R = heads / K of them share one, and query head h looks at key head h // R.
     """
@@ -91,10 +86,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 
 
 class Linear(nn.Linear):
-    """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021).
-
-    The product is computed in the precision `products`, or in W's own where that is None: float32
-    weights can have bfloat16 products. A is [r, inputs], B [outputs, r].
+    """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021); A [r, inputs], B
+    [outputs, r]. Products are of the type `products`, or W's own where that is None.
     """
 
     products: torch.dtype | None = None
@@ -200,7 +193,6 @@ class Decoder(nn.Module):
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
-
         The sum that runs through the layers is float32 even where products are bfloat16: so the
         sampler, whose weights may be a bfloat16 copy, agrees with the trainer and its float32 ones.
         """
@@ -217,10 +209,8 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side.
-
-        The plain definition, which the tests compare with transformers and with everything faster.
-        At its real tokens a row has the logits that it would have alone; the others mean nothing.
+        """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side, where
+        logits mean nothing. The plain definition, with which the tests compare all that is faster.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = None  # causal
@@ -244,9 +234,7 @@ def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """The decoder, frozen, with its matrices and biases in the precision of products, so that a
-    step casts none. Norms stay float32, as in training.
-    """
+    """The decoder, frozen, its matrices and biases, but not its norms, in the type of products."""
     for module in decoder.modules():
         if isinstance(module, Linear | nn.Embedding):
             module.to(dtype)
@@ -254,6 +242,8 @@ def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 # ---- Sampling: the prompt once, its completions many -----------------------------------------
+
+COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature can overflow
 
 
 class Ragged:
@@ -333,10 +323,8 @@ class Cache:
         self.window = min(window, self.own.shape[5])  # max_new_tokens
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
-
-        One softmax over [scores against the prompt, scores against its own tokens] is exact:
-        attention does not care that its keys lie in two tensors. (einsum is a tenth slower here.)
+        """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far. One
+        softmax over both parts of the scores is exact. (einsum would be a tenth slower.)
         """
         P, K, G, _, D = self.own.shape[2:]
         n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
@@ -356,14 +344,9 @@ class Cache:
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
 
-COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature can overflow
-
-
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
-    """One id per row of softmax(logits / temperature) [rows, V], and its log-probability.
-
-    Temperature 0 takes the id of the largest logit, with its log-probability at temperature 1. Rows
-    are independent; the same generator draws the same; an id of probability 0 is never drawn.
+    """One id per row of softmax(logits / temperature) [rows, V], never one of probability 0, with
+    its log-probability; at temperature 0 the id of the largest logit, with that at temperature 1.
     """
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
@@ -387,16 +370,14 @@ def generate(
 ) -> list[list[Completion]]:  # fmt: skip
     """Samples `group_size` completions of each prompt, [P][G].
 
-    Every prompt runs once; then a step computes one token of every row. A completion ends with its
-    first id of `eos_ids`, and is then finished, or after `max_new_tokens`; rows that have ended
-    leave the batch. `seed` makes the noise repeatable (None draws from torch's own generator).
+    A completion ends with its first id of `eos_ids`, and is then finished, or after
+    `max_new_tokens`; rows that have ended leave the batch. Without `seed` the noise is torch's own.
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. ValueError for a
     prompt, a group or a length below 1 and a temperature below COLDEST that is not 0.
     """
-    if min(group_size, max_new_tokens, *map(len, prompts)) < 1:
-        raise ValueError("prompts, group_size and max_new_tokens must be at least 1")
-    if temperature != 0 and not temperature >= COLDEST:
-        raise ValueError(f"the temperature must be 0, which is greedy, or at least {COLDEST}")
+    good = temperature == 0 or temperature >= COLDEST
+    if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
+        raise ValueError(f"a prompt, a size or a temperature is below its least: 1, 1, {COLDEST}")
     if not prompts:
         return []
     P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
@@ -439,17 +420,15 @@ def generate(
 def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
 
-    `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. Each prompt
-    runs once, with gradient, beside its G completions. All tokens lie end to end; only attention
-    sees grids, where a completion's queries meet [prompt keys, its own keys].
-
-    The temperature is the sampler's: without it the ratio of the loss would compare two different
-    policies. The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
+    `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
+    lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
+    own keys]. The temperature is the sampler's: else the loss would compare two different policies.
+    The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
     ValueError for a temperature below COLDEST, an empty prompt, and groups of unequal size.
     """
     if not temperature >= COLDEST or not all(map(len, prompts)):
         raise ValueError(f"the temperature must be at least {COLDEST}, and no prompt be empty")
-    if len(prompts) != len(completions) or len({len(group) for group in completions}) > 1:
+    if len(prompts) != len(completions) or len({*map(len, completions)}) > 1:
         raise ValueError("each prompt needs one group of completions, and all groups one size")
     device, G = decoder.head.device, len(completions[0]) if completions else 0
     rows = [list(ids) for group in completions for ids in group]  # P*G
@@ -484,10 +463,8 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
 
 
 def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(hidden W^T / temperature)[target], [N], some rows of logits at a time.
-
-    A whole batch's logits would be the largest tensor of all: for 8,192 tokens and 152,000 words
-    5 GB in float32, and more in backward. So a chunk's are dropped, and computed again in backward.
+    """log softmax(hidden W^T / temperature)[target], [N], a chunk of logits at a time, and again in
+    backward: all of them, for 8,192 tokens and 152,000 words, are 5 GB in float32.
     """
     limit = decoder.vocab_limit
 
@@ -519,9 +496,8 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
-    """Freezes the decoder and gives every matrix of its layers a float32 adapter to train.
-
-    A is drawn from torch's own generator, as PEFT draws it; B is 0, so at first nothing changes.
+    """Freezes the decoder and gives every matrix of its layers a float32 adapter to train: A, drawn
+    as in PEFT, and B, which is 0, so at first nothing changes.
     """
     decoder.requires_grad_(False)
     for module in decoder.model.layers.modules():
@@ -543,9 +519,8 @@ def without_lora(decoder: Decoder) -> Decoder:
 
 
 def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
-    """Writes a checkpoint that transformers opens unchanged, LoRA merged in.
-
-    W + (alpha / r) B A is float32: on the grid of a bfloat16 W most of the change would be lost.
+    """Writes a checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A,
+    in float32, since on the grid of a bfloat16 W most of the change would be lost.
     """
     state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     for path, module in decoder.named_modules():
@@ -598,15 +573,15 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT. `raw` is its config.json; `tokenizer` is set by load_encoder where there is one."""
+    """BERT. `raw` is its config.json."""
 
-    def __init__(self, raw: dict, where="config.json", pooler: bool = True):
+    def __init__(self, raw: dict, where="config.json", pooler: bool = True, tokenizer=None):
         super().__init__()
         self.raw = BERT | raw
         if any(self.raw[name] != BERT[name] for name in [*BERT][:4]):
             raise ValueError(f"{where}: not a BERT encoder with gelu and absolute positions")
         self.config = c = SimpleNamespace(**self.raw)
-        self.tokenizer, self.max_length = None, c.max_position_embeddings
+        self.tokenizer, self.max_length = tokenizer, c.max_position_embeddings
         H, self.embeddings = c.hidden_size, nn.ModuleDict()
         sizes = {"word": c.vocab_size, "position": self.max_length, "token_type": c.type_vocab_size}
         for name, size in sizes.items():
@@ -638,9 +613,7 @@ class Encoder(nn.Module):
         return x
 
 
-# ---- Text: a format brings its control tokens' ids, and whatever fills it is text --------------
-#
-# So no profile and no answer can open a turn, end one, or close the reasoning.
+# ---- Text: a format brings control tokens, what fills it never: no profile can open a turn ------
 
 ROLES = ("system", "user", "assistant")
 FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
@@ -651,7 +624,8 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
     "Llama 3": ("<|begin_of_text|>", {role: (
         f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
-CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|</?think>")
+CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
+THINK = re.compile(r"(</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>")
@@ -672,9 +646,7 @@ def chat_format(known, template: str) -> str | None:
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
-
-    Ids of ordinary text equal transformers'. Control tokens, <think> and </think> among them, come
-    from formats alone, never from what a text spells.
+    Control tokens, <think> and </think> among them, come from formats alone, never from a text.
     """
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
@@ -693,26 +665,21 @@ class Tokenizer:
         self.end_id = min(end or self.eos_ids, default=None)
         content = json.loads(backend.to_str())
         for token in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
-            named = CONTROL.fullmatch(token["content"]) is not None
-            token["special"] |= named or token["id"] in self.eos_ids
+            named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
+            token["special"] |= bool(named) or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
-        names = sorted(map(re.escape, self.control), key=len, reverse=True)
-        self.marks = re.compile(f"({'|'.join(names) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         self.backend.no_truncation()  # tokenizer.json may switch on either
         self.backend.no_padding()
-        self.read_template(token_text(settings.get("bos_token")))
-
-    def read_template(self, bos: str) -> None:
-        """What the template adds to its format: a BOS, a system message, how an answer begins."""
-        template, plain = self.template, not self.template
-        self.bos = bos if bos in self.control and "bos_token" in template else ""
-        thinks = OPENS_THINKING.search(template) or (self.format == "R1" and plain)
+        # What the template adds to its format: a BOS, a system message, how an answer begins.
+        bos, plain = token_text(settings.get("bos_token")), not self.template
+        self.bos = bos if bos in self.control and "bos_token" in self.template else ""
+        thinks = OPENS_THINKING.search(self.template) or (self.format == "R1" and plain)
         self.opening = "<think>\n" if self.format and thinks else ""  # said for the assistant
-        dated = "Cutting Knowledge Date" in template or (plain and "<|eom_id|>" in self.control)
+        dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
         self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
-        found = DEFAULT_SYSTEM.search(template)
+        found = DEFAULT_SYSTEM.search(self.template)
         self.default_system = found[1] if found else "" if self.dates else None
 
     def encode(self, text: str) -> list[int]:
@@ -722,11 +689,17 @@ class Tokenizer:
     def fill(self, form: str, *texts: str) -> list[int]:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
-        for piece in self.marks.split(form):
+        for piece in CONTROL.split(form):
             if piece in self.control:
                 ids.append(self.control[piece])
+            elif "{}" not in piece:  # ours as a whole: its <think> is the token, if there is one
+                self.backend.encode_special_tokens = False
+                ids += self.encode(piece)
+                self.backend.encode_special_tokens = True
             else:
-                ids += self.encode(re.sub(r"\{\}", lambda _: next(texts), piece))
+                for part in THINK.split(piece) if "<think>" in self.control else [piece]:
+                    text = re.sub(r"\{\}", lambda _: next(texts), part)
+                    ids += [self.control[part]] if part in self.control else self.encode(text)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -736,14 +709,12 @@ class Tokenizer:
 
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
-
-        A chat format brings its own BOS. Where there is none, messages are plain text with the
-        tokenizer's BOS, and a warning says so. ValueError for a template that is not known.
+        Without a chat format messages are plain text. ValueError for a template that is not known.
         """
         turns = [(m["role"], m["content"]) for m in messages]
-        if self.format is None and self.template:
-            raise ValueError(f"the chat template is none of those known: {', '.join(FORMATS)}")
         if self.format is None:
+            if self.template:
+                raise ValueError(f"the chat template is none of those known: {', '.join(FORMATS)}")
             warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
             return self.backend.encode("".join(as_text(text) + "\n\n" for _, text in turns)).ids
         begin, around = FORMATS[self.format]
@@ -756,8 +727,8 @@ class Tokenizer:
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
             # A system message is ours, and stands in the form itself: its <think> is the token.
-            marks = [name for name in (*self.control, "{}") if "think>" not in name]
-            theirs = role != "system" or any(mark in text for mark in marks)
+            held = [name for name in (*self.control, "{}") if name in text]
+            theirs = role != "system" or any(not THINK.fullmatch(name) for name in held)
             form += ("{}" if theirs else text).join(around[role])
             texts += [text] if theirs else []
         return self.fill(form + around["assistant"][0] + self.opening, *texts)
@@ -787,8 +758,6 @@ class Tokenizer:
 
 
 class Pace(NamedTuple):
-    """What is fastest on a device: a GPU's host should wait for it rarely."""
-
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
     coarse: bool  # cache windows in powers of 2, since a CUDA graph needs shapes that last
@@ -805,7 +774,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
     """(indices of the rows that stay, `done` [P', G'] of them), if at most `keep` of [P, G] stay.
-
     All groups keep one size: unfinished rows first, then finished ones to fill up.
     """
     left = (~done).sum(1)  # [P] completions of each prompt
@@ -835,9 +803,8 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 class Recorded:
-    """The decode step as a CUDA graph: one launch in place of dozens per layer.
-
-    It keeps addresses and shapes: it is recorded anew when the rows or the cache's window change.
+    """The decode step as a CUDA graph, one launch in place of dozens per layer. It keeps addresses
+    and shapes, so it is recorded anew when the number of rows or the cache's window changes.
     """
 
     newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
@@ -894,9 +861,8 @@ TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
 
 
 def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
-    """What the decoder needs of config.json, under Hugging Face's names and with its defaults;
-    ValueError for what is not implemented. Rotary settings have the old layout (rope_theta,
-    rope_scaling) or transformers 5's (rope_parameters).
+    """config.json with Hugging Face's defaults and, as `rope`, the old rotary settings (rope_theta,
+    rope_scaling) or transformers 5's (rope_parameters). ValueError for what is not implemented.
     """
     given = {key: value for key, value in raw.items() if value is not None}
     family, heads = given.get("model_type"), raw["num_attention_heads"]
@@ -909,13 +875,14 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
     })  # fmt: skip
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
     kind = rope.get("rope_type", rope.get("type", "default"))
+    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
     c.rope = {"rope_theta": c.rope_theta, **rope, "rope_type": kind}
     slides = c.use_sliding_window and c.max_window_layers < c.num_hidden_layers
     layers = given.get("layer_types", ["sliding_attention"] if slides else [])
     for good, what in (
         (family in ("qwen2", "qwen3", "llama"), f"model_type {family!r}"),
         (c.hidden_act == "silu", f"hidden_act {c.hidden_act!r}"),
-        (kind in ("default", "llama3"), f"the rope type {kind!r}"),
+        (kind in ("default", "llama3") and share == 1, f"the rope type {kind!r}"),
         (c.rope["rope_theta"], "a rotary embedding without rope_theta"),
         ({*layers} <= {"full_attention"}, "a sliding window"),
     ):
@@ -943,10 +910,8 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
     raw, tensors, tokenizer = open_checkpoint(directory, ENCODER_NAMES, ENCODER_EXTRA)
-    make = partial(Encoder, raw, directory, "pooler.dense.weight" in tensors)
-    encoder = fill_module(make, tensors, directory, device, dtype)
-    encoder.tokenizer = tokenizer
-    return encoder
+    make = partial(Encoder, raw, directory, "pooler.dense.weight" in tensors, tokenizer)
+    return fill_module(make, tensors, directory, device, dtype)
 
 
 def open_checkpoint(directory, names: dict[str, str], extra: str):
@@ -961,8 +926,8 @@ def open_checkpoint(directory, names: dict[str, str], extra: str):
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / files[0]).is_file():
         files = sorted({*read_json(index)["weight_map"].values()})
-    for file in files:
-        for name, tensor in read_safetensors(directory / file).items():
+    for file in files:  # nothing outside of the directory
+        for name, tensor in read_safetensors(directory / Path(file).name).items():
             if not re.search(extra, name):
                 for old, new in names.items():
                     name = re.sub(old, new, name)
@@ -988,9 +953,9 @@ def fill_module(make, tensors: dict[str, Tensor], directory, device, dtype) -> n
 def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
     """The tokenizer's files, config.json and, last, the weights: where they are, all is there."""
     dtype = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
-    key = "dtype" if "dtype" in raw else "torch_dtype"
+    name = {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
     tokenizer.save(directory)
-    write_json(Path(directory) / "config.json", raw | {key: str(dtype).removeprefix("torch.")})
+    write_json(Path(directory) / "config.json", raw | name)
     write_safetensors(Path(directory) / "model.safetensors", state)
 
 
@@ -1019,11 +984,9 @@ def token_text(token: dict | str | None) -> str:
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, memory-mapped: a page is read when it is first touched.
-
-    Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape,
-    data_offsets}} in UTF-8; the bytes, which the ranges must tile. Writing to a tensor does not
-    change the file. Faulty bytes, also a repeated name, are a ValueError that names the file.
+    """The tensors of a .safetensors file, memory-mapped; writing to one does not change the file.
+    Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape, data_offsets}};
+    the bytes, which the ranges must tile. Faults are a ValueError that names the file.
     """
 
     def unique(pairs):
@@ -1059,9 +1022,8 @@ def check_header(header: dict, size: int) -> dict[str, tuple]:
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         begin, end = entry["data_offsets"]
-        if any(type(n) is not int or not 0 <= n < 2**60 for n in (*shape, begin, end)):
-            raise ValueError(f"{name}: shape and data_offsets must be numbers of at least 0")
-        if begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
+        whole = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, begin, end))
+        if not whole or begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name}: its bytes are not those from {covered} that its shape needs")
         ranges[name], covered = (begin, end, dtype, shape), end
     if covered != size:
@@ -1077,8 +1039,6 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         x, begin = tensors[name], end
-        if name in header or x.dtype not in codes:
-            raise ValueError(f"{path}: cannot write a tensor named {name!r} of {x.dtype}")
         end += x.numel() * x.element_size()
         offsets = [begin, end]
         header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": offsets}
@@ -1097,9 +1057,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`: a
-    reader finds the old file or the new one. Of several processes only the first one's is kept.
-    """
+    """Yields a temporary path that becomes `path` on success, if this is the first process."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1115,7 +1073,7 @@ def replacing(path):
 
 def write_text(path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(text.encode())
 
 
 def write_json(path, value) -> None:
@@ -1158,9 +1116,7 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
-# ---- Several processes, which torchrun starts ------------------------------------------------
-#
-# All compute the same, but for what `complete` (eval.py) and `my_batches` (rl.py) share out.
+# ---- Several processes, which torchrun starts: all compute the same, but for a few loops ------
 
 
 def world() -> tuple[int, int]:
@@ -1223,9 +1179,8 @@ def parse_flags(options: type, description: str, arguments: list[str] | None = N
         usage="%(prog)s [options]", description=description, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    kinds = get_type_hints(options)
     for field in dataclasses.fields(options):
-        kind = kinds[field.name]
+        kind = get_type_hints(options)[field.name]
         how = {"type": (*get_args(kind), kind)[0]}  # X of "X | None"
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
@@ -1254,8 +1209,8 @@ def resolve(options: type, given: dict):
         raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
     # A temperature in a preset or a run is that of rollouts.
     own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
-    base = {name: base[name] for name in base.keys() & names - own}
-    o = options(**base | {name: given[name] for name in given.keys() & names})
+    chosen = {name: value for name, value in base.items() if name not in own} | given
+    o = options(**{name: chosen[name] for name in chosen.keys() & names})
     check_options(o)
     return o
 
@@ -1286,9 +1241,7 @@ def command(main, options: type, description: str) -> None:
 
 
 def new_directory(o, record="config.json") -> Path:
-    """The directory o.out for a new result, with the options in `record`; ValueError if it is not
-    empty. With --overwrite what is there is deleted first, if it is a result of these commands.
-    """
+    """o.out, made anew with the options in `record`; ValueError for what may not be deleted."""
     out = Path(o.out)
     if out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
         if not (out / record).is_file() or "overwrite" not in read_json(out / record):

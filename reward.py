@@ -55,7 +55,7 @@ def format_reward(completion: str) -> float:
 
     The opening tag is not asked for: some chat formats put it into the prompt.
     """
-    return float("\n</think>" in completion)
+    return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
 # (examples, answers) -> one number for each, as a list, an array or a tensor
@@ -88,7 +88,9 @@ def rewards(
             row["personalization"] = task_of(example.task).penalty
     if judge and judged:
         values = judge([example for _, example in judged], [row["answer"] for row, _ in judged])
-        values = [] if values is None else [float(value) for value in values]
+        values = (
+            [] if values is None else [float("nan" if value is None else value) for value in values]
+        )
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
         for (row, _), value in zip(judged, values, strict=True):

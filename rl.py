@@ -142,7 +142,7 @@ class Options(RewardOptions):
     personalization: float = option(0.1, "weight of the judge; 0 does without one", 0)
     warm_start: int = option(0, "supervised steps of 8 records before RL, to learn the form", 0)
     warm_start_lr: float = option(1e-4, "their peak learning rate", 1e-12)
-    steps: int = option(30, "rollouts, each with its update; 0 stops after the warm start", 0)
+    steps: int = option(30, "rollouts, each with its update; the schedule of --lr is over all", 0)
     prompts_per_step: int = option(16, "P; the authors take 1", 1)
     group_size: int = option(8, "G; the authors take 4", 2)
     temperature: float = option(1.0, "of sampling and training; the authors take 0.7", prlm.COLDEST)
@@ -153,7 +153,9 @@ class Options(RewardOptions):
     clip_high: float | None = option(None, "the same above 1, if it should be wider (DAPO)", 1e-12)
     normalizer: Normalizer = option("grpo", "of the loss; dr_grpo: advantages not over std")
     updates_per_rollout: int = option(1, "with one, the ratio is 1 and the clip never acts", 1)
-    mask_truncated: bool = option(False, "leave completions without an end out of the loss")
+    mask_truncated: bool = option(
+        False, "no loss on completions without an end; their rewards count"
+    )
     checkpointing: bool = option(False, "run each layer again in backward: less memory, slower")
     eval_every: int = option(5, "steps between scores on 64 held-out records; 0 is never", 0)
     save_every: int = option(20, "steps between saved states", 1)
@@ -313,6 +315,8 @@ def main(o: Options, judge=None) -> None:
         train, held = load_examples(o, "train"), load_examples(o, "dev")
         _, tokenizer = prlm.load_policy(o)  # a faulty file or option, before anything is written
         make_prompts(o, tokenizer, train[:1])
+        if not tokenizer.eos_ids:
+            raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
         out = prlm.gather(open_run(o) if prlm.world()[0] == 0 else None)[0]
         if (out / "predictions.json").is_file():
             print(f"{out} was finished before")
@@ -438,8 +442,6 @@ def warm_start(o: Options, out: Path, train) -> str | Path:
 
 def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     """One rollout of eight prompts, without a judge: a run that could not learn is stopped."""
-    if not policy.tokenizer.eos_ids:
-        raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
     if o.steps == 0 or (out / "look.json").is_file():
         return
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]

@@ -10,7 +10,7 @@ measured memory bandwidth, whichever is longer. The peers are in tests/requireme
     python tests/benchmark.py --device cuda      # DeepSeek-R1-Distill-Qwen-1.5B's shape
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
-TODO(lead): these figures are of an earlier version. On one core of a 2-core AMD server (AVX2),
+These figures are of the version before the chapters were rewritten. On one core of a 2-core AMD server (AVX2),
 float32, medians of 5 alternating runs, fewer with --large; "floor": how many times the floor.
 
                                                 ours            peer             ratio  floor

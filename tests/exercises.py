@@ -223,20 +223,17 @@ EXERCISES = [
                    "bool(items)", "True"),
             Mutant("what short fields leave is lost",
                    "Prompts stay far under the budget whenever one item is short.",
-                   "if fits(middle, items) else",
-                   "if middle * (1 + len(items)) * len(fields) <= max_prompt_tokens else"),
-            Mutant("the query is never cut",
-                   "One user with a very long article has a prompt without any item.",
-                   "cut(example.query)", "example.query"),
+                   "range(1, most + 1)", "range(1, most // (1 + len(items) * len(fields)) + 1)"),
             Mutant("the first items are left out",
                    "On a small budget the best items are missing, the worst are there.",
-                   "items = items[:-1]", "items = items[1:]"),
+                   "items = items[: bisect(", "items = items[::-1][: bisect("),
         ], """
+        keys = TASKS[example.task].fields
+
         def chat(most: int, count: int) -> list[dict]:
             def cut(text: str) -> str:
                 return text.strip() if most < 0 else tokenizer.cut(text.strip(), most)
 
-            keys = TASKS[example.task].fields
             shown = [{key: cut(item[key]) for key in keys} for item in items[:count]]
             lines = [show(item, example.task) for item in shown]
             lines += [instruction(example.task, count > 0)]
@@ -244,18 +241,24 @@ EXERCISES = [
             user = {"role": "user", "content": "\\n".join(lines)}
             return [{"role": "system", "content": SYSTEM}, user]
 
+        def size(most: int, count: int) -> int:
+            return len(tokenizer.chat(chat(most, count)))
+
+        def largest(good) -> int:
+            found, step = 0, 1 << 20
+            while step := step // 2:  # bit by bit, from above
+                found += step * good(found + step)
+            return found
+
         limit, count = max_prompt_tokens, len(items)
-        if tokenizer is None or limit is None or len(tokenizer.chat(chat(-1, count))) <= limit:
+        if tokenizer is None or limit is None or size(-1, count) <= limit:
             return chat(-1, count)
-        if len(tokenizer.chat(chat(0, 0))) > limit:
+        if size(0, 0) > limit:
             raise ValueError(f"the bare instruction takes more than {limit}")
-        while count and len(tokenizer.chat(chat(1, count))) > limit:
-            count -= 1
-        step = 1 << limit.bit_length()
-        most = 0
-        while step := step // 2:  # bit by bit, from above
-            most += step * (len(tokenizer.chat(chat(most + step, count))) <= limit)
-        return chat(most, count)
+        items = [{k: tokenizer.cut(x.strip(), limit) for k, x in item.items() if k in keys}
+                 for item in items]
+        count = largest(lambda n: n <= len(items) and size(1, n) <= limit)
+        return chat(largest(lambda most: most <= limit and size(most, count) <= limit), count)
         """),
     # Scores
     Exercise(

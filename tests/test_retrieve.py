@@ -4,8 +4,8 @@ import json
 import math
 import random
 import re
-import time
 import signal
+import time
 import typing
 from dataclasses import replace
 from pathlib import Path

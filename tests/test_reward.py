@@ -251,7 +251,7 @@ CASES = [  # completion, task, whether it holds an answer, accuracy, format
 class TestRewards:
     @pytest.mark.parametrize(("completion", "expected"), [
         ("<think>\na\n</think>\n{'title': 'b'}", 1), ("a\n</think>\nb", 1),  # the prompt opened it
-        ("<think>\na", 0), ("{'title': 'b'}", 0), ("", 0),
+        ("<think>\na", 0), ("{'title': 'b'}", 0), ("", 0), ("<think>\n\n</think>\n<think>\na", 0),
     ])  # fmt: skip
     def test_format(self, completion, expected):
         assert reward.format_reward(completion) == expected
@@ -301,7 +301,9 @@ class TestRewards:
         (row,) = reward.rewards(["'title': 'golf'"], asked, lambda *_: torch.tensor([0.5]))
         assert (row["accuracy"], row["personalization"]) == (0.0, 0.5)
 
-    @pytest.mark.parametrize("values", [None, [], [1.0], [1.0, math.nan], [1.0, math.inf, 2.0]])
+    @pytest.mark.parametrize(
+        "values", [None, [], [1.0], [1.0, None], [1.0, math.nan], [1.0, math.inf, 2.0]]
+    )
     def test_a_judge_must_give_a_number_for_each_answer(self, values):
         with pytest.raises(ValueError, match=r"the judge gave .*not 2 finite numbers"):
             reward.rewards(["'title': 'a'", "'title': 'b'"], [example()] * 2, lambda *_: values)
@@ -411,7 +413,9 @@ class TestPairs:
         """
         seeds, real = [], prlm.generate
         monkeypatch.setattr(
-            prlm, "generate", lambda *given, **how: seeds.append(how["seed"]) or real(*given, **how)
+            prlm,
+            "generate",
+            lambda *given, **how: seeds.append(how.get("seed", given[-1])) or real(*given, **how),
         )
         examples = [replace(e, profile=[]) for e in load_lamp(TOY / "lamp", "LaMP-4", "train")[:40]]
         o = reward.RewardOptions(pairs_per_query=6, max_new_tokens=40, reasoning=False)

@@ -42,7 +42,6 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "prlm": ("PrLM", {}),
     "no_judge": ("without the personalization reward", {"personalization": 0.0}),
     "untrained": ("reward model untrained", {"reward_epochs": 0}),
-    "negatives4": ("InfoNCE with 4 negatives", {"negatives": 4}),
     "ratio": ("ratio judge", {"judge": "ratio"}),
     "ratio1": ("ratio judge, weight 1", {"judge": "ratio", "personalization": 1.0}),
     "bert_no_gold": ("no gold texts, PrLM's judge", NO_GOLD),
@@ -53,7 +52,7 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
 MAIN = ["sft", "no_reasoning", "prlm"]
 WITHOUT_GOLD = [arm for arm in ARMS if "no_gold" in arm]
 ABLATIONS = [arm for arm in ARMS if arm not in ("base", "sft")]
-JUDGES = ["prlm", "negatives4", "untrained", "ratio"]  # arms whose judges differ
+JUDGES = ["prlm", "untrained", "ratio"]  # arms whose judges differ
 ROBUST = ["base", "no_reasoning", "prlm"]  # what is asked with other prompts than in training
 RETRIEVERS, ITEMS = ["random", "recency", "bm25", "dense"], [1, 2, 4, 8]
 TASKS = ["LaMP-4", "LaMP-5", "LaMP-7"]
