@@ -323,8 +323,10 @@ class Cache:
         self.window = min(window, self.own.shape[5])  # max_new_tokens
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far. One
-        softmax over both parts of the scores is exact. (einsum would be a tenth slower.)
+        """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
+
+        One softmax over [scores against the prompt, scores against its own tokens] is exact:
+        attention does not care that its keys lie in two tensors. (einsum would be a tenth slower.)
         """
         P, K, G, _, D = self.own.shape[2:]
         n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
@@ -707,16 +709,18 @@ class Tokenizer:
         hidden = {i for name, i in self.control.items() if "think>" not in name}
         return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
-    def chat(self, messages: list[dict]) -> list[int]:
-        """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins.
-        Without a chat format messages are plain text. ValueError for a template that is not known.
+    def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
+        """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins, and
+        of what is `said` for it already (default: how the template opens it). Without a chat format
+        messages are plain text. ValueError for a template that is not known.
         """
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format is None:
             if self.template:
                 raise ValueError(f"the chat template is none of those known: {', '.join(FORMATS)}")
             warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
-            return self.backend.encode("".join(as_text(text) + "\n\n" for _, text in turns)).ids
+            plain = "".join(as_text(text) + "\n\n" for _, text in turns)
+            return self.backend.encode(plain).ids + self.fill(said or "")
         begin, around = FORMATS[self.format]
         form, texts = (self.bos if self.format == "ChatML" else begin), []
         if self.default_system is not None and "system" not in dict(turns):
@@ -731,7 +735,8 @@ class Tokenizer:
             theirs = role != "system" or any(not THINK.fullmatch(name) for name in held)
             form += ("{}" if theirs else text).join(around[role])
             texts += [text] if theirs else []
-        return self.fill(form + around["assistant"][0] + self.opening, *texts)
+        said = self.opening if said is None else said
+        return self.fill(form + around["assistant"][0] + said, *texts)
 
     def encode_pair(self, first: str, second: str | None, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP], or + second [SEP]; the longer is cut."""
@@ -922,18 +927,27 @@ def open_checkpoint(directory, names: dict[str, str], extra: str):
         raise FileNotFoundError(f"{directory}: no such directory; from Hugging Face: {hub}")
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise ValueError(f"{directory} holds a PEFT adapter: save PEFT's merge_and_unload() first")
-    raw, tensors, files = read_json(directory / "config.json"), {}, ["model.safetensors"]
+    raw, tensors = read_json(directory / "config.json"), {}
+    files, places = ["model.safetensors"], None
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / files[0]).is_file():
-        files = sorted({*read_json(index)["weight_map"].values()})
-    for file in files:  # nothing outside of the directory
-        for name, tensor in read_safetensors(directory / Path(file).name).items():
+        places = read_json(index).get("weight_map")
+        files = sorted({*places.values()}) if isinstance(places, dict) else [None]
+        if not all(isinstance(f, str) and re.fullmatch(r"[\w.-]+", f) for f in files):
+            raise ValueError(f"{index}: no weight_map from names to files beside it")
+    for file in files:
+        found = read_safetensors(directory / file)
+        if places and found.keys() != {name for name in places if places[name] == file}:
+            raise ValueError(f"{directory / file} does not hold what {index.name} places in it")
+        for name, tensor in found.items():
             if not re.search(extra, name):
                 for old, new in names.items():
                     name = re.sub(old, new, name)
+                if name in tensors:
+                    raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
                 tensors[name] = tensor
     tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
-    if tokenizer and tokenizer.size > raw.get("vocab_size", 0):
+    if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.size} ids, the model fewer")
     return raw, tensors, tokenizer
 
@@ -1060,7 +1074,7 @@ def replacing(path):
     """Yields a temporary path that becomes `path` on success, if this is the first process."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{world()[0]}.tmp")
     try:
         yield temporary
         if world()[0] == 0:

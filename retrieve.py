@@ -277,12 +277,11 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
     """Prompt: the token ids of `build_messages` for each example, with `k` items (default o.k)."""
     rank = make_ranker(o)
-    closed = [] if o.reasoning else tokenizer.fill(CLOSED.removeprefix(tokenizer.opening))
-    prompts = []
+    said = None if o.reasoning else CLOSED
+    budget, prompts = o.max_prompt_tokens - len(tokenizer.fill(said or "")), []
     for example in prlm.progress(examples, "prompts", delay=1):
         items = rank(example, o.k if k is None else k)
-        messages = build_messages(example, items, tokenizer, o.max_prompt_tokens - len(closed))
-        prompts.append(tokenizer.chat(messages) + closed)
+        prompts.append(tokenizer.chat(build_messages(example, items, tokenizer, budget), said))
     return prompts
 
 

@@ -1,17 +1,17 @@
-"""Speed and memory beside the reference libraries and beside what the machine could do at best.
+"""Speed and memory on a CPU, beside the reference libraries and what the machine could do at best.
 
 Each comparison runs the two sides in turn, in one process and with one thread count, and prints the
 median of the pairwise ratios: above 1 is faster than the peer. The floor of a row is the time its
 floating-point operations take at the measured rate of a large matrix product, or its bytes at the
-measured memory bandwidth, whichever is longer. The peers are in tests/requirements.txt.
+measured memory bandwidth, whichever is longer. The peers are in tests/requirements.txt. For a GPU
+there is tests/gpu.py.
 
     python tests/benchmark.py                    # the small model: minutes on one core
     python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
-    python tests/benchmark.py --device cuda      # DeepSeek-R1-Distill-Qwen-1.5B's shape
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
-These figures are of the version before the chapters were rewritten. On one core of a 2-core AMD server (AVX2),
-float32, medians of 5 alternating runs, fewer with --large; "floor": how many times the floor.
+These figures are of the version before the chapters were rewritten. On one core of a 2-core AMD
+server (AVX2), float32, medians of 5 alternating runs, fewer with --large; "floor": how many times the floor.
 
                                                 ours            peer             ratio  floor
     sample, small, 8 prompts x 8 x 64 tokens    1.04 s          3.60 s           3.5    3.2
@@ -57,7 +57,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
-import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import trl_example  # noqa: E402
 
@@ -83,19 +82,23 @@ SHAPES = {
 }  # fmt: skip
 
 
-def seconds(function) -> float:
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
+def seconds(function, runs: int = 1) -> float:
+    """The median over `runs` calls, each until what it began on a GPU is done."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    times = []
+    for _ in range(runs):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def duel(ours, theirs, runs: int) -> tuple[float, float, float]:
     """(our median, their median, median of theirs / ours) over `runs` alternating runs."""
-    ours(), theirs() if theirs else None  # warm up
-    pairs = [(seconds(ours), seconds(theirs) if theirs else float("nan")) for _ in range(runs)]
+    ours(), theirs()  # warm up
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
     a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
     return a, b, statistics.median(their / our for our, their in pairs)
 
@@ -105,39 +108,32 @@ def row(name: str, *cells) -> None:
     print(f"{name:<46}{text}", flush=True)
 
 
-def machine(device: str, dtype) -> tuple[float, float]:
-    """Measured (floating-point operations a second of a large product, bytes a second of a sum)."""
-    n = 8192 if device == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    flops = 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
-    x = torch.randn(2**28 if device == "cuda" else 2**26, device=device)
-    bandwidth = x.numel() * 4 / min(seconds(lambda: x.sum()) for _ in range(5))
-    return flops, bandwidth
+def machine(dtype, device="cpu", n=1024, size=2**26) -> tuple[float, float]:
+    """Measured (operations a second of a product of n x n, bytes a second of a sum of `size`)."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    x = torch.randn(size, device=device)
+    product, total = (min(seconds(f) for _ in range(5)) for f in (lambda: a @ a, lambda: x.sum()))
+    return 2 * n**3 / product, 4 * size / total
 
 
-def build(shape: str, device: str, dtype):
+def build(shape: str, dtype):
     """(our decoder, transformers' model with the same weights)."""
     import transformers  # here, as our side of bench_trl does without
 
-    raw = COMMON | SHAPES[shape]
     torch.manual_seed(0)
-    decoder = prlm.Decoder(raw).to(device, dtype).eval()
-    settings = {key: value for key, value in raw.items() if key != "model_type"}
+    decoder = prlm.Decoder(COMMON | SHAPES[shape]).to(dtype).eval()
+    settings = {key: value for key, value in decoder.raw.items() if key != "model_type"}
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
     model.load_state_dict(decoder.state_dict(), strict=False)  # a tied head has no weight here
-    return decoder, model.to(device, dtype).eval()
+    return decoder, model.to(dtype).eval()
 
 
-def ids(generator, length: int) -> list[int]:
-    return torch.randint(2000, (length,), generator=generator).tolist()
-
-
-def workload(prompts: int, group: int, low: int, high: int, short: int, long: int, seed=0):
+def workload(prompts: int, group: int, low: int, high: int, short: int, long: int):
     """(prompts [P], completions [P][G]) of random ids and lengths."""
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda a, b: int(torch.randint(a, b + 1, (1,), generator=g))  # noqa: E731
-    questions = [ids(g, draw(low, high)) for _ in range(prompts)]
-    return questions, [[ids(g, draw(short, long)) for _ in range(group)] for _ in questions]
+    rng = random.Random(0)
+    draw = lambda low, high: rng.choices(range(2000), k=rng.randint(low, high))  # noqa: E731
+    questions = [draw(low, high) for _ in range(prompts)]
+    return questions, [[draw(short, long) for _ in range(group)] for _ in questions]
 
 
 def matrices(decoder) -> int:
@@ -147,30 +143,26 @@ def matrices(decoder) -> int:
 
 def sampling_floor(decoder, prompts, group, tokens, flops, bandwidth) -> float:
     """Prefill by operations; each step by its operations or by the bytes of weights and cache."""
-    inside, head = matrices(decoder), decoder.head.numel()
-    c, rows = decoder.config, len(prompts) * group
-    size = decoder.head.element_size()
-    prefill = 2 * inside * sum(map(len, prompts)) / flops
-    heads = c.num_hidden_layers * c.num_key_value_heads
-    cached = 2 * heads * c.head_dim * size  # bytes of one cached token
-    shared, own = cached * sum(map(len, prompts)), cached * rows * tokens / 2
-    step = 2 * (inside + head) * rows / flops
-    return prefill + tokens * max(step, ((inside + head) * size + shared + own) / bandwidth)
+    inside, head, c = matrices(decoder), decoder.head.numel(), decoder.config
+    rows, size = len(prompts) * group, decoder.head.element_size()
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # numbers of a token
+    numbers = inside + head + cached * (sum(map(len, prompts)) + rows * tokens / 2)
+    step = max(2 * (inside + head) * rows / flops, numbers * size / bandwidth)
+    return 2 * inside * sum(map(len, prompts)) / flops + tokens * step
 
 
-def pad(rows: list[list[int]], device, left=False) -> tuple:
+def pad(rows: list[list[int]], left=False) -> tuple:
     """(tokens, mask), [rows, the longest one]."""
     width = max(map(len, rows))
     gaps = [[0] * (width - len(row)) for row in rows]
-    tokens = [gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)]
-    marks = [[1] * len(row) for row in rows]
-    mask = [gap + one if left else one + gap for one, gap in zip(marks, gaps, strict=True)]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+    both = (rows, [[1] * len(row) for row in rows])
+    grids = [[g + r if left else r + g for g, r in zip(gaps, part, strict=True)] for part in both]
+    return tuple(map(torch.tensor, grids))
 
 
 def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> None:
     rows = [p for p in prompts for _ in range(group)]
-    padded, mask = pad(rows, decoder.head.device, left=True)
+    padded, mask = pad(rows, left=True)
 
     @torch.no_grad()
     def theirs():
@@ -188,10 +180,9 @@ def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> 
 def full_forward_loss(model, prompts, completions, advantages):
     """The plain way: every row in full, padded, logits everywhere."""
     rows = [p + c for p, group in zip(prompts, completions, strict=True) for c in group]
-    tokens, mask = pad(rows, advantages.device)
-    starts = [len(p) for p, group in zip(prompts, completions, strict=True) for _ in group]
-    starts = torch.tensor(starts, device=advantages.device)[:, None]
-    inside = (mask * (torch.arange(mask.shape[1], device=mask.device) >= starts))[:, 1:]
+    tokens, mask = pad(rows)
+    starts = torch.tensor([len(p) for p, group in zip(prompts, completions) for _ in group])
+    inside = (mask * (torch.arange(mask.shape[1]) >= starts[:, None]))[:, 1:]
     logits = model(tokens, attention_mask=mask).logits[:, :-1].float() / 0.7
     logprobs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     ratio = (logprobs - logprobs.detach()).exp()
@@ -206,7 +197,7 @@ def shared_loss(decoder, prompts, completions, advantages):
 
 
 def bench_update(name, decoder, model, prompts, completions, runs, rates) -> None:
-    advantages = torch.randn(len(prompts), len(completions[0])).to(decoder.head.device)
+    advantages = torch.randn(len(prompts), len(completions[0]))
 
     def make(loss_of, module):
         optimizer = torch.optim.AdamW(module.parameters(), 1e-9)
@@ -220,11 +211,9 @@ def bench_update(name, decoder, model, prompts, completions, runs, rates) -> Non
 
         return step
 
-    ours, theirs = make(shared_loss, decoder), None
-    if model:
-        theirs = make(full_forward_loss, model)
-        a, b = ours(), theirs()
-        assert abs(a - b) < 1e-2 * max(abs(a), 0.1), f"the two losses differ: {a} and {b}"
+    ours, theirs = make(shared_loss, decoder), make(full_forward_loss, model)
+    a, b = ours(), theirs()
+    assert abs(a - b) < 1e-2 * max(abs(a), 0.1), f"the two losses differ: {a} and {b}"
     ours_s, theirs_s, ratio = duel(ours, theirs, runs)
     trained = sum(len(c) for group in completions for c in group)
     tokens = sum(map(len, prompts)) + trained
@@ -233,12 +222,7 @@ def bench_update(name, decoder, model, prompts, completions, runs, rates) -> Non
 
 
 def peak_mib(function) -> float:
-    """MiB that a call adds to the process (Linux) or to the GPU at its highest point."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    """MiB that a call adds to the process at its highest point (Linux)."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -252,8 +236,7 @@ def peak_mib(function) -> float:
 
 
 def bench_memory(decoder, model, prompts, completions) -> None:
-    advantages = torch.randn(len(prompts), len(completions[0])).to(decoder.head.device)
-    asked = prompts, completions, advantages
+    asked = prompts, completions, torch.randn(len(prompts), len(completions[0]))
     other = peak_mib(lambda: full_forward_loss(model, *asked).backward())
     model.zero_grad(set_to_none=True)
     for decoder.checkpointing in (False, True):
@@ -264,34 +247,27 @@ def bench_memory(decoder, model, prompts, completions) -> None:
 
 
 WORK = {  # prompts, completions of each, shortest and longest prompt and completion, tokens sampled
-    "small": [(8, 8, 128, 256, 32, 64, 64)],
-    "0.5B": [(2, 4, 128, 256, 32, 64, 32)],
-    "1.5B": [(4, group, 512, 512, 768, 768, 768) for group in (4, 8)],
+    "small": (8, 8, 128, 256, 32, 64, 64),
+    "0.5B": (2, 4, 128, 256, 32, 64, 32),
 }
 
 
-def bench_shape(shape: str, device: str, dtype, runs: int):
+def bench_shape(shape: str, dtype, runs: int):
     """Sampling and update of a model's shape; returns `build`'s two models."""
-    decoder, model = build(shape, device, dtype)
-    rates, name = machine(device, dtype), f"{shape} {str(dtype).removeprefix('torch.')}"
-    for count, group, *lengths, tokens in WORK[shape]:
-        prompts, completions = workload(count, group, *lengths)
-        how = f"{name}: {count} x {group}"
-        bench_sampler(
-            f"sample {how} x {tokens}", decoder, model, prompts, group, tokens, runs, rates
-        )
-        other = model if shape != "1.5B" else None  # whose logits would fill the GPU
-        bench_update(f"update {how} rows", decoder, other, prompts, completions, runs, rates)
+    decoder, model = build(shape, dtype)
+    count, group, *lengths, tokens = WORK[shape]
+    prompts, completions = workload(count, group, *lengths)
+    how, rates = f"{shape} {str(dtype)[6:]}: {count} x {group}", machine(dtype)
+    bench_sampler(f"sample {how} x {tokens}", decoder, model, prompts, group, tokens, runs, rates)
+    bench_update(f"update {how} rows", decoder, model, prompts, completions, runs, rates)
     return decoder, model
 
 
 def bench_scaling(decoder) -> None:
     """How the time of sampling and update grows with each length, and with G."""
     print("\nseconds by size                                    sampling       update")
-    for prompt, completion, group in (
-        (128, 64, 8), (256, 64, 8), (512, 64, 8), (1024, 64, 8),
-        (512, 32, 8), (512, 128, 8), (512, 256, 8), (512, 64, 1), (512, 64, 4), (512, 64, 16),
-    ):  # fmt: skip
+    lengths = [(n, 64, 8) for n in (128, 256, 512, 1024)] + [(512, n, 8) for n in (32, 128, 256)]
+    for prompt, completion, group in [*lengths, *((512, 64, n) for n in (1, 4, 16))]:
         prompts, completions = workload(4, group, prompt, prompt, completion, completion)
 
         def updating(prompts=prompts, completions=completions):
@@ -299,11 +275,13 @@ def bench_scaling(decoder) -> None:
             decoder.zero_grad()
 
         sampling = partial(prlm.generate, decoder, prompts, group, completion, 0.7, seed=0)
-        times = (statistics.median(seconds(f) for _ in range(3)) for f in (sampling, updating))
-        row(f"4 prompts of {prompt}, {group} completions of {completion}", *times)
+        name = f"4 prompts of {prompt}, {group} completions of {completion}"
+        row(name, *(seconds(f, 3) for f in (sampling, updating)))
 
 
 def bench_loading() -> None:
+    import safetensors.torch
+
     tensors = {f"layer.{n}": torch.randn(1024, 4096).bfloat16() for n in range(50)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -316,10 +294,6 @@ def bench_loading() -> None:
         both = (prlm.read_safetensors, safetensors.torch.load_file)
         a, b, ratio = duel(*(partial(copy_all, read) for read in both), 5)
         row("read 400 MB of safetensors: GB/s", 0.419 / a, 0.419 / b, ratio)
-    lines = [sys.executable, str(ROOT / "rl.py"), "--help"], [sys.executable, "-c", "import torch"]
-    run = partial(subprocess.run, stdout=subprocess.DEVNULL, check=True)
-    a, b, _ = duel(*(partial(run, line) for line in lines), 5)
-    row("rl.py --help, beside `import torch`: s", a, b, b / a)
 
 
 def bench_text() -> None:
@@ -427,10 +401,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--runs", type=int, default=5, help="alternating runs of each comparison")
-    parser.add_argument("--large", action="store_true", help="also Qwen2.5-0.5B's shape, on a CPU")
+    parser.add_argument("--large", action="store_true", help="also Qwen2.5-0.5B's shape")
     parser.add_argument("--trl", help="only whole GRPO steps of this model, beside TRL's")
     parser.add_argument("--data", default=str(ROOT / "toy/lamp"), help="LaMP's files, for --trl")
     parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
@@ -438,25 +411,19 @@ def main() -> None:
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
     if o.side:
-        run_side(o.side, o.trl, o.data, o.checkpointing)
-        return
+        return run_side(o.side, o.trl, o.data, o.checkpointing)
     if o.trl:
-        bench_trl(o.trl, o.data, o.threads)
-        return
-    print(f"torch {torch.__version__}, {o.device}, {o.threads} threads, medians of {o.runs} runs\n")
+        return bench_trl(o.trl, o.data, o.threads)
+    print(f"torch {torch.__version__}, {o.threads} threads, medians of {o.runs} runs\n")
     row("", "ours", "peer", "peer/ours", "tokens/s", "x floor")
-    if o.device == "cuda":
-        bench_shape("1.5B", "cuda", torch.bfloat16, 3)
-    else:
-        small, _ = bench_shape("small", "cpu", torch.float32, o.runs)
-        if o.large:  # in the precision that this CPU is faster in
-            kinds = torch.float32, torch.bfloat16
-            dtype = max(kinds, key=lambda kind: machine("cpu", kind)[0])
-            bench_memory(*bench_shape("0.5B", "cpu", dtype, 1), *workload(1, 4, 128, 128, 512, 512))
-        row("\n", "ours", "peer", "ratio")
-        bench_loading()
-        bench_text()
-        bench_scaling(small)
+    small, _ = bench_shape("small", torch.float32, o.runs)
+    if o.large:  # in the precision that this CPU is faster in
+        dtype = max(torch.float32, torch.bfloat16, key=lambda kind: machine(kind)[0])
+        bench_memory(*bench_shape("0.5B", dtype, 1), *workload(1, 4, 128, 128, 512, 512))
+    row("\n", "ours", "peer", "ratio")
+    bench_loading()
+    bench_text()
+    bench_scaling(small)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"\npeak memory of this process: {peak} MiB")
 

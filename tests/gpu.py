@@ -39,46 +39,27 @@ import traceback
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from benchmark import COMMON, ROOT, SHAPES, machine, matrices, seconds
 
-import torch  # noqa: E402
-
-import prlm  # noqa: E402
-import retrieve  # noqa: E402
-import reward  # noqa: E402
-import rl  # noqa: E402
+import prlm
+import retrieve
+import reward
+import rl
 
 LIMITS = {  # seconds
     "right": 95, "toy": 80, "decode": 70, "update": 55, "judge": 25, "memory": 30, "head": 25,
     "static": 80,
 }  # fmt: skip
-COMMON = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
-SHAPES = {
-    "1.5B": dict(
-        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-        intermediate_size=8960, vocab_size=151936, rope_theta=1e4, tie_word_embeddings=False,
-    ),
-    "0.5B": dict(
-        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        intermediate_size=4864, vocab_size=151936, rope_theta=1e6, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-TINY = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    vocab_size=1200,
-)
-BERT = dict(
-    model_type="bert", hidden_size=768, num_attention_heads=12, num_hidden_layers=12,
-    intermediate_size=3072, max_position_embeddings=512, vocab_size=30522,
-)  # fmt: skip
-HERE = SimpleNamespace(dry=False, device="cuda", out=Path("runs/gpu"), part="", failed=0)
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+TINY |= {"intermediate_size": 48, "vocab_size": 1200}
+BERT = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
+BERT |= {"intermediate_size": 3072, "vocab_size": 30522, "max_position_embeddings": 512}
+HERE = SimpleNamespace(dry=False, device="cuda", out=Path(), part="", failed=0)
 TOY = prlm.SHIPPED / "policy"
+BF16 = torch.bfloat16
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -98,7 +79,7 @@ def measure(name: str, function, *arguments, **named) -> None:
     HERE.failed += "error" in line or not line.get("ok", True)
     prlm.append(HERE.out / "results.jsonl", [line])
     print(describe(line), flush=True)
-    gc.collect()
+    allocated()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
@@ -110,21 +91,9 @@ def describe(line: dict) -> str:
     return f"{line['part']:<7} {line['name']:<30} {'; '.join(text)}{flag}"
 
 
-def wait_for_device() -> None:
-    if HERE.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(function, runs: int = 1) -> float:
-    """The median over `runs` calls."""
-    times = []
-    for _ in range(runs):
-        wait_for_device()
-        begun = time.perf_counter()
-        function()
-        wait_for_device()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+def allocated() -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def peak(function) -> float:
@@ -134,27 +103,28 @@ def peak(function) -> float:
         return 0.0
     torch.cuda.reset_peak_memory_stats()
     function()
-    wait_for_device()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def allocated() -> int:
-    gc.collect()
-    return torch.cuda.memory_allocated() if HERE.device == "cuda" else 0
-
-
 def card() -> tuple[float, float]:
-    """(bytes a second that a copy reads and writes, bfloat16 operations a second of a product)."""
-    n = 256 if HERE.dry else 8192
-    x = torch.empty(n * n * 8, dtype=torch.bfloat16, device=HERE.device)
-    y = torch.empty_like(x)
-    a = torch.randn(n, n, device=HERE.device).bfloat16()
+    """(operations a second of a product in bfloat16, bytes a second that a sum reads)"""
+    return machine(BF16, HERE.device, *((64, 2**16) if HERE.dry else (8192, 2**30)))
 
-    def repeat(function):
-        function()
-        return seconds(lambda: [function() for _ in range(10)], 3) / 10
 
-    return 4 * len(x) / repeat(lambda: y.copy_(x)), 2 * n**3 / repeat(lambda: a @ a)
+@contextlib.contextmanager
+def pace(**changes):
+    """Other settings of the device; yields the seconds that the recordings of CUDA graphs take."""
+    record, times = prlm.Recorded.record, []
+
+    def timed(self):
+        begun = time.perf_counter()
+        record(self)
+        times.append(time.perf_counter() - begun)
+
+    changed = {HERE.device: prlm.PACES[HERE.device]._replace(**changes)}
+    with mock.patch.dict(prlm.PACES, changed), mock.patch.object(prlm.Recorded, "record", timed):
+        yield times
 
 
 def shape_of(shape: str) -> dict:
@@ -171,15 +141,35 @@ def build(shape: str, **changes) -> prlm.Decoder:
     return decoder
 
 
-def peer_model(shape: str, dtype):
-    """transformers' model of the same shape, random."""
-    import transformers
+def make_policy(shape: str, lora: int = 0) -> rl.Policy:
+    """As rl.make_policy, of random weights."""
+    decoder = prlm.multiply_in(build(shape), BF16)
+    if lora:
+        prlm.add_lora(prlm.for_sampling(decoder, BF16), lora, lora)
+        return rl.Policy(decoder, decoder, None, prlm.without_lora(decoder))
+    reference = prlm.for_sampling(copy.deepcopy(decoder), BF16)
+    return rl.Policy(decoder, copy.deepcopy(reference), None, reference)
 
-    raw = shape_of(shape)
-    config = transformers.Qwen2Config(**{k: v for k, v in raw.items() if k != "model_type"})
+
+def peer_or_none(shape: str, dtype):
+    """transformers' model of the same shape, random."""
+    try:
+        import transformers
+    except ImportError:
+        print("transformers is not installed: no comparison")
+        return None
+    raw = {k: v for k, v in shape_of(shape).items() if k != "model_type"}
     with torch.device(HERE.device):
-        make = transformers.AutoModelForCausalLM.from_config
+        make, config = (
+            transformers.AutoModelForCausalLM.from_config,
+            transformers.Qwen2Config(**raw),
+        )
         return make(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def sizes(T: int = 512, C: int = 256) -> tuple[int, int]:
+    """(prompt tokens, new tokens)"""
+    return (12, 6) if HERE.dry else (T, C)
 
 
 def random_ids(rows: int, length: int, vocabulary: int, ragged: bool = False) -> list[list[int]]:
@@ -188,18 +178,23 @@ def random_ids(rows: int, length: int, vocabulary: int, ragged: bool = False) ->
     return [[rng.randrange(vocabulary) for _ in range(n)] for n in lengths]
 
 
+def toy_prompts(o, count: int) -> list[list[int]]:
+    tokenizer = prlm.load_tokenizer(TOY)
+    return retrieve.make_prompts(o, tokenizer, retrieve.load_examples(o, "dev")[:count])
+
+
 # ---- right -------------------------------------------------------------------------------------
 
 
 def right() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, BF16):
         measure(f"attention, {str(dtype)[6:]}", attention_is_right, dtype)
     measure("toy's logits and greedy texts", toy_is_the_cpus)
     for shape in ("toy", "1.5B"):
         measure(f"sampler and trainer, {shape}", sampler_is_the_trainer, shape)
     measure("graph, toy, float32", graphs_are_right, "toy", torch.float32)
-    measure("graph, 0.5B, bfloat16", graphs_are_right, "0.5B", torch.bfloat16)
-    measure("graph, 0.5B, LoRA", graphs_are_right, "0.5B", torch.bfloat16, lora=True)
+    measure("graph, 0.5B, bfloat16", graphs_are_right, "0.5B", BF16)
+    measure("graph, 0.5B, LoRA", graphs_are_right, "0.5B", BF16, lora=True)
     measure("reward model", judge_is_the_cpus)
     measure("LoRA, 3 steps", lora_runs)
     measure("resume", run_resumes)
@@ -209,8 +204,8 @@ def attention_is_right(dtype) -> dict:
     """Values and gradients of masked, grouped attention against a float64 softmax."""
     torch.manual_seed(0)
     B, T, S, K, R, D = (2, 9, 14, 2, 2, 8) if HERE.dry else (8, 255, 767, 2, 6, 128)
-    sizes = ((T, K * R), (S, K), (S, K))
-    q, k, v = (torch.randn(B, t, h, D, device=HERE.device).to(dtype) for t, h in sizes)
+    shapes = ((T, K * R), (S, K), (S, K))
+    q, k, v = (torch.randn(B, t, h, D, device=HERE.device).to(dtype) for t, h in shapes)
     q = q * 3
     visible = torch.ones(B, T, S, dtype=torch.bool, device=HERE.device).tril(S - T)
     visible[1:, :, : S // 4] = False
@@ -229,23 +224,16 @@ def attention_is_right(dtype) -> dict:
 
     got = run(lambda *x: prlm.attention(*x, visible), q, k, v)
     expected = run(plain, *(x.double() for x in (q, k, v)))
+    got.append(prlm.exact_scores(q[:, :, 0], k[:, :, 0]))
+    expected.append(q[:, :, 0].double() @ k[:, :, 0].double().mT)
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected)]
-    scores = prlm.exact_scores(q[:, :, 0], k[:, :, 0])
-    exact = (q[:, :, 0].double() @ k[:, :, 0].double().mT).float()
-    errors.append(((scores - exact).abs().max() / exact.abs().max()).item())
-    names = ("out", "dq", "dk", "dv", "exact_scores")
     most = 1e-4 if dtype == torch.float32 else 2e-2
+    names = ("out", "dq", "dk", "dv", "exact_scores")
     return dict(zip(names, errors)) | {"ok": max(errors) < most and errors[-1] < 1e-5}
 
 
-def toy_prompts(o, count: int) -> list[list[int]]:
-    tokenizer = prlm.load_tokenizer(TOY)
-    return retrieve.make_prompts(o, tokenizer, retrieve.load_examples(o, "dev")[:count])
-
-
 def toy_is_the_cpus() -> dict:
-    o = rl.Options()
-    prompts = toy_prompts(o, 2 if HERE.dry else 32)
+    prompts = toy_prompts(rl.Options(), 2 if HERE.dry else 32)
     eos, new = prlm.load_tokenizer(TOY).eos_ids, 8 if HERE.dry else 128
     logits, texts = [], []
     for device in ("cpu", HERE.device):
@@ -273,33 +261,18 @@ def graphs_are_right(shape: str, dtype, lora: bool = False) -> dict:
     P, G, new = (2, 2, 8) if HERE.dry else (8, 8, 160)
     prompts = random_ids(P, 12 if HERE.dry else 90, vocabulary, ragged=True)
     # One id in 150 ends a completion: a few rows leave early, most in the middle, some never.
-    how = dict(temperature=1.0, eos_ids=range(vocabulary // 150), seed=3)
-    recorded, record = [], prlm.Recorded.record
-
-    def counted(self):
-        record(self)
-        recorded.append((len(self.ids), self.cache.window))
-
-    prlm.Recorded.record = counted
-    try:
-        with_graph = prlm.generate(decoder, prompts, G, new, **how)
-        again = prlm.generate(decoder, prompts, G, new, **how)
-        prlm.PACES["cuda"] = prlm.PACES["cuda"]._replace(record=False)
-        plain = prlm.generate(decoder, prompts, G, new, **how)
-    finally:
-        prlm.PACES["cuda"] = prlm.PACES["cuda"]._replace(record=True)
-        prlm.Recorded.record = record
-    pairs = [(a, b) for x, y in zip(with_graph, plain) for a, b in zip(x, y)]
-    same = statistics.mean(a.tokens == b.tokens for a, b in pairs)
-    first = max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs)
-    found = {"same": same, "again": with_graph == again, "first_logprob": first}
-    found |= {"lengths": sorted({len(a.tokens) for a, _ in pairs})[:: max(1, len(pairs) // 6)]}
-    gap = gaps(decoder, prompts, with_graph, 1.0)
-    half = len(recorded) // 2
-    found |= gap | {"recorded": recorded[:half]}
-    fine = gap["gap"] < (5e-4 if dtype == torch.float32 else 0.5)
-    done = HERE.device == "cpu" or (half > 1 and len(recorded) == 2 * half)
-    return found | {"ok": same == 1 and found["again"] and fine and done}
+    asked = (decoder, prompts, G, new, 1.0, range(vocabulary // 150), 3)
+    with pace() as recorded:
+        groups, again = prlm.generate(*asked), prlm.generate(*asked)
+    with pace(record=False):
+        plain = prlm.generate(*asked)
+    pairs = [(a, b) for x, y in zip(groups, plain) for a, b in zip(x, y)]
+    found = {"same": statistics.mean(a.tokens == b.tokens for a, b in pairs)}
+    found |= {"again": groups == again, "recordings": len(recorded)}
+    found |= gaps(decoder, prompts, groups, 1.0)
+    fine = found["gap"] < (5e-4 if dtype == torch.float32 else 0.5)
+    fine &= HERE.device == "cpu" or len(recorded) > 2
+    return found | {"ok": found["same"] == 1 and found["again"] and fine}
 
 
 @torch.no_grad()
@@ -320,17 +293,14 @@ def sampler_is_the_trainer(shape: str) -> dict:
         eos, new = policy.tokenizer.eos_ids, 8 if HERE.dry else 128
     else:
         policy, eos, new = make_policy(shape), (), 8 if HERE.dry else 160
-        vocabulary = policy.decoder.vocab_limit
-        prompts = random_ids(2, 10 if HERE.dry else 300, vocabulary, ragged=True)
+        prompts = random_ids(2, sizes(300)[0], policy.decoder.vocab_limit, ragged=True)
     found = {}
     for temperature in (1.0, 0.7):
         groups = prlm.generate(policy.sampler, prompts, 4, new, temperature, eos, seed=1)
-        found |= {
-            f"{name} at {temperature}": value
-            for name, value in gaps(policy.decoder, prompts, groups, temperature).items()
-        }
+        gap = gaps(policy.decoder, prompts, groups, temperature)
+        found |= {f"{name} at {temperature}": value for name, value in gap.items()}
     tokens = [[c.tokens for c in group] for group in groups]
-    logprobs, mask = prlm.token_logprobs(policy.decoder, prompts, tokens)
+    logprobs, mask = prlm.token_logprobs(policy.decoder, prompts, tokens)  # with gradient
     with torch.no_grad():
         reference, _ = prlm.token_logprobs(policy.reference, prompts, tokens)
     found["kl"] = rl.k3(logprobs.detach(), reference)[mask].abs().max().item()
@@ -340,20 +310,18 @@ def sampler_is_the_trainer(shape: str) -> dict:
 def judge_is_the_cpus() -> dict:
     queries, scores = ["a story about paris"] * 6, []
     answers = ["asthma", "paris again no joke", "x y z " * 40, "a", "behind doors", "why, friend"]
-    for device in ("cpu", HERE.device):
+    for device, dtype in (
+        ("cpu", torch.float32),
+        (HERE.device, torch.float32),
+        (HERE.device, BF16),
+    ):
         torch.manual_seed(0)
         model = reward.RewardModel(prlm.load_encoder(prlm.SHIPPED / "encoder", "cpu")).to(device)
-        for dtype in (torch.float32, torch.bfloat16):
-            with torch.no_grad():
-                scores.append(prlm.multiply_in(model, dtype).score(queries, answers).cpu())
-    error, low = (scores[2] - scores[0]).abs().max(), (scores[3] - scores[0]).abs().max()
+        with torch.no_grad():
+            scores.append(prlm.multiply_in(model, dtype).score(queries, answers).cpu())
+    error, low = ((x - scores[0]).abs().max().item() for x in scores[1:])
     spread = scores[0].std().item()
-    return {
-        "float32": error.item(),
-        "bfloat16": low.item(),
-        "spread": spread,
-        "ok": error.item() < 1e-4,
-    }
+    return {"float32": error, "bfloat16": low, "spread": spread, "ok": error < 1e-4}
 
 
 def toy_run(folder, **options) -> list[dict]:
@@ -370,11 +338,10 @@ def lora_runs() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         log = toy_run(f"{folder}/a", steps=3, lora_rank=8, beta=0.04, lr=1e-3)
         merged = prlm.load_decoder(f"{folder}/a/checkpoint", HERE.device)
-        finite = all(p.isfinite().all() for p in merged.parameters())
-    names = ("gap", "gap_mean", "grad_norm", "kl")
-    return {name: [round(line[name], 5) for line in log] for name in names} | {
-        "ok": bool(finite) and log[0]["kl"] == 0 and (log[-1]["kl"] > 0 or HERE.dry)
-    }
+        fine = all(bool(p.isfinite().all()) for p in merged.parameters())
+    found = {key: [line[key] for line in log] for key in ("gap", "gap_mean", "grad_norm", "kl")}
+    first, *_, last = found["kl"]
+    return found | {"ok": fine and first == 0 and (last > 0 or HERE.dry)}
 
 
 def run_resumes() -> dict:
@@ -392,22 +359,17 @@ def run_resumes() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         how = dict(steps=6, save_every=3)
         whole = toy_run(f"{folder}/a", **how)
-        rl.update = stopping
-        try:
+        with mock.patch.object(rl, "update", stopping), contextlib.suppress(ConnectionAbortedError):
             toy_run(f"{folder}/b", **how)
-        except ConnectionAbortedError:
-            pass
-        finally:
-            rl.update = update
         parts = toy_run(f"{folder}/b", resume=True, **how)
         samples = [prlm.read_lines(f"{folder}/{run}/samples.jsonl") for run in "ab"]
-    names = ("reward", "grad_norm", "entropy", "gap_mean")
     apart = [
-        max(abs(a[n] - b[n]) / (abs(a[n]) + 1e-3) for n in names) for a, b in zip(whole, parts)
+        max(abs(a[n] - b[n]) / (abs(a[n]) + 1e-3) for n in ("reward", "grad_norm", "entropy"))
+        for a, b in zip(whole, parts)
     ]
     same = statistics.mean(a["tokens"] == b["tokens"] for a, b in zip(*samples))
     # On CUDA sums may be taken in another order, and one other token makes another sample.
-    found = {"same_samples": same, "apart_by_step": [round(x, 6) for x in apart]}
+    found = {"same_samples": same, "apart_by_step": apart}
     return found | {"ok": len(parts) == 6 and max(apart[:4]) < 0.05}
 
 
@@ -422,119 +384,80 @@ def toy_default() -> dict:
     """The default run, and the same on the CPU at the same time, if that ends before the limit."""
     few = "--steps 1 --group-size 2 --prompts-per-step 2 --limit 2 --max-new-tokens 8 --force"
     few += " --personalization 0 --eval-every 0 --k 1"
-    with tempfile.TemporaryDirectory() as folder:
-        runs, begun = {}, time.perf_counter()
-        for device in dict.fromkeys((HERE.device, "cpu")):
-            command = [sys.executable, "rl.py", "--device", device, "--out", f"{folder}/{device}"]
-            log = open(HERE.out / f"toy_{device}.log", "w")  # noqa: SIM115
-            how = dict(cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-            how["env"] = os.environ | {"OMP_NUM_THREADS": "1" if HERE.dry else "4"}
-            runs[device] = subprocess.Popen(command + few.split() * HERE.dry, **how)
-        found, last = {}, begun + (600 if HERE.dry else LIMITS["toy"] - 5)
-        while len(found) < len(runs) and time.perf_counter() < last:
-            time.sleep(0.1)
-            for device, process in runs.items():
-                if process.poll() is not None:
-                    found.setdefault(f"{device}_seconds", time.perf_counter() - begun)
-        for device, process in runs.items():
-            if process.poll() is None:
-                process.kill()
-                continue
-            if process.returncode:
-                raise RuntimeError((HERE.out / f"toy_{device}.log").read_text()[-2000:])
-            scores = prlm.read_json(f"{folder}/{device}/scores.json")
-            found |= {f"{device}_{name}": s["rouge-l"] for name, s in scores.items()}
-            log = prlm.read_lines(f"{folder}/{device}/metrics.jsonl")
-            for name in ("gap", "gap_mean", "seconds_rollout", "seconds_update"):
-                found[f"{device}_{name}"] = statistics.median(line[name] for line in log)
+    env = os.environ | {"OMP_NUM_THREADS": "1" if HERE.dry else "4"}
+    found, begun, runs = {}, time.perf_counter(), {}
+    last = begun + (600 if HERE.dry else LIMITS["toy"] - 5)
+    for device in dict.fromkeys((HERE.device, "cpu")):
+        out, log = HERE.out / f"toy_{device}", HERE.out / f"toy_{device}.log"
+        line = [sys.executable, "rl.py", "--device", device, "--out", out, "--overwrite"]
+        with open(log, "w") as file:
+            how = {"cwd": ROOT, "env": env, "stdout": file, "stderr": file}
+            runs[device] = out, log, subprocess.Popen(line + few.split() * HERE.dry, **how)
+    for device, (out, log, process) in runs.items():
+        try:
+            status = process.wait(max(0.1, last - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            continue
+        if status:
+            raise RuntimeError(log.read_text()[-2000:])
+        found[f"{device}_seconds"] = time.perf_counter() - begun
+        scores, lines = prlm.read_json(out / "scores.json"), prlm.read_lines(out / "metrics.jsonl")
+        found |= {f"{device}_{name}": s["rouge-l"] for name, s in scores.items()}
+        for name in ("gap", "gap_mean", "seconds_rollout", "seconds_update"):
+            found[f"{device}_{name}"] = statistics.median(line[name] for line in lines)
     return found | {"ok": f"{HERE.device}_after" in found}
 
 
-# ---- decode ------------------------------------------------------------------------------------
+# ---- decode, static ----------------------------------------------------------------------------
 
 
 def decode() -> None:
-    bandwidth, rate = card()
-    name = torch.cuda.get_device_name() if HERE.device == "cuda" else "cpu"
-    measure("card", lambda: {"name_of_card": name, "GB/s": bandwidth / 1e9, "TFLOP/s": rate / 1e12})
-    rows = ((1, 4), (4, 8), (16, 8))
-    for shape in ("1.5B", "0.5B"):
-        decoder = prlm.for_sampling(build(shape), torch.bfloat16)
-        for P, G in rows if shape == "1.5B" else rows[1:2]:
-            measure(f"{shape}, {P} x {G}", decode_speed, decoder, P, G, bandwidth, rate)
-        if shape == "1.5B":
-            measure("1.5B, 4 x 8, prompt 509", decode_speed, decoder, 4, 8, bandwidth, rate, 509)
-            prlm.add_lora(decoder, 16, 16)
-            measure("1.5B, 4 x 8, LoRA", decode_speed, decoder, 4, 8, bandwidth, rate)
+    rates, gpu = card(), HERE.device == "cuda"
+    name = torch.cuda.get_device_name() if gpu else "cpu"
+    measure("card", lambda: {"card": name, "TFLOP/s": rates[0] / 1e12, "GB/s": rates[1] / 1e9})
+    for shape, rows in (("0.5B", [(4, 8)]), ("1.5B", [(1, 4), (4, 8), (16, 8)])):
+        decoder = prlm.for_sampling(build(shape), BF16)
+        for P, G in rows:
+            measure(f"{shape}, {P} x {G}", decode_speed, decoder, P, G, rates)
+    measure("1.5B, 4 x 8, prompt 509", decode_speed, decoder, 4, 8, rates, 509)
+    prlm.add_lora(decoder, 16, 16)
+    measure("1.5B, 4 x 8, LoRA", decode_speed, decoder, 4, 8, rates)
     del decoder
-    model = peer_or_none("1.5B", torch.bfloat16)
-    for P, G in rows[1:] if model else ():
-        measure(f"transformers 1.5B, {P} x {G}", peer_decode, model, P, G)
+    if model := peer_or_none("1.5B", BF16):
+        for P in (4, 16):
+            measure(f"transformers 1.5B, {P} x 8", peer_decode, model, P, 8)
 
 
-def sizes(T: int = 512) -> tuple[int, int]:
-    """(prompt tokens, new tokens)"""
-    return (12, 6) if HERE.dry else (T, 256)
+def static() -> None:
+    if model := peer_or_none("1.5B", BF16):
+        measure("transformers 1.5B, 4 x 8", peer_decode, model, 4, 8, "static")
 
 
-def dimensions(decoder) -> tuple[int, int, int, int]:
-    """(layers, query heads, key-value heads, their size)"""
-    keys = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    layers, heads, shared = (decoder.raw[key] for key in keys)
-    return layers, heads, shared, decoder.raw["hidden_size"] // heads
-
-
-def matrices(decoder) -> int:
-    """Weights that take part in a product of every token: all but the embedding."""
-    layers = sum(p.numel() for p in decoder.model.layers.parameters() if p.dim() == 2)
-    return layers + decoder.head.numel()
-
-
-def decode_speed(decoder, P: int, G: int, bandwidth: float, rate: float, T: int = 512) -> dict:
+def decode_speed(decoder, P: int, G: int, rates, T: int = 512) -> dict:
     """Of a step: the time, and the time that reading weights and cache once would take."""
     T, C = sizes(T)
-    prompts = random_ids(P, T, decoder.vocab_limit)
-    recordings, record = [], prlm.Recorded.record
-
-    def timed(self):
-        begun = time.perf_counter()
-        record(self)
-        recordings.append(time.perf_counter() - begun)
+    prompts, c = random_ids(P, T, decoder.vocab_limit), decoder.config
 
     def run(new):
         prlm.generate(decoder, prompts, G, new, 1.0, (), seed=1)
 
-    prlm.Recorded.record = timed
-    try:
+    with pace() as recorded:
         memory = peak(lambda: run(C))
-        recordings.clear()
+        recorded.clear()
         whole, first = seconds(lambda: run(C), 2), seconds(lambda: run(1), 3)
-        prlm.PACES["cuda"], few = prlm.PACES["cuda"]._replace(record=False), C // 4
+    with pace(record=False):
         run(2)
-        plain = (seconds(lambda: run(few)) - first) / max(few - 1, 1)
-    finally:
-        prlm.PACES["cuda"] = prlm.PACES["cuda"]._replace(record=True)
-        prlm.Recorded.record = record
-    step = (whole - first) / (C - 1)
-    layers, _, keys, size = dimensions(decoder)
-    token = layers * 2 * keys * size * 2  # bytes of a token's keys and values
-    read = 2 * matrices(decoder) + token * (P * T + P * G * C / 2)
-    floor = max(read / bandwidth, 2 * P * G * matrices(decoder) / rate)
+        plain = (seconds(lambda: run(C // 4 + 1)) - first) / (C // 4)
+    step, weights = (whole - first) / (C - 1), matrices(decoder) + decoder.head.numel()
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # its keys and values
+    read = 2 * (weights + token * (P * T + P * G * C / 2))
+    floor = max(read / rates[1], 2 * P * G * weights / rates[0])
     return {
         "tokens/s": P * G * C / whole, "prompt_s": first, "step_ms": 1e3 * step,
         "plain_step_ms": 1e3 * plain, "floor_ms": 1e3 * floor, "share": floor / step,
-        "recording_ms": 1e3 * sum(recordings) / 2, "GiB": memory,
+        "recording_ms": 1e3 * sum(recorded) / 2, "GiB": memory,
     }  # fmt: skip
-
-
-def peer_or_none(shape: str, dtype):
-    try:
-        return peer_model(shape, dtype)
-    except ImportError:
-        print("transformers is not installed: no comparison")
-    except Exception:
-        HERE.failed += 1
-        traceback.print_exc()
 
 
 def peer_decode(model, P: int, G: int, cache: str | None = None) -> dict:
@@ -543,96 +466,68 @@ def peer_decode(model, P: int, G: int, cache: str | None = None) -> dict:
     T, C = sizes()
     prompts = torch.tensor(random_ids(P, T, model.config.vocab_size), device=HERE.device)
     how = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0)
-    how |= dict(num_return_sequences=G, eos_token_id=None)
-    how |= {"cache_implementation": cache} if cache else {}
+    how |= dict(num_return_sequences=G, eos_token_id=None, cache_implementation=cache)
 
     def run(new):
-        config = GenerationConfig(max_new_tokens=new, **how)
-        mask = torch.ones_like(prompts)
+        config, mask = GenerationConfig(max_new_tokens=new, **how), torch.ones_like(prompts)
         out = model.generate(prompts, attention_mask=mask, generation_config=config)
         if out.shape != (P * G, T + new):
             raise RuntimeError(f"transformers generated {[*out.shape]}")
 
-    begun = time.perf_counter()
-    run(C if cache else 3)
-    first = time.perf_counter() - begun
+    first = seconds(lambda: run(C if cache else 3))
     memory = []
     whole = seconds(lambda: memory.append(peak(lambda: run(C))))
     return {"tokens/s": P * G * C / whole, "seconds": whole, "GiB": memory[0], "warm_up": first}
-
-
-def static() -> None:
-    model = peer_or_none("1.5B", torch.bfloat16)
-    if model:
-        measure("transformers 1.5B, 4 x 8", peer_decode, model, 4, 8, "static")
 
 
 # ---- update ------------------------------------------------------------------------------------
 
 
 def update() -> None:
-    rate = card()[1]
-    for lora in (0, 16):
-        policy = make_policy("1.5B", lora)
-        optimizer = rl.make_optimizer(policy, 1e-6)
-        kind = "LoRA" if lora else "full"
-        for P, G, T, C, saving in ((4, 8, 512, 256, 0), (4, 8, 512, 256, 1), (1, 4, 512, 768, 1)):
-            if not lora or P == 4:
-                name = f"{kind}, {P} x {G}, {T} + {C}{', checkpointing' * saving}"
-                how = (policy, optimizer, P, G, T, C, bool(saving), rate)
-                measure(name, update_speed, *how)
-        if not lora:
-            measure("refresh", lambda p=policy: {"GiB": peak(lambda: rl.refresh(p, 1)),
-                    "seconds": seconds(lambda: rl.refresh(p, 1))})  # fmt: skip
-        del policy, optimizer
-        allocated()
-    measure("transformers, 4 x 8, 512 + 256", peer_update, 4, 8, 512, 256)
-
-
-def make_policy(shape: str, lora: int = 0) -> rl.Policy:
-    """As rl.make_policy, of random weights."""
-    decoder = prlm.multiply_in(build(shape), torch.bfloat16)
-    if lora:
-        prlm.add_lora(prlm.for_sampling(decoder, torch.bfloat16), lora, lora)
-        return rl.Policy(decoder, decoder, None, prlm.without_lora(decoder))
-    reference = prlm.for_sampling(copy.deepcopy(decoder), torch.bfloat16)
-    return rl.Policy(decoder, copy.deepcopy(reference), None, reference)
+    rate, shape = card()[0], (4, 8, 512, 256)
+    policy = make_policy("1.5B")
+    for name, saving, *rows in (
+        ("full, 4 x 8, 512 + 256", False, *shape),
+        ("full, 4 x 8, 512 + 256, checkpointing", True, *shape),
+        ("full, 1 x 4, 512 + 768, checkpointing", True, 1, 4, 512, 768),
+    ):
+        measure(name, update_speed, policy, rate, saving, *rows)
+    measure("refresh", lambda: {"seconds": seconds(lambda: rl.refresh(policy, 1), 2)})
+    policy = make_policy("1.5B", lora=16)
+    for saving in (False, True):
+        name = f"LoRA, 4 x 8, 512 + 256{', checkpointing' * saving}"
+        measure(name, update_speed, policy, rate, saving, *shape)
+    del policy
+    measure("transformers, 4 x 8, 512 + 256", peer_update, *shape)
 
 
 def rollout(policy, P: int, G: int, T: int, C: int, **options):
     """The arguments of rl.update for random completions, each of full length."""
-    if HERE.dry:
-        T, C = 12, 6
-    vocabulary = policy.decoder.vocab_limit
-    row = dict(logprobs=[0.0] * C, finished=True)
+    row, vocabulary = dict(logprobs=[0.0] * C, finished=True), policy.decoder.vocab_limit
     completions = random_ids(P * G, C, vocabulary)
     rows = [row | {"tokens": x, "advantage": n % 2 - 0.5} for n, x in enumerate(completions)]
     o = rl.Options(group_size=G, prompts_per_step=P, max_new_tokens=C, **options)
     return o, random_ids(P, T, vocabulary), rows
 
 
-def update_speed(policy, optimizer, P, G, T, C, saving: bool, rate: float) -> dict:
-    decoder = policy.decoder
-    decoder.checkpointing = saving
-    layers, heads, _, size = dimensions(decoder)
+def update_speed(policy, rate: float, saving: bool, P: int, G: int, T: int, C: int) -> dict:
+    T, C = sizes(T, C)
+    decoder, optimizer = policy.decoder, rl.make_optimizer(policy, 1e-6)
+    decoder.checkpointing, c = saving, decoder.config
     o, prompts, rows = rollout(policy, P, G, T, C)
-    T, C = len(prompts[0]), len(rows[0]["tokens"])
 
     def step():
         rl.update(o, policy, optimizer, prompts, rows)
 
     step()
-    memory = peak(step)
-    time_of_one = seconds(step, 2)
-    tokens = P * T + P * G * (C - 1)
+    memory, time_of_one = peak(step), seconds(step, 2)
     # A product with W costs 2 operations a weight and token, its gradients twice that; a frozen W
     # has no gradient of its own. Causal attention costs 4 heads D operations a pair of tokens.
-    frozen = not decoder.head.requires_grad
-    products = 2 * (matrices(decoder) - decoder.head.numel()) * tokens
+    products = 2 * matrices(decoder) * (P * T + P * G * (C - 1))
     products += 2 * decoder.head.numel() * P * G * C
     pairs = P * T * T / 2 + P * G * (C * T + C * C / 2)
-    scores = 4 * layers * heads * size * pairs
-    operations = (2 if frozen else 3) * products + 3 * scores
+    scores = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+    operations = (3 if decoder.head.requires_grad else 2) * products + 3 * scores
     return {
         "seconds": time_of_one, "tokens/s": (P * T + P * G * C) / time_of_one, "GiB": memory,
         "TFLOP": operations / 1e12, "share": operations / rate / time_of_one,
@@ -641,8 +536,7 @@ def update_speed(policy, optimizer, P, G, T, C, saving: bool, rate: float) -> di
 
 def peer_update(P: int, G: int, T: int, C: int) -> dict:
     """The same step in transformers as it comes: each row with its prompt, 8 rows at a time."""
-    if HERE.dry:
-        T, C = 12, 6
+    T, C = sizes(T, C)
     model = peer_or_none("1.5B", torch.float32)
     if not model:
         return {}
@@ -652,7 +546,7 @@ def peer_update(P: int, G: int, T: int, C: int) -> dict:
 
     def step():
         for part in ids.split(8):
-            with torch.autocast(HERE.device, torch.bfloat16):
+            with torch.autocast(HERE.device, BF16):
                 logits = model(part, logits_to_keep=C + 1, use_cache=False).logits[:, :-1]
             logprobs = logits.float().log_softmax(-1).gather(-1, part[:, -C:, None])
             (-logprobs.sum() / ids.numel()).backward()
@@ -662,8 +556,7 @@ def peer_update(P: int, G: int, T: int, C: int) -> dict:
         optimizer.zero_grad()
 
     step()
-    memory = peak(step)
-    time_of_one = seconds(step)
+    memory, time_of_one = peak(step), seconds(step)
     tokens = P * T + P * G * C  # as ours are counted: a prompt once
     return {"seconds": time_of_one, "tokens/s": tokens / time_of_one, "GiB": memory}
 
@@ -676,11 +569,10 @@ def judge() -> None:
 
 
 def judge_speed() -> dict:
-    tiny = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16)
     with torch.device(HERE.device):
-        encoder = prlm.Encoder(BERT | (tiny if HERE.dry else {}))
+        encoder = prlm.Encoder(BERT | (TINY | {"vocab_size": 30522} if HERE.dry else {}))
     encoder.tokenizer = prlm.load_tokenizer(prlm.SHIPPED / "encoder")
-    model = prlm.multiply_in(reward.RewardModel(encoder), torch.bfloat16)
+    model = prlm.multiply_in(reward.RewardModel(encoder), BF16)
     words = sorted(word for word in encoder.tokenizer.backend.get_vocab() if word.isalpha())
     rng = random.Random(0)
 
@@ -688,17 +580,18 @@ def judge_speed() -> dict:
         return " ".join(rng.choices(words, k=10 if HERE.dry else count))
 
     def pairs(count):
-        rows = ({"query": text(400), "positive": text(200), "negatives": [text(200)]}
-                for _ in range(count))  # fmt: skip
-        return [{"id": str(n), **row} for n, row in enumerate(rows)]
+        texts = [(text(400), text(200), text(200)) for _ in range(count)]
+        return [{"id": str(n), "query": query, "positive": good, "negatives": [bad]}
+                for n, (query, good, bad) in enumerate(texts)]  # fmt: skip
 
     o = reward.RewardOptions(reward_epochs=1, reward_lr=5e-5)
     reward.train_reward_model(o, model, pairs(4 if HERE.dry else 128))
     chosen, memory = pairs(6 if HERE.dry else 720), []
-    whole = seconds(
-        lambda: memory.append(peak(lambda: reward.train_reward_model(o, model, chosen)))
-    )
-    trained = len(reward.split_pairs(chosen, o.seed)[0])
+
+    def train():
+        memory.append(peak(lambda: reward.train_reward_model(o, model, chosen)))
+
+    whole, trained = seconds(train), len(reward.split_pairs(chosen, o.seed)[0])
     examples = [SimpleNamespace(query=text(400)) for _ in range(32)]
     answers = [text(200) for _ in examples]
     model.judge(examples, answers)
@@ -710,74 +603,60 @@ def judge_speed() -> dict:
 
 
 def memory() -> None:
+    kinds = {"full": {}, "beta": {"beta": 0.04}, "LoRA": {"lora_rank": 16}}
     with tempfile.TemporaryDirectory() as folder:
-        decoder = build("0.5B")
-        state = {name: x.bfloat16() for name, x in decoder.state_dict().items()}
-        prlm.save_checkpoint(state, decoder.raw, prlm.load_tokenizer(TOY), folder)
-        del decoder, state
-        for name, options in {
-            "full": {},
-            "beta": {"beta": 0.04},
-            "LoRA": {"lora_rank": 16},
-        }.items():
+        decoder = prlm.for_sampling(build("0.5B"), BF16)
+        prlm.save_decoder(decoder, prlm.load_tokenizer(TOY), folder)
+        del decoder
+        for name, options in kinds.items():
             measure(f"0.5B, {name}", bytes_of_a_weight, folder, **options)
 
 
 def bytes_of_a_weight(folder, **options) -> dict:
     """Of a policy as loaded, between steps, and the most in a step on a handful of tokens."""
-    start = allocated()
+    start, made, found = allocated(), [], {}
     o = rl.Options(device=HERE.device, precision="bfloat16", **options)
-    made = []
-    loading = peak(lambda: made.append(rl.make_policy(o, folder))) * 2**30 - start
+    found["loading"] = peak(lambda: made.append(rl.make_policy(o, folder))) * 2**30
     policy = made[0]
     count = sum(p.numel() for n, p in policy.decoder.named_parameters() if "lora" not in n)
-    loaded, optimizer = allocated() - start, rl.make_optimizer(policy, 1e-6)
+    found["loaded"], optimizer = allocated(), rl.make_optimizer(policy, 1e-6)
     o, prompts, rows = rollout(policy, 1, 2, 8, 8, **options)
     rl.update(o, policy, optimizer, prompts, rows)
-    between = allocated() - start
-    most = peak(lambda: rl.update(o, policy, optimizer, prompts, rows)) * 2**30 - start
-    refreshing = peak(lambda: rl.refresh(policy, 1)) * 2**30 - start
-    values = {"loading": loading, "loaded": loaded, "between": between}
-    values |= {"update": most, "refresh": refreshing}
-    return {name: value / count for name, value in values.items()} | {"weights": count}
+    found["between"] = allocated()
+    found["update"] = peak(lambda: rl.update(o, policy, optimizer, prompts, rows)) * 2**30
+    found["refresh"] = peak(lambda: rl.refresh(policy, 1)) * 2**30
+    return {name: (x - start) / count for name, x in found.items()} | {"weights": count}
 
 
 def head() -> None:
-    decoder = prlm.multiply_in(build("1.5B", num_hidden_layers=1), torch.bfloat16)
+    decoder = prlm.multiply_in(build("1.5B", num_hidden_layers=1), BF16)
     count = 64 if HERE.dry else 8192
     hidden = torch.randn(count, decoder.head.shape[1], device=HERE.device, requires_grad=True)
     targets = torch.randint(decoder.vocab_limit, (count,), device=HERE.device)
-    measure("log_softmax of all", head_speed, decoder, hidden, targets, None)
+    measure("log_softmax of all", head_speed, decoder, hidden, targets)
     for power in (24,) if HERE.dry else (24, 27, 28):
-        measure(f"chunks of 2**{power}", head_speed, decoder, hidden, targets, 2**power)
+        with pace(logits=2**power):
+            measure(
+                f"chunks of 2**{power}", head_speed, decoder, hidden, targets, prlm.head_logprobs
+            )
 
 
-def head_speed(decoder, hidden, targets, logits: int | None) -> dict:
-    device = hidden.device.type
-    pace = prlm.PACES[device]
+def plain_logprobs(decoder, hidden, targets, temperature):
+    logprobs = decoder.logits(hidden, decoder.head).float().log_softmax(-1)
+    return logprobs.gather(-1, targets[:, None])
 
+
+def head_speed(decoder, hidden, targets, logprobs=plain_logprobs) -> dict:
     def run():
         decoder.zero_grad()
         hidden.grad = None
-        if logits:
-            out = prlm.head_logprobs(decoder, hidden, targets, 1.0)
-        else:
-            scores = decoder.logits(hidden, decoder.head).float().log_softmax(-1)
-            out = scores.gather(-1, targets[:, None])
-        out.sum().backward()
+        logprobs(decoder, hidden, targets, 1.0).sum().backward()
 
-    try:
-        if logits:
-            prlm.PACES[device] = pace._replace(logits=logits)
-        run()
-        decoder.zero_grad()
-        hidden.grad = None
-        start = allocated()
-        used = peak(run) - start / 2**30
-        return {"seconds": seconds(run, 3), "GiB_beside_weights": used}
-    finally:
-        prlm.PACES[device] = pace
-        decoder.zero_grad()
+    run()
+    decoder.zero_grad()
+    hidden.grad = None
+    start = allocated() / 2**30
+    return {"GiB_beside_weights": peak(run) - start, "seconds": seconds(run, 3)}
 
 
 # ---- All of it ---------------------------------------------------------------------------------
@@ -785,10 +664,10 @@ def head_speed(decoder, hidden, targets, logits: int | None) -> dict:
 
 def child(part: str, dry: bool, out: Path) -> None:
     os.setsid()  # so that what the part starts ends with it
+    os.environ["HF_HUB_OFFLINE"] = "1"
     if part == "right":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else no product is deterministic
-    HERE.dry, HERE.out, HERE.part = dry, out, part
-    HERE.device = "cpu" if dry else "cuda"
+    HERE.dry, HERE.device, HERE.out, HERE.part = dry, "cpu" if dry else "cuda", out, part
     if dry:
         torch.set_num_threads(1)
     try:
@@ -805,43 +684,31 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=[*LIMITS], metavar="PART")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
-    parser.add_argument("--seconds", type=float, default=270, help="of all parts (270)")
     o = parser.parse_args()
     out = o.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results = out / "results.jsonl"
-    results.touch()
-    if o.dry_run:  # on a GPU each part does it itself: it might touch CUDA
+    if o.dry_run:  # once for all parts; on a GPU each does it itself, since it might touch CUDA
         with contextlib.suppress(ImportError):
             import torch._dynamo  # noqa: F401
             from transformers import GenerationConfig, Qwen2ForCausalLM  # noqa: F401
-    start, begun, wrong = results.stat().st_size, time.perf_counter(), []
+    begun, wrong = time.perf_counter(), []
     for part in o.only:
-        left = min(LIMITS[part], o.seconds - (time.perf_counter() - begun))
-        if left < 5:
-            wrong.append(f"{part}: no time left")
-            continue
         # Forked, so that torch is imported once; nothing here may touch CUDA before.
-        process = multiprocessing.get_context("fork").Process(
-            target=child, args=(part, o.dry_run, out)
-        )
-        started = time.perf_counter()
+        fork = multiprocessing.get_context("fork")
+        process, started = fork.Process(target=child, args=(part, o.dry_run, out)), time.time()
         process.start()
         try:
-            process.join(left)
+            process.join(LIMITS[part])
         finally:
             if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join()
-        took = time.perf_counter() - started
-        print(f"---- {part}: {took:.1f} s, exit status {process.exitcode}\n", flush=True)
+        print(
+            f"---- {part}: {time.time() - started:.1f} s, status {process.exitcode}\n", flush=True
+        )
         if process.exitcode:
-            stopped = process.exitcode < 0
-            wrong.append(f"{part}: {f'stopped after {took:.0f} s' if stopped else 'see above'}")
-    with open(results) as file:
-        file.seek(start)
-        print("\n".join(describe(json.loads(line)) for line in file))
-    print(f"{time.perf_counter() - begun:.0f} s; {'; '.join(wrong) or 'all is right'}; {results}")
+            wrong.append(f"{part} {'was stopped' if process.exitcode < 0 else 'failed, see above'}")
+    print(f"{time.perf_counter() - begun:.0f} s; {'; '.join(wrong) or 'all is right'}; {out}")
     sys.exit(bool(wrong))
 
 

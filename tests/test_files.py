@@ -251,9 +251,12 @@ BAD_WEIGHTS = [  # what changes in the checkpoint, and what the error must name
 
 
 class TestCheckpoint:
-    @pytest.mark.parametrize("wrong", ["2.safetensors", "../1.safetensors"])
-    def test_an_index_names_the_shards(self, tmp_path, wrong):
-        """One of two is missing; another of its name above the directory is not read."""
+    @pytest.mark.parametrize(("wrong", "error"), [
+        ("2.safetensors", FileNotFoundError), ("../1.safetensors", ValueError), (1, ValueError),
+        ("0.safetensors", ValueError),
+    ])  # fmt: skip
+    def test_an_index_names_the_shards(self, tmp_path, wrong, error):
+        """One of two is missing, or above the directory, or not what the index says."""
         state, directory = weights(), tmp_path / "a"
         index = {name: f"{n % 2}.safetensors" for n, name in enumerate(state)}
         for file in {*index.values()}:
@@ -263,9 +266,9 @@ class TestCheckpoint:
         files = {"model.safetensors.index": {"weight_map": index}, "config": RAW}
         check_loads(write_all(directory, **files))
         (directory / "1.safetensors").unlink()
-        index = {name: file.replace("1.safetensors", wrong) for name, file in index.items()}
+        index = {name: wrong if file[0] == "1" else file for name, file in index.items()}
         files["model.safetensors.index"]["weight_map"] = index
-        with pytest.raises(FileNotFoundError, match=r"\.safetensors"):
+        with pytest.raises(error, match="safetensors"):
             prlm.load_decoder(write_all(directory, **files))
 
     @pytest.mark.parametrize("changes, named", BAD_WEIGHTS)

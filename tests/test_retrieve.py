@@ -437,6 +437,20 @@ def parts(messages):
 
 
 class TestPrompt:
+    @pytest.mark.parametrize("opens", [False, True])
+    def test_closed_reasoning_has_the_ids_of_the_whole_text(self, opens):
+        """Two line ends are one token of Qwen's, also where the chat has said the first one."""
+        special = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+        content = json.loads(byte_tokenizer(special).to_str())
+        content["model"]["vocab"]["ĊĊ"] = 300
+        content["model"]["merges"] = [["Ċ", "Ċ"]]
+        tokenizer = prlm.Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+        tokenizer.opening = "<think>\n" if opens else ""
+        o = PromptOptions(reasoning=False, max_prompt_tokens=900)
+        (prompt,) = module.make_prompts(o, tokenizer, [Example("1", "u", "LaMP-4", "q", [], None)])
+        begin, end = (tokenizer.control[name] for name in ("<think>", "</think>"))
+        assert prompt[-4:] == [begin, 300, end, 300]
+
     def test_two_hundred_items(self, toy_tokenizer):
         """The budget is nearly used up, in seconds, however many items there are."""
         items = [{"text": f"{n} word " * 60, "title": "t"} for n in range(200)]
