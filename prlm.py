@@ -932,10 +932,10 @@ def open_checkpoint(directory, names: dict[str, str], extra: str):
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / files[0]).is_file():
         places = read_json(index).get("weight_map")
-        files = sorted({*places.values()}) if isinstance(places, dict) else [None]
+        files = {*places.values()} if isinstance(places, dict) else [None]
         if not all(isinstance(f, str) and re.fullmatch(r"[\w.-]+", f) for f in files):
             raise ValueError(f"{index}: no weight_map from names to files beside it")
-    for file in files:
+    for file in sorted(files):
         found = read_safetensors(directory / file)
         if places and found.keys() != {name for name in places if places[name] == file}:
             raise ValueError(f"{directory / file} does not hold what {index.name} places in it")

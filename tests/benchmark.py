@@ -11,7 +11,8 @@ there is tests/gpu.py.
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
 These figures are of the version before the chapters were rewritten. On one core of a 2-core AMD
-server (AVX2), float32, medians of 5 alternating runs, fewer with --large; "floor": how many times the floor.
+server (AVX2), float32, medians of 5 alternating runs, fewer with --large; "floor": how many times
+the floor.
 
                                                 ours            peer             ratio  floor
     sample, small, 8 prompts x 8 x 64 tokens    1.04 s          3.60 s           3.5    3.2

