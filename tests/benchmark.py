@@ -44,15 +44,15 @@ completions of 64 take, for G = 1, 4, 8, 16, in sampling .62, .79, .88, 1.31 s a
 import argparse
 import ctypes
 import itertools
-import json
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,27 +60,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import torch  # noqa: E402
 import trl_example  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 import prlm  # noqa: E402
 import rl  # noqa: E402
 from eval import rouge  # noqa: E402
 from retrieve import BM25, load_lamp  # noqa: E402
 
-COMMON = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
-SHAPES = {
-    "small": dict(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-        intermediate_size=512, vocab_size=2048, rope_theta=1e4, tie_word_embeddings=True,
-    ),
-    "0.5B": dict(
-        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        intermediate_size=4864, vocab_size=151936, rope_theta=1e6, tie_word_embeddings=True,
-    ),
-    "1.5B": dict(
-        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-        intermediate_size=8960, vocab_size=151936, rope_theta=1e4, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
+KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+KEYS += ("intermediate_size", "vocab_size", "rope_theta", "tie_word_embeddings")
+SHAPES = {  # Qwen2.5-0.5B's, DeepSeek-R1-Distill-Qwen-1.5B's
+    "small": (192, 6, 6, 2, 512, 2048, 1e4, True),
+    "0.5B": (896, 24, 14, 2, 4864, 151936, 1e6, True),
+    "1.5B": (1536, 28, 12, 2, 8960, 151936, 1e4, False),
+}
+
+
+def shape_of(name: str) -> dict:
+    common = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings": 4096}
+    return common | dict(zip(KEYS, SHAPES[name], strict=True))
 
 
 def seconds(function, runs: int = 1) -> float:
@@ -100,8 +98,8 @@ def duel(ours, theirs, runs: int) -> tuple[float, float, float]:
     """(our median, their median, median of theirs / ours) over `runs` alternating runs."""
     ours(), theirs()  # warm up
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
-    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return a, b, statistics.median(their / our for our, their in pairs)
+    rows = [(a, b, b / a) for a, b in pairs]
+    return tuple(map(statistics.median, zip(*rows, strict=True)))
 
 
 def row(name: str, *cells) -> None:
@@ -122,19 +120,21 @@ def build(shape: str, dtype):
     import transformers  # here, as our side of bench_trl does without
 
     torch.manual_seed(0)
-    decoder = prlm.Decoder(COMMON | SHAPES[shape]).to(dtype).eval()
+    decoder = prlm.Decoder(shape_of(shape)).to(dtype).eval()
     settings = {key: value for key, value in decoder.raw.items() if key != "model_type"}
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
     model.load_state_dict(decoder.state_dict(), strict=False)  # a tied head has no weight here
     return decoder, model.to(dtype).eval()
 
 
-def workload(prompts: int, group: int, low: int, high: int, short: int, long: int):
-    """(prompts [P], completions [P][G]) of random ids and lengths."""
+def workload(prompts: int, group: int, *lengths: tuple[int, int]):
+    """(prompts [P], completions [P][G]) of random ids; `lengths`: between what, of each kind."""
     rng = random.Random(0)
-    draw = lambda low, high: rng.choices(range(2000), k=rng.randint(low, high))  # noqa: E731
-    questions = [draw(low, high) for _ in range(prompts)]
-    return questions, [[draw(short, long) for _ in range(group)] for _ in questions]
+    asked, answers = (
+        [rng.choices(range(2000), k=rng.randint(*between)) for _ in range(count)]
+        for between, count in zip(lengths, (prompts, prompts * group), strict=True)
+    )
+    return asked, [answers[n : n + group] for n in range(0, len(answers), group)]
 
 
 def matrices(decoder) -> int:
@@ -152,27 +152,19 @@ def sampling_floor(decoder, prompts, group, tokens, flops, bandwidth) -> float:
     return 2 * inside * sum(map(len, prompts)) / flops + tokens * step
 
 
-def pad(rows: list[list[int]], left=False) -> tuple:
-    """(tokens, mask), [rows, the longest one]."""
-    width = max(map(len, rows))
-    gaps = [[0] * (width - len(row)) for row in rows]
-    both = (rows, [[1] * len(row) for row in rows])
-    grids = [[g + r if left else r + g for g, r in zip(gaps, part, strict=True)] for part in both]
-    return tuple(map(torch.tensor, grids))
+def pad(*columns: list[list[int]], side="right") -> list[torch.Tensor]:
+    """A grid [rows, the longest one] of each column's rows."""
+    columns = [[torch.tensor(row) for row in rows] for rows in columns]
+    return [pad_sequence(rows, batch_first=True, padding_side=side) for rows in columns]
 
 
-def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> None:
+def bench_sampler(name, decoder, model, prompts, group, tokens, rates, runs) -> None:
     rows = [p for p in prompts for _ in range(group)]
-    padded, mask = pad(rows, left=True)
-
-    @torch.no_grad()
-    def theirs():
-        model.generate(
-            padded, attention_mask=mask, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
-            max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-
-    ours = lambda: prlm.generate(decoder, prompts, group, tokens, 0.7, seed=0)  # noqa: E731
+    padded, mask = pad(rows, [[1] * len(p) for p in rows], side="left")
+    how = dict(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, eos_token_id=None)
+    how |= dict(pad_token_id=0, max_new_tokens=tokens, min_new_tokens=tokens)
+    ours = partial(prlm.generate, decoder, prompts, group, tokens, 0.7, seed=0)
+    theirs = partial(model.generate, padded, attention_mask=mask, **how)
     ours_s, theirs_s, ratio = duel(ours, theirs, runs)
     floor = sampling_floor(decoder, prompts, group, tokens, *rates)
     row(name, ours_s, theirs_s, ratio, len(rows) * tokens / ours_s, ours_s / floor)
@@ -180,15 +172,14 @@ def bench_sampler(name, decoder, model, prompts, group, tokens, runs, rates) -> 
 
 def full_forward_loss(model, prompts, completions, advantages):
     """The plain way: every row in full, padded, logits everywhere."""
-    rows = [p + c for p, group in zip(prompts, completions, strict=True) for c in group]
-    tokens, mask = pad(rows)
-    starts = torch.tensor([len(p) for p, group in zip(prompts, completions) for _ in group])
-    inside = (mask * (torch.arange(mask.shape[1]) >= starts[:, None]))[:, 1:]
+    pairs = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
+    answered = [[0] * len(p) + [1] * len(c) for p, c in pairs]
+    grids = pad([p + c for p, c in pairs], [[1] * len(p + c) for p, c in pairs], answered)
+    tokens, mask, inside = (grid.to(model.device) for grid in grids)
     logits = model(tokens, attention_mask=mask).logits[:, :-1].float() / 0.7
     logprobs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    ratio = (logprobs - logprobs.detach()).exp()
-    loss = -(ratio * advantages.flatten()[:, None] * inside).sum(-1) / inside.sum(-1)
-    return loss.mean()
+    loss = -(logprobs - logprobs.detach()).exp() * advantages.flatten()[:, None] * inside[:, 1:]
+    return (loss.sum(-1) / inside.sum(-1)).mean()
 
 
 def shared_loss(decoder, prompts, completions, advantages):
@@ -197,25 +188,21 @@ def shared_loss(decoder, prompts, completions, advantages):
     return rl.grpo_loss(logprobs, logprobs.detach(), advantages, mask)
 
 
-def bench_update(name, decoder, model, prompts, completions, runs, rates) -> None:
-    advantages = torch.randn(len(prompts), len(completions[0]))
+def bench_update(name, decoder, model, prompts, completions, rates, runs) -> None:
+    asked = prompts, completions, torch.randn(len(prompts), len(completions[0]))
 
-    def make(loss_of, module):
-        optimizer = torch.optim.AdamW(module.parameters(), 1e-9)
+    def step(loss_of, module, optimizer):
+        loss = loss_of(module, *asked)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
-        def step():
-            loss = loss_of(module, prompts, completions, advantages)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()
-
-        return step
-
-    ours, theirs = make(shared_loss, decoder), make(full_forward_loss, model)
-    a, b = ours(), theirs()
+    sides = ((shared_loss, decoder), (full_forward_loss, model))
+    both = [partial(step, *side, torch.optim.AdamW(side[1].parameters(), 1e-9)) for side in sides]
+    a, b = (one() for one in both)
     assert abs(a - b) < 1e-2 * max(abs(a), 0.1), f"the two losses differ: {a} and {b}"
-    ours_s, theirs_s, ratio = duel(ours, theirs, runs)
+    ours_s, theirs_s, ratio = duel(*both, runs)
     trained = sum(len(c) for group in completions for c in group)
     tokens = sum(map(len, prompts)) + trained
     needed = 6 * (matrices(decoder) * tokens + decoder.head.numel() * trained)
@@ -247,37 +234,27 @@ def bench_memory(decoder, model, prompts, completions) -> None:
         row(f"update, 4 completions of 512{how}: MiB", mine, other, other / mine)
 
 
-WORK = {  # prompts, completions of each, shortest and longest prompt and completion, tokens sampled
-    "small": (8, 8, 128, 256, 32, 64, 64),
-    "0.5B": (2, 4, 128, 256, 32, 64, 32),
-}
-
-
-def bench_shape(shape: str, dtype, runs: int):
+def bench_shape(shape: str, dtype, runs: int, prompts: int, group: int, tokens: int):
     """Sampling and update of a model's shape; returns `build`'s two models."""
-    decoder, model = build(shape, dtype)
-    count, group, *lengths, tokens = WORK[shape]
-    prompts, completions = workload(count, group, *lengths)
-    how, rates = f"{shape} {str(dtype)[6:]}: {count} x {group}", machine(dtype)
-    bench_sampler(f"sample {how} x {tokens}", decoder, model, prompts, group, tokens, runs, rates)
-    bench_update(f"update {how} rows", decoder, model, prompts, completions, runs, rates)
-    return decoder, model
+    asked, completions = workload(prompts, group, (128, 256), (32, 64))
+    both, rates, how = build(shape, dtype), machine(dtype), f"{shape}: {prompts} x {group}"
+    bench_sampler(f"sample {how} x {tokens}", *both, asked, group, tokens, rates, runs)
+    bench_update(f"update {how} rows", *both, asked, completions, rates, runs)
+    return both
 
 
 def bench_scaling(decoder) -> None:
-    """How the time of sampling and update grows with each length, and with G."""
-    print("\nseconds by size                                    sampling       update")
-    lengths = [(n, 64, 8) for n in (128, 256, 512, 1024)] + [(512, n, 8) for n in (32, 128, 256)]
-    for prompt, completion, group in [*lengths, *((512, 64, n) for n in (1, 4, 16))]:
-        prompts, completions = workload(4, group, prompt, prompt, completion, completion)
+    """How the time of sampling and update grows with G."""
+    for group in (1, 4, 8, 16):
+        prompts, completions = workload(4, group, (512, 512), (64, 64))
 
-        def updating(prompts=prompts, completions=completions):
-            prlm.token_logprobs(decoder, prompts, completions)[0].sum().backward()
+        def update(asked=(prompts, completions)):
+            prlm.token_logprobs(decoder, *asked)[0].sum().backward()
             decoder.zero_grad()
 
-        sampling = partial(prlm.generate, decoder, prompts, group, completion, 0.7, seed=0)
-        name = f"4 prompts of {prompt}, {group} completions of {completion}"
-        row(name, *(seconds(f, 3) for f in (sampling, updating)))
+        sample = partial(prlm.generate, decoder, prompts, group, 64, 0.7, seed=0)
+        times = (seconds(f, 3) for f in (sample, update))
+        row(f"seconds of sampling and update, 4 x {group}", *times)
 
 
 def bench_loading() -> None:
@@ -328,14 +305,6 @@ def bench_text() -> None:
 STEPS = 4  # the first one warms up
 
 
-def step_options(model: str, data: str, checkpointing: bool, out: Path) -> rl.Options:
-    return rl.Options(
-        model=model, data=data, out=str(out), device="cpu", precision="float32", steps=STEPS,
-        prompts_per_step=2, group_size=4, max_new_tokens=64, max_prompt_tokens=320, lr=1e-6,
-        personalization=0.0, checkpointing=checkpointing, eval_every=0,
-    )  # fmt: skip
-
-
 def our_steps(o: rl.Options) -> list[float]:
     """Seconds of each step of rl.py."""
     policy, examples = rl.make_policy(o, o.model), load_lamp(o.data, o.task, "train")
@@ -351,8 +320,7 @@ def trl_steps(o: rl.Options) -> list[float]:
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
-        def __init__(self):
-            self.times = [time.perf_counter()]
+        times = [time.perf_counter()]  # noqa: RUF012
 
         def on_step_end(self, *_, **__):
             self.times.append(time.perf_counter())
@@ -367,35 +335,36 @@ def trl_steps(o: rl.Options) -> list[float]:
         gradient_checkpointing=o.checkpointing, report_to=[], disable_tqdm=True, seed=o.seed,
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
-    clock, reward = Clock(), trl_example.trl_reward(examples)
-    trainer = GRPOTrainer(o.model, reward, config, Dataset.from_dict(columns), callbacks=[clock])
-    trainer.train()
-    return [after - before for before, after in itertools.pairwise(clock.times)]
+    reward, data = trl_example.trl_reward(examples), Dataset.from_dict(columns)
+    GRPOTrainer(o.model, reward, config, data, callbacks=[Clock()]).train()
+    return [after - before for before, after in itertools.pairwise(Clock.times)]
+
+
+def run_side(steps, threads: int, **how) -> tuple[float, float]:
+    """Median seconds of a step, and the process's highest memory in GiB."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        o = rl.Options(
+            out=folder, device="cpu", precision="float32", steps=STEPS, prompts_per_step=2,
+            group_size=4, max_new_tokens=64, max_prompt_tokens=320, lr=1e-6, personalization=0.0,
+            eval_every=0, **how,
+        )  # fmt: skip
+        times = steps(o)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return statistics.median(times[1:]), peak
 
 
 def bench_trl(model: str, data: str, threads: int) -> None:
-    """Each side in a process of its own, so that each has a memory peak of its own."""
     row("\nwhole GRPO steps", "ours", "TRL", "TRL/ours")
     for checkpointing in (False, True):
-        found = {}
-        for side in ("ours", "trl"):
-            line = [sys.executable, __file__, "--trl", model, "--data", data, "--side", side]
-            line += ["--threads", str(threads), *["--checkpointing"] * checkpointing]
-            done = subprocess.run(line, check=True, capture_output=True, text=True)
-            found[side] = json.loads(done.stdout.splitlines()[-1])
+        found = []  # of a process each, which has a memory peak of its own
+        for steps in (our_steps, trl_steps):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                how = {"model": model, "data": data, "checkpointing": checkpointing}
+                found.append(pool.submit(run_side, steps, threads, **how).result())
         size = "2 x 4 x 64" + ", checkpointing" * checkpointing
-        for name, unit in (("seconds", "s"), ("peak", "GiB")):
-            ours, theirs = found["ours"][name], found["trl"][name]
+        for unit, ours, theirs in zip(("s", "GiB"), *found, strict=True):
             row(f"{size}: {unit}", ours, theirs, theirs / ours)
-
-
-def run_side(side: str, *how) -> None:
-    """One side of bench_trl: median seconds a step, and the process's highest memory in GiB."""
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {"ours": our_steps, "trl": trl_steps}[side]
-        times = steps(step_options(*how, Path(folder) / "run"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": statistics.median(times[1:]), "peak": peak}))
 
 
 def main() -> None:
@@ -403,30 +372,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--runs", type=int, default=5, help="alternating runs of each comparison")
     parser.add_argument("--large", action="store_true", help="also Qwen2.5-0.5B's shape")
     parser.add_argument("--trl", help="only whole GRPO steps of this model, beside TRL's")
     parser.add_argument("--data", default=str(ROOT / "toy/lamp"), help="LaMP's files, for --trl")
-    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
-    if o.side:
-        return run_side(o.side, o.trl, o.data, o.checkpointing)
     if o.trl:
         return bench_trl(o.trl, o.data, o.threads)
-    print(f"torch {torch.__version__}, {o.threads} threads, medians of {o.runs} runs\n")
+    # The larger model's precision is what this CPU is faster in.
+    dtype = max(torch.float32, torch.bfloat16, key=lambda kind: machine(kind)[0])
+    print(f"torch {torch.__version__}, {o.threads} threads, {dtype}\n")
     row("", "ours", "peer", "peer/ours", "tokens/s", "x floor")
-    small, _ = bench_shape("small", torch.float32, o.runs)
-    if o.large:  # in the precision that this CPU is faster in
-        dtype = max(torch.float32, torch.bfloat16, key=lambda kind: machine(kind)[0])
-        bench_memory(*bench_shape("0.5B", dtype, 1), *workload(1, 4, 128, 128, 512, 512))
+    small, _ = bench_shape("small", torch.float32, 5, 8, 8, 64)
+    if o.large:
+        both = bench_shape("0.5B", dtype, 1, 2, 4, 32)
+        bench_memory(*both, *workload(1, 4, (128, 128), (512, 512)))
     row("\n", "ours", "peer", "ratio")
     bench_loading()
     bench_text()
     bench_scaling(small)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"\npeak memory of this process: {peak} MiB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Shared by the tests: tokenizers, a data set and models so small that a run takes seconds."""
 
+import copy
+import functools
 import json
+import math
 import random
 
 import numpy as np
@@ -10,6 +13,9 @@ import torch
 
 import prlm
 import retrieve
+import rl
+
+PROMPTS = [[5, 36, 9, 2, 2, 30, 7, 11, 21], [8, 1, 17], [33, 3, 3, 25, 0, 14]]  # of `small_step`
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
@@ -163,3 +169,75 @@ def world(tmp_path_factory):
     write_policy(folder / "policy")
     write_encoder(folder / "encoder")
     return folder
+
+
+# ---- A run, and one step of it ---------------------------------------------------------------
+
+
+def tiny(world, out, **changes):
+    """Options of a run that takes about a second."""
+    settings = dict(
+        model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
+        steps=4, prompts_per_step=2, group_size=3, max_new_tokens=8, max_prompt_tokens=400, k=2,
+        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=3e-3, limit=4,
+        device="cpu", out=str(out),
+    )  # fmt: skip
+    return rl.Options(**settings | changes)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_clock(path):
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines(path)]
+
+
+def small_policy(o) -> rl.Policy:
+    """A random model with 2 of its 40 ids unused; adapters, if asked for, that are not 0."""
+    raw = dict(
+        model_type="qwen2", vocab_size=40, hidden_size=16, intermediate_size=32, rope_theta=1e4,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    decoder, reference = prlm.Decoder(raw), prlm.Decoder(raw)
+    decoder.vocab_limit = reference.vocab_limit = 38
+    with torch.no_grad():
+        for parameter, other in zip(decoder.parameters(), reference.parameters()):
+            parameter.normal_(std=0.3)
+            other.copy_(parameter + 0.03 * torch.randn_like(parameter))
+    if o.lora_rank:
+        prlm.add_lora(decoder, o.lora_rank, 2.0 * o.lora_rank)
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    return rl.Policy(decoder, decoder, None, reference.requires_grad_(False))
+
+
+@functools.cache
+def small_rollout(lora_rank: int):
+    """Completions of PROMPTS, of which some do not end, with advantages."""
+    decoder = small_policy(rl.Options(lora_rank=lora_rank)).decoder
+    groups = prlm.generate(decoder, PROMPTS, 4, 8, 0.7, {3, 7, 11, 30}, seed=1)
+    rows = [vars(c) for group in groups for c in group]
+    gains = torch.randn(12, generator=torch.Generator().manual_seed(0)).tolist()
+    for row, gain in zip(rows, gains):
+        row["advantage"] = gain
+        row["logprobs"] = [x + 0.1 * math.sin(x) for x in row["logprobs"]]  # a sampler that rounds
+    assert {row["finished"] for row in rows} == {True, False}
+    return rows
+
+
+def small_step(**changes):
+    """The arguments of an update on 3 prompts with 4 completions each."""
+    how = dict(group_size=4, max_new_tokens=8, temperature=0.7, clip=0.02) | changes
+    o = rl.Options(**how)
+    policy = small_policy(o)
+    trained = [p for p in policy.decoder.parameters() if p.requires_grad]
+    rows = copy.deepcopy(small_rollout(o.lora_rank))
+    return o, policy, torch.optim.SGD(trained, 0.5), PROMPTS, rows
+
+
+def trained(policy):
+    return torch.cat([p.detach().flatten() for p in policy.decoder.parameters() if p.requires_grad])

@@ -841,7 +841,7 @@ EXERCISES = [
         if judge and any(real):
             asked = [[x for x, good in zip(all_of, real) if good] for all_of in (examples, answers)]
             given = judge(*asked)
-            given = [] if given is None else [float(value) for value in given]
+            given = [] if given is None else [math.nan if x is None else float(x) for x in given]
             if len(given) != sum(real) or not math.isfinite(sum(map(abs, given))):
                 raise ValueError(f"the judge gave {given}, not {sum(real)} finite numbers")
             values = iter(given)

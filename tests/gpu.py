@@ -22,14 +22,10 @@ transformers is compared with if it is installed.
 
 import argparse
 import contextlib
-import copy
 import gc
 import json
-import math
-import multiprocessing
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -42,24 +38,23 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from benchmark import COMMON, ROOT, SHAPES, machine, matrices, seconds
+from benchmark import ROOT, SHAPES, full_forward_loss, machine, matrices, seconds, shape_of
 
 import prlm
 import retrieve
 import reward
 import rl
 
-LIMITS = {  # seconds
-    "right": 95, "toy": 80, "decode": 70, "update": 55, "judge": 25, "memory": 30, "head": 25,
-    "static": 80,
-}  # fmt: skip
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else no product is deterministic
+LIMITS = {"right": 95, "toy": 80, "decode": 80, "update": 60}  # seconds
+LIMITS |= {"judge": 30, "memory": 35, "head": 30, "static": 85}
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 TINY |= {"intermediate_size": 48, "vocab_size": 1200}
 BERT = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
 BERT |= {"intermediate_size": 3072, "vocab_size": 30522, "max_position_embeddings": 512}
-HERE = SimpleNamespace(dry=False, device="cuda", out=Path(), part="", failed=0)
-TOY = prlm.SHIPPED / "policy"
-BF16 = torch.bfloat16
+HERE = SimpleNamespace(dry=False, tiny={}, device="cuda", out=Path(), part="", failed=0)
+TOY, BF16 = prlm.SHIPPED / "policy", torch.bfloat16
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -67,28 +62,27 @@ BF16 = torch.bfloat16
 
 def measure(name: str, function, *arguments, **named) -> None:
     """Prints and appends the dictionary that the function returns, or how it failed."""
-    begun = time.perf_counter()
-    line = {"part": HERE.part, "name": name}
+    begun, line = time.perf_counter(), {"part": HERE.part, "name": name}
     try:
-        line |= function(*arguments, **named)
+        found = function(*arguments, **named)
+        if found is None:  # a part, whose measurements stand above
+            return
+        line |= found
         json.dumps(line)
+    except ModuleNotFoundError as error:
+        line["skipped"] = str(error)
     except Exception as error:
         traceback.print_exc()
         line["error"] = f"{type(error).__name__}: {str(error)[:300]}"
     line["took"] = time.perf_counter() - begun
-    HERE.failed += "error" in line or not line.get("ok", True)
+    flag = "" if "error" not in line and line.get("ok", True) else "  WRONG"
+    HERE.failed += bool(flag)
     prlm.append(HERE.out / "results.jsonl", [line])
-    print(describe(line), flush=True)
+    text = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
+    print(f"{HERE.part:<7} {name:<30} {'; '.join(text[2:])}{flag}", flush=True)
     allocated()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def describe(line: dict) -> str:
-    values = {k: v for k, v in line.items() if k not in ("part", "name")}
-    text = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-    flag = "  WRONG" if "error" in line or not line.get("ok", True) else ""
-    return f"{line['part']:<7} {line['name']:<30} {'; '.join(text)}{flag}"
 
 
 def allocated() -> int:
@@ -107,63 +101,51 @@ def peak(function) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
+def speed(function, tokens: int, runs: int = 1) -> dict:
+    """Of a call that has been made once before."""
+    function()
+    memory = []
+    each = seconds(lambda: memory.append(peak(function)), runs)
+    return {"seconds": each, "tokens/s": tokens / each, "GiB": max(memory)}
+
+
 def card() -> tuple[float, float]:
     """(operations a second of a product in bfloat16, bytes a second that a sum reads)"""
     return machine(BF16, HERE.device, *((64, 2**16) if HERE.dry else (8192, 2**30)))
 
 
-@contextlib.contextmanager
 def pace(**changes):
-    """Other settings of the device; yields the seconds that the recordings of CUDA graphs take."""
-    record, times = prlm.Recorded.record, []
-
-    def timed(self):
-        begun = time.perf_counter()
-        record(self)
-        times.append(time.perf_counter() - begun)
-
-    changed = {HERE.device: prlm.PACES[HERE.device]._replace(**changes)}
-    with mock.patch.dict(prlm.PACES, changed), mock.patch.object(prlm.Recorded, "record", timed):
-        yield times
-
-
-def shape_of(shape: str) -> dict:
-    return COMMON | SHAPES[shape] | (TINY if HERE.dry else {})
+    """A context in which these settings of the device are others."""
+    mine = prlm.PACES[HERE.device]._replace(**changes)
+    return mock.patch.dict(prlm.PACES, {HERE.device: mine})
 
 
 def build(shape: str, **changes) -> prlm.Decoder:
     """Random float32 weights on the grid of bfloat16, as published ones are."""
     torch.manual_seed(0)
     with torch.device(HERE.device):
-        decoder = prlm.Decoder(shape_of(shape) | changes)
+        decoder = prlm.Decoder(shape_of(shape) | HERE.tiny | changes)
     for parameter in decoder.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
     return decoder
 
 
-def make_policy(shape: str, lora: int = 0) -> rl.Policy:
-    """As rl.make_policy, of random weights."""
-    decoder = prlm.multiply_in(build(shape), BF16)
-    if lora:
-        prlm.add_lora(prlm.for_sampling(decoder, BF16), lora, lora)
-        return rl.Policy(decoder, decoder, None, prlm.without_lora(decoder))
-    reference = prlm.for_sampling(copy.deepcopy(decoder), BF16)
-    return rl.Policy(decoder, copy.deepcopy(reference), None, reference)
+def make_policy(shape: str, precision="bfloat16", lora: int = 0) -> rl.Policy:
+    """rl.make_policy, of the toy or of random weights."""
+    o = rl.Options(device=HERE.device, precision=precision, lora_rank=lora)
+    make = (lambda *_: build(shape)) if shape in SHAPES else prlm.load_decoder
+    with mock.patch.object(prlm, "load_decoder", make):
+        return rl.make_policy(o, TOY)
 
 
-def peer_or_none(shape: str, dtype):
-    """transformers' model of the same shape, random."""
-    try:
-        import transformers
-    except ImportError:
-        print("transformers is not installed: no comparison")
-        return None
-    raw = {k: v for k, v in shape_of(shape).items() if k != "model_type"}
+def peer(dtype):
+    """transformers' model of the larger shape, random."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    raw = shape_of("1.5B") | HERE.tiny
+    config = Qwen2Config(**{k: v for k, v in raw.items() if k != "model_type"})
     with torch.device(HERE.device):
-        make, config = (
-            transformers.AutoModelForCausalLM.from_config,
-            transformers.Qwen2Config(**raw),
-        )
+        make = AutoModelForCausalLM.from_config
         return make(config, dtype=dtype, attn_implementation="sdpa")
 
 
@@ -172,15 +154,11 @@ def sizes(T: int = 512, C: int = 256) -> tuple[int, int]:
     return (12, 6) if HERE.dry else (T, C)
 
 
-def random_ids(rows: int, length: int, vocabulary: int, ragged: bool = False) -> list[list[int]]:
+def random_ids(rows: int, length: int, vocabulary: int, least=None) -> list[list[int]]:
+    """Rows of `length` ids, or of `least` to `length`."""
     rng = random.Random(f"{rows} {length}")
-    lengths = [rng.randint(length // 2, length) if ragged else length for _ in range(rows)]
+    lengths = [rng.randint(least or length, length) for _ in range(rows)]
     return [[rng.randrange(vocabulary) for _ in range(n)] for n in lengths]
-
-
-def toy_prompts(o, count: int) -> list[list[int]]:
-    tokenizer = prlm.load_tokenizer(TOY)
-    return retrieve.make_prompts(o, tokenizer, retrieve.load_examples(o, "dev")[:count])
 
 
 # ---- right -------------------------------------------------------------------------------------
@@ -190,138 +168,93 @@ def right() -> None:
     for dtype in (torch.float32, BF16):
         measure(f"attention, {str(dtype)[6:]}", attention_is_right, dtype)
     measure("toy's logits and greedy texts", toy_is_the_cpus)
-    for shape in ("toy", "1.5B"):
-        measure(f"sampler and trainer, {shape}", sampler_is_the_trainer, shape)
-    measure("graph, toy, float32", graphs_are_right, "toy", torch.float32)
-    measure("graph, 0.5B, bfloat16", graphs_are_right, "0.5B", BF16)
-    measure("graph, 0.5B, LoRA", graphs_are_right, "0.5B", BF16, lora=True)
+    measure("sampling, toy, float32", sampling_is_right, "toy", "float32")
+    for shape in ("toy", "0.5B", "1.5B"):
+        measure(f"sampling, {shape}, bfloat16", sampling_is_right, shape, "bfloat16")
+    measure("sampling, 0.5B, LoRA", sampling_is_right, "0.5B", "bfloat16", lora=8)
     measure("reward model", judge_is_the_cpus)
     measure("LoRA, 3 steps", lora_runs)
     measure("resume", run_resumes)
 
 
 def attention_is_right(dtype) -> dict:
-    """Values and gradients of masked, grouped attention against a float64 softmax."""
+    """Values and gradients of masked, grouped attention, beside the CPU's in float64."""
     torch.manual_seed(0)
     B, T, S, K, R, D = (2, 9, 14, 2, 2, 8) if HERE.dry else (8, 255, 767, 2, 6, 128)
-    shapes = ((T, K * R), (S, K), (S, K))
-    q, k, v = (torch.randn(B, t, h, D, device=HERE.device).to(dtype) for t, h in shapes)
-    q = q * 3
-    visible = torch.ones(B, T, S, dtype=torch.bool, device=HERE.device).tril(S - T)
+    shapes = ((B, T, K * R, D), (B, S, K, D), (B, S, K, D))
+    q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
+    visible = torch.ones(B, T, S, dtype=torch.bool).tril(S - T)
     visible[1:, :, : S // 4] = False
-    weight = torch.randn(B, T, K * R, D, device=HERE.device)
+    weight = torch.randn(shapes[0])
 
-    def run(attend, *inputs):
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        out = attend(*inputs)
-        return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+    def run(device, dtype):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (3 * q, k, v)]
+        out = prlm.attention(*inputs, visible.to(device))
+        gradients = torch.autograd.grad((out * weight.to(device)).sum(), inputs)
+        scores = prlm.exact_scores(*(x[:, :, 0].detach() for x in inputs[:2]))
+        return [x.detach().cpu().double() for x in (out, *gradients, scores)]
 
-    def plain(q, k, v):
-        k, v = (x.repeat_interleave(R, 2) for x in (k, v))
-        scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(D)
-        scores = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
-        return torch.einsum("bhts,bshd->bthd", scores, v)
-
-    got = run(lambda *x: prlm.attention(*x, visible), q, k, v)
-    expected = run(plain, *(x.double() for x in (q, k, v)))
-    got.append(prlm.exact_scores(q[:, :, 0], k[:, :, 0]))
-    expected.append(q[:, :, 0].double() @ k[:, :, 0].double().mT)
-    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected)]
+    pairs = zip(run(HERE.device, dtype), run("cpu", torch.float64))
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
     most = 1e-4 if dtype == torch.float32 else 2e-2
-    names = ("out", "dq", "dk", "dv", "exact_scores")
-    return dict(zip(names, errors)) | {"ok": max(errors) < most and errors[-1] < 1e-5}
+    return {"out_dq_dk_dv_scores": errors, "ok": max(errors) < most and errors[-1] < 1e-5}
 
 
 def toy_is_the_cpus() -> dict:
-    prompts = toy_prompts(rl.Options(), 2 if HERE.dry else 32)
-    eos, new = prlm.load_tokenizer(TOY).eos_ids, 8 if HERE.dry else 128
-    logits, texts = [], []
+    o, tokenizer = rl.Options(limit=2 if HERE.dry else 32), prlm.load_tokenizer(TOY)
+    prompts = retrieve.make_prompts(o, tokenizer, retrieve.load_examples(o, "dev"))
+    eos, logits, texts = tokenizer.eos_ids, [], []
     for device in ("cpu", HERE.device):
-        decoder = prlm.load_decoder(TOY, device)
-        rows = prlm.Ragged(prompts, device)
+        decoder, rows = prlm.load_decoder(TOY, device), prlm.Ragged(prompts, device)
         with torch.no_grad():
             logits.append(decoder(rows.grid(rows.tokens), rows.mask)[rows.mask].cpu())
-        texts.append(prlm.generate(decoder, prompts, 1, new, 0.0, eos))
+        texts.append(prlm.generate(decoder, prompts, 1, 8 if HERE.dry else 128, 0.0, eos))
     error = (logits[0] - logits[1]).abs().max().item()
     same = statistics.mean(a[0].tokens == b[0].tokens for a, b in zip(*texts))
     return {"logits": error, "same_texts": same, "ok": error < 1e-3 and same > 0.95}
 
 
-def graphs_are_right(shape: str, dtype, lora: bool = False) -> dict:
-    """The same completions with and without graphs, and log-probabilities that the trainer has,
-    where rows leave and the cache's window grows beyond 128."""
-    decoder = prlm.load_decoder(TOY, HERE.device) if shape == "toy" else build(shape)
-    prlm.for_sampling(decoder, dtype)
-    vocabulary = decoder.vocab_limit
-    if lora:
-        prlm.add_lora(decoder, 8, 8)
-        for name, parameter in decoder.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+def sampling_is_right(shape: str, precision: str, lora: int = 0) -> dict:
+    """The same completions with and without CUDA graphs, where rows leave and the cache's window
+    grows beyond 128; and nearly the log-probabilities that the trainer has at equal weights. Those
+    of the reference are exactly the trainer's."""
+    policy = make_policy(shape, precision, lora)
+    for name, parameter in policy.decoder.named_parameters():
+        if "lora_B" in name:  # which is 0 at first
+            torch.nn.init.normal_(parameter, std=0.02)
     P, G, new = (2, 2, 8) if HERE.dry else (8, 8, 160)
-    prompts = random_ids(P, 12 if HERE.dry else 90, vocabulary, ragged=True)
+    vocabulary = policy.decoder.vocab_limit
+    prompts = random_ids(P, sizes(90)[0], vocabulary, least=6)
     # One id in 150 ends a completion: a few rows leave early, most in the middle, some never.
-    asked = (decoder, prompts, G, new, 1.0, range(vocabulary // 150), 3)
-    with pace() as recorded:
-        groups, again = prlm.generate(*asked), prlm.generate(*asked)
+    asked = (policy.sampler, prompts, G, new, 0.7, range(vocabulary // 150), 3)
+    groups, again = prlm.generate(*asked), prlm.generate(*asked)
     with pace(record=False):
         plain = prlm.generate(*asked)
-    pairs = [(a, b) for x, y in zip(groups, plain) for a, b in zip(x, y)]
-    found = {"same": statistics.mean(a.tokens == b.tokens for a, b in pairs)}
-    found |= {"again": groups == again, "recordings": len(recorded)}
-    found |= gaps(decoder, prompts, groups, 1.0)
-    fine = found["gap"] < (5e-4 if dtype == torch.float32 else 0.5)
-    fine &= HERE.device == "cpu" or len(recorded) > 2
-    return found | {"ok": found["same"] == 1 and found["again"] and fine}
-
-
-@torch.no_grad()
-def gaps(decoder, prompts, groups, temperature: float) -> dict:
-    """Differences between the sampler's log-probabilities and the trainer's."""
     tokens = [[c.tokens for c in group] for group in groups]
-    logprobs, mask = prlm.token_logprobs(decoder, prompts, tokens, temperature)
-    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
-    gap = (logprobs[mask].cpu() - sampled).abs()
-    return {"gap": gap.max().item(), "gap_mean": gap.mean().item()}
-
-
-def sampler_is_the_trainer(shape: str) -> dict:
-    """In bfloat16, at equal weights; the KL to the reference is exactly 0 there."""
-    o = rl.Options(device=HERE.device, precision="bfloat16")
-    if shape == "toy":
-        policy, prompts = rl.make_policy(o, TOY), toy_prompts(o, 2 if HERE.dry else 16)
-        eos, new = policy.tokenizer.eos_ids, 8 if HERE.dry else 128
-    else:
-        policy, eos, new = make_policy(shape), (), 8 if HERE.dry else 160
-        prompts = random_ids(2, sizes(300)[0], policy.decoder.vocab_limit, ragged=True)
-    found = {}
-    for temperature in (1.0, 0.7):
-        groups = prlm.generate(policy.sampler, prompts, 4, new, temperature, eos, seed=1)
-        gap = gaps(policy.decoder, prompts, groups, temperature)
-        found |= {f"{name} at {temperature}": value for name, value in gap.items()}
-    tokens = [[c.tokens for c in group] for group in groups]
-    logprobs, mask = prlm.token_logprobs(policy.decoder, prompts, tokens)  # with gradient
+    logprobs, mask = prlm.token_logprobs(policy.decoder, prompts, tokens, 0.7)  # with gradient
     with torch.no_grad():
-        reference, _ = prlm.token_logprobs(policy.reference, prompts, tokens)
+        reference, _ = prlm.token_logprobs(policy.reference, prompts, tokens, 0.7)
+    sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
+    gap = (logprobs.detach()[mask].cpu() - sampled).abs()
+    same = [a == [c.tokens for c in b] for a, b in zip(tokens, plain)]  # by prompt
+    found = {"same": statistics.mean(same), "again": groups == again, "gap": gap.max().item()}
+    found |= {"gap_mean": gap.mean().item()}
     found["kl"] = rl.k3(logprobs.detach(), reference)[mask].abs().max().item()
-    return found | {"ok": found["kl"] == 0 and found["gap at 1.0"] < 0.5}
+    fine = all(same) and found["again"] and (bool(lora) or found["kl"] == 0)
+    fine &= found["gap"] < (5e-4 if precision == "float32" else 0.5)
+    return found | {"ok": bool(fine and (HERE.dry or prlm.Recorded.newest))}
 
 
 def judge_is_the_cpus() -> dict:
-    queries, scores = ["a story about paris"] * 6, []
-    answers = ["asthma", "paris again no joke", "x y z " * 40, "a", "behind doors", "why, friend"]
-    for device, dtype in (
-        ("cpu", torch.float32),
-        (HERE.device, torch.float32),
-        (HERE.device, BF16),
-    ):
-        torch.manual_seed(0)
-        model = reward.RewardModel(prlm.load_encoder(prlm.SHIPPED / "encoder", "cpu")).to(device)
-        with torch.no_grad():
-            scores.append(prlm.multiply_in(model, dtype).score(queries, answers).cpu())
-    error, low = ((x - scores[0]).abs().max().item() for x in scores[1:])
-    spread = scores[0].std().item()
-    return {"float32": error, "bfloat16": low, "spread": spread, "ok": error < 1e-4}
+    answers = ["asthma", "paris again no joke", "x y z " * 40, "why, friend"]
+    asked = ["a story about paris"] * len(answers), answers
+    torch.manual_seed(0)
+    model = reward.RewardModel(prlm.load_encoder(prlm.SHIPPED / "encoder"))
+    with torch.no_grad():
+        expected, model = model.score(*asked), model.to(HERE.device)
+        found = [prlm.multiply_in(model, d).score(*asked).cpu() for d in (torch.float32, BF16)]
+    error, low = ((x - expected).abs().max().item() for x in found)
+    return {"float32": error, "bfloat16": low, "ok": error < 1e-4 and low < 0.1}
 
 
 def toy_run(folder, **options) -> list[dict]:
@@ -338,74 +271,54 @@ def lora_runs() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         log = toy_run(f"{folder}/a", steps=3, lora_rank=8, beta=0.04, lr=1e-3)
         merged = prlm.load_decoder(f"{folder}/a/checkpoint", HERE.device)
-        fine = all(bool(p.isfinite().all()) for p in merged.parameters())
-    found = {key: [line[key] for line in log] for key in ("gap", "gap_mean", "grad_norm", "kl")}
+    finite = all(bool(p.isfinite().all()) for p in merged.parameters())
+    found = {key: [line[key] for line in log] for key in ("gap", "gap_mean", "kl")}
     first, *_, last = found["kl"]
-    return found | {"ok": fine and first == 0 and (last > 0 or HERE.dry)}
+    return found | {"ok": finite and first == 0 and (last > 0 or HERE.dry)}
 
 
 def run_resumes() -> dict:
     """Six steps at once, and six that are cut off in the fourth and go on from the third."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # the last one of its process
     warnings.filterwarnings("ignore", message=".*deterministic")
-    update, calls = rl.update, []
-
-    def stopping(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise ConnectionAbortedError
-        return update(*arguments)
-
+    cut_off = mock.Mock(wraps=rl.update, side_effect=[mock.DEFAULT] * 3 + [ConnectionAbortedError])
     with tempfile.TemporaryDirectory() as folder:
         how = dict(steps=6, save_every=3)
         whole = toy_run(f"{folder}/a", **how)
-        with mock.patch.object(rl, "update", stopping), contextlib.suppress(ConnectionAbortedError):
+        with mock.patch.object(rl, "update", cut_off), contextlib.suppress(ConnectionAbortedError):
             toy_run(f"{folder}/b", **how)
         parts = toy_run(f"{folder}/b", resume=True, **how)
-        samples = [prlm.read_lines(f"{folder}/{run}/samples.jsonl") for run in "ab"]
-    apart = [
-        max(abs(a[n] - b[n]) / (abs(a[n]) + 1e-3) for n in ("reward", "grad_norm", "entropy"))
-        for a, b in zip(whole, parts)
-    ]
-    same = statistics.mean(a["tokens"] == b["tokens"] for a, b in zip(*samples))
     # On CUDA sums may be taken in another order, and one other token makes another sample.
-    found = {"same_samples": same, "apart_by_step": apart}
-    return found | {"ok": len(parts) == 6 and max(apart[:4]) < 0.05}
+    norms = [[line["grad_norm"] for line in log] for log in (whole, parts)]
+    apart = [abs(a - b) / (a + 1e-3) for a, b in zip(*norms)]
+    return {"apart_by_step": apart, "ok": len(parts) == 6 and max(apart[:4]) < 0.05}
 
 
 # ---- toy ---------------------------------------------------------------------------------------
 
 
-def toy() -> None:
-    measure("python rl.py", toy_default)
-
-
-def toy_default() -> dict:
+def toy() -> dict:
     """The default run, and the same on the CPU at the same time, if that ends before the limit."""
     few = "--steps 1 --group-size 2 --prompts-per-step 2 --limit 2 --max-new-tokens 8 --force"
     few += " --personalization 0 --eval-every 0 --k 1"
     env = os.environ | {"OMP_NUM_THREADS": "1" if HERE.dry else "4"}
-    found, begun, runs = {}, time.perf_counter(), {}
-    last = begun + (600 if HERE.dry else LIMITS["toy"] - 5)
+    found, runs, begun = {}, {}, time.perf_counter()
     for device in dict.fromkeys((HERE.device, "cpu")):
-        out, log = HERE.out / f"toy_{device}", HERE.out / f"toy_{device}.log"
-        line = [sys.executable, "rl.py", "--device", device, "--out", out, "--overwrite"]
-        with open(log, "w") as file:
-            how = {"cwd": ROOT, "env": env, "stdout": file, "stderr": file}
-            runs[device] = out, log, subprocess.Popen(line + few.split() * HERE.dry, **how)
-    for device, (out, log, process) in runs.items():
+        line = [sys.executable, "rl.py", "--device", device, "--overwrite"]
+        line += ["--out", HERE.out / f"toy_{device}", *few.split() * HERE.dry]
+        with open(HERE.out / f"toy_{device}.log", "w") as log:
+            runs[device] = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
+    for device, process in runs.items():
         try:
-            status = process.wait(max(0.1, last - time.perf_counter()))
+            status = process.wait(begun + LIMITS["toy"] - 5 - time.perf_counter())
         except subprocess.TimeoutExpired:
             process.kill()
             continue
+        out, found[f"{device}_seconds"] = HERE.out / f"toy_{device}", time.perf_counter() - begun
         if status:
-            raise RuntimeError(log.read_text()[-2000:])
-        found[f"{device}_seconds"] = time.perf_counter() - begun
-        scores, lines = prlm.read_json(out / "scores.json"), prlm.read_lines(out / "metrics.jsonl")
+            raise RuntimeError(out.with_suffix(".log").read_text()[-2000:])
+        scores = prlm.read_json(out / "scores.json")
         found |= {f"{device}_{name}": s["rouge-l"] for name, s in scores.items()}
-        for name in ("gap", "gap_mean", "seconds_rollout", "seconds_update"):
-            found[f"{device}_{name}"] = statistics.median(line[name] for line in lines)
     return found | {"ok": f"{HERE.device}_after" in found}
 
 
@@ -413,71 +326,55 @@ def toy_default() -> dict:
 
 
 def decode() -> None:
-    rates, gpu = card(), HERE.device == "cuda"
-    name = torch.cuda.get_device_name() if gpu else "cpu"
-    measure("card", lambda: {"card": name, "TFLOP/s": rates[0] / 1e12, "GB/s": rates[1] / 1e9})
+    rates = card()
+    name = torch.cuda.get_device_name() if HERE.device == "cuda" else "none"
+    measure("card", lambda: {"gpu": name, "TFLOP/s": rates[0] / 1e12, "GB/s": rates[1] / 1e9})
     for shape, rows in (("0.5B", [(4, 8)]), ("1.5B", [(1, 4), (4, 8), (16, 8)])):
         decoder = prlm.for_sampling(build(shape), BF16)
         for P, G in rows:
             measure(f"{shape}, {P} x {G}", decode_speed, decoder, P, G, rates)
-    measure("1.5B, 4 x 8, prompt 509", decode_speed, decoder, 4, 8, rates, 509)
     prlm.add_lora(decoder, 16, 16)
     measure("1.5B, 4 x 8, LoRA", decode_speed, decoder, 4, 8, rates)
     del decoder
-    if model := peer_or_none("1.5B", BF16):
-        for P in (4, 16):
-            measure(f"transformers 1.5B, {P} x 8", peer_decode, model, P, 8)
+    for P in (4, 16):
+        measure(f"transformers 1.5B, {P} x 8", peer_decode, P, 8)
 
 
 def static() -> None:
-    if model := peer_or_none("1.5B", BF16):
-        measure("transformers 1.5B, 4 x 8", peer_decode, model, 4, 8, "static")
+    measure("transformers 1.5B, 4 x 8", peer_decode, 4, 8, cache="static")
 
 
-def decode_speed(decoder, P: int, G: int, rates, T: int = 512) -> dict:
+def decode_speed(decoder, P: int, G: int, rates) -> dict:
     """Of a step: the time, and the time that reading weights and cache once would take."""
-    T, C = sizes(T)
-    prompts, c = random_ids(P, T, decoder.vocab_limit), decoder.config
+    (T, C), c = sizes(), decoder.config
+    prompts = random_ids(P, T, decoder.vocab_limit)
 
     def run(new):
         prlm.generate(decoder, prompts, G, new, 1.0, (), seed=1)
 
-    with pace() as recorded:
-        memory = peak(lambda: run(C))
-        recorded.clear()
-        whole, first = seconds(lambda: run(C), 2), seconds(lambda: run(1), 3)
+    found, first = speed(lambda: run(C), P * G * C, 2), seconds(lambda: run(1), 3)
     with pace(record=False):
         run(2)
         plain = (seconds(lambda: run(C // 4 + 1)) - first) / (C // 4)
-    step, weights = (whole - first) / (C - 1), matrices(decoder) + decoder.head.numel()
+    step, weights = (found["seconds"] - first) / (C - 1), matrices(decoder) + decoder.head.numel()
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # its keys and values
     read = 2 * (weights + token * (P * T + P * G * C / 2))
     floor = max(read / rates[1], 2 * P * G * weights / rates[0])
-    return {
-        "tokens/s": P * G * C / whole, "prompt_s": first, "step_ms": 1e3 * step,
-        "plain_step_ms": 1e3 * plain, "floor_ms": 1e3 * floor, "share": floor / step,
-        "recording_ms": 1e3 * sum(recorded) / 2, "GiB": memory,
-    }  # fmt: skip
+    found |= {"prompt_s": first, "step_ms": 1e3 * step, "plain_step_ms": 1e3 * plain}
+    return found | {"floor_ms": 1e3 * floor, "share": floor / step}
 
 
-def peer_decode(model, P: int, G: int, cache: str | None = None) -> dict:
+def peer_decode(P: int, G: int, cache: str | None = None) -> dict:
     from transformers import GenerationConfig
 
-    T, C = sizes()
+    (T, C), model = sizes(), peer(BF16)
     prompts = torch.tensor(random_ids(P, T, model.config.vocab_size), device=HERE.device)
-    how = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0)
-    how |= dict(num_return_sequences=G, eos_token_id=None, cache_implementation=cache)
-
-    def run(new):
-        config, mask = GenerationConfig(max_new_tokens=new, **how), torch.ones_like(prompts)
-        out = model.generate(prompts, attention_mask=mask, generation_config=config)
-        if out.shape != (P * G, T + new):
-            raise RuntimeError(f"transformers generated {[*out.shape]}")
-
-    first = seconds(lambda: run(C if cache else 3))
-    memory = []
-    whole = seconds(lambda: memory.append(peak(lambda: run(C))))
-    return {"tokens/s": P * G * C / whole, "seconds": whole, "GiB": memory[0], "warm_up": first}
+    how = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None,
+        num_return_sequences=G, max_new_tokens=C, cache_implementation=cache,
+    )  # fmt: skip
+    asked = {"attention_mask": torch.ones_like(prompts), "generation_config": how}
+    return speed(lambda: model.generate(prompts, **asked), P * G * C)
 
 
 # ---- update ------------------------------------------------------------------------------------
@@ -485,19 +382,13 @@ def peer_decode(model, P: int, G: int, cache: str | None = None) -> dict:
 
 def update() -> None:
     rate, shape = card()[0], (4, 8, 512, 256)
-    policy = make_policy("1.5B")
-    for name, saving, *rows in (
-        ("full, 4 x 8, 512 + 256", False, *shape),
-        ("full, 4 x 8, 512 + 256, checkpointing", True, *shape),
-        ("full, 1 x 4, 512 + 768, checkpointing", True, 1, 4, 512, 768),
-    ):
-        measure(name, update_speed, policy, rate, saving, *rows)
-    measure("refresh", lambda: {"seconds": seconds(lambda: rl.refresh(policy, 1), 2)})
-    policy = make_policy("1.5B", lora=16)
-    for saving in (False, True):
-        name = f"LoRA, 4 x 8, 512 + 256{', checkpointing' * saving}"
-        measure(name, update_speed, policy, rate, saving, *shape)
-    del policy
+    for lora in (0, 16):
+        policy = make_policy("1.5B", lora=lora)
+        for saving, P, G, T, C in ((False, *shape), (True, *shape), (True, 1, 4, 512, 768)):
+            name = f"{'LoRA' if lora else 'full'}, {P} x {G}, {T} + {C}{', checkpointing' * saving}"
+            measure(name, update_speed, policy, rate, saving, P, G, T, C)
+        del policy
+        allocated()
     measure("transformers, 4 x 8, 512 + 256", peer_update, *shape)
 
 
@@ -506,100 +397,68 @@ def rollout(policy, P: int, G: int, T: int, C: int, **options):
     row, vocabulary = dict(logprobs=[0.0] * C, finished=True), policy.decoder.vocab_limit
     completions = random_ids(P * G, C, vocabulary)
     rows = [row | {"tokens": x, "advantage": n % 2 - 0.5} for n, x in enumerate(completions)]
-    o = rl.Options(group_size=G, prompts_per_step=P, max_new_tokens=C, **options)
+    o = rl.Options(group_size=G, max_new_tokens=C, **options)
     return o, random_ids(P, T, vocabulary), rows
 
 
 def update_speed(policy, rate: float, saving: bool, P: int, G: int, T: int, C: int) -> dict:
-    T, C = sizes(T, C)
-    decoder, optimizer = policy.decoder, rl.make_optimizer(policy, 1e-6)
-    decoder.checkpointing, c = saving, decoder.config
-    o, prompts, rows = rollout(policy, P, G, T, C)
-
-    def step():
-        rl.update(o, policy, optimizer, prompts, rows)
-
-    step()
-    memory, time_of_one = peak(step), seconds(step, 2)
+    (T, C), decoder = sizes(T, C), policy.decoder
+    decoder.checkpointing, optimizer = saving, rl.make_optimizer(policy, 1e-6)
+    o, *asked = rollout(policy, P, G, T, C)
+    found = speed(lambda: rl.update(o, policy, optimizer, *asked), P * (T + G * C), 2)
     # A product with W costs 2 operations a weight and token, its gradients twice that; a frozen W
-    # has no gradient of its own. Causal attention costs 4 heads D operations a pair of tokens.
-    products = 2 * matrices(decoder) * (P * T + P * G * (C - 1))
-    products += 2 * decoder.head.numel() * P * G * C
-    pairs = P * T * T / 2 + P * G * (C * T + C * C / 2)
-    scores = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
-    operations = (3 if decoder.head.requires_grad else 2) * products + 3 * scores
-    return {
-        "seconds": time_of_one, "tokens/s": (P * T + P * G * C) / time_of_one, "GiB": memory,
-        "TFLOP": operations / 1e12, "share": operations / rate / time_of_one,
-    }  # fmt: skip
+    # has no gradient of its own.
+    operations = matrices(decoder) * P * (T + G * C) + decoder.head.numel() * P * G * C
+    operations *= 6 if decoder.head.requires_grad else 4
+    return found | {"share": operations / rate / found["seconds"]}
 
 
 def peer_update(P: int, G: int, T: int, C: int) -> dict:
-    """The same step in transformers as it comes: each row with its prompt, 8 rows at a time."""
-    T, C = sizes(T, C)
-    model = peer_or_none("1.5B", torch.float32)
-    if not model:
-        return {}
-    model.train()
+    """The same step in transformers as it comes: each row with its prompt, a group at a time."""
+    (T, C), model = sizes(T, C), peer(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=HERE.device == "cuda")
-    ids = torch.tensor(random_ids(P * G, T + C, model.config.vocab_size), device=HERE.device)
+    prompts, rows = (random_ids(n, m, model.config.vocab_size) for n, m in ((P, T), (P * G, C)))
+    advantages = torch.randn(1, G, device=HERE.device)
 
     def step():
-        for part in ids.split(8):
+        for n, prompt in enumerate(prompts):
             with torch.autocast(HERE.device, BF16):
-                logits = model(part, logits_to_keep=C + 1, use_cache=False).logits[:, :-1]
-            logprobs = logits.float().log_softmax(-1).gather(-1, part[:, -C:, None])
-            (-logprobs.sum() / ids.numel()).backward()
-            del logits, logprobs
+                loss = full_forward_loss(model, [prompt], [rows[n * G : n * G + G]], advantages)
+            (loss / P).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    memory, time_of_one = peak(step), seconds(step)
-    tokens = P * T + P * G * C  # as ours are counted: a prompt once
-    return {"seconds": time_of_one, "tokens/s": tokens / time_of_one, "GiB": memory}
+    return speed(step, P * (T + G * C))  # counted as ours: a prompt once
 
 
 # ---- judge, memory, head -----------------------------------------------------------------------
 
 
-def judge() -> None:
-    measure("BERT-base, pairs of 512", judge_speed)
-
-
-def judge_speed() -> dict:
+def judge() -> dict:
+    """Of BERT-base, pairs of 512 tokens."""
     with torch.device(HERE.device):
-        encoder = prlm.Encoder(BERT | (TINY | {"vocab_size": 30522} if HERE.dry else {}))
+        encoder = prlm.Encoder(BERT | HERE.tiny)
     encoder.tokenizer = prlm.load_tokenizer(prlm.SHIPPED / "encoder")
     model = prlm.multiply_in(reward.RewardModel(encoder), BF16)
     words = sorted(word for word in encoder.tokenizer.backend.get_vocab() if word.isalpha())
-    rng = random.Random(0)
+    o, rng = reward.RewardOptions(reward_epochs=1, reward_lr=5e-5), random.Random(0)
 
-    def text(count):
-        return " ".join(rng.choices(words, k=10 if HERE.dry else count))
+    def texts(length, count):
+        length = 10 if HERE.dry else length
+        return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
 
-    def pairs(count):
-        texts = [(text(400), text(200), text(200)) for _ in range(count)]
-        return [{"id": str(n), "query": query, "positive": good, "negatives": [bad]}
-                for n, (query, good, bad) in enumerate(texts)]  # fmt: skip
-
-    o = reward.RewardOptions(reward_epochs=1, reward_lr=5e-5)
-    reward.train_reward_model(o, model, pairs(4 if HERE.dry else 128))
-    chosen, memory = pairs(6 if HERE.dry else 720), []
-
-    def train():
-        memory.append(peak(lambda: reward.train_reward_model(o, model, chosen)))
-
-    whole, trained = seconds(train), len(reward.split_pairs(chosen, o.seed)[0])
-    examples = [SimpleNamespace(query=text(400)) for _ in range(32)]
-    answers = [text(200) for _ in examples]
-    model.judge(examples, answers)
-    return {
-        "seconds": whole, "pairs/s": trained / whole, "GiB": memory[0],
-        "5000_pairs_3_epochs": 15000 / trained * whole,
-        "score_32_s": seconds(lambda: model.judge(examples, answers), 3),
-    }  # fmt: skip
+    count = 6 if HERE.dry else 512
+    rows = zip(texts(400, count), texts(200, count), texts(200, count))
+    pairs = [
+        {"id": str(n), "query": query, "positive": good, "negatives": [bad]}
+        for n, (query, good, bad) in enumerate(rows)
+    ]
+    trained = len(reward.split_pairs(pairs, o.seed)[0])  # pairs, not tokens
+    found = speed(lambda: reward.train_reward_model(o, model, pairs), trained)
+    found["pairs/s"] = found.pop("tokens/s")
+    asked = [SimpleNamespace(query=text) for text in texts(400, 32)], texts(200, 32)
+    return found | {"score_32_s": speed(lambda: model.judge(*asked), 32, 3)["seconds"]}
 
 
 def memory() -> None:
@@ -614,17 +473,14 @@ def memory() -> None:
 
 def bytes_of_a_weight(folder, **options) -> dict:
     """Of a policy as loaded, between steps, and the most in a step on a handful of tokens."""
-    start, made, found = allocated(), [], {}
-    o = rl.Options(device=HERE.device, precision="bfloat16", **options)
-    found["loading"] = peak(lambda: made.append(rl.make_policy(o, folder))) * 2**30
-    policy = made[0]
-    count = sum(p.numel() for n, p in policy.decoder.named_parameters() if "lora" not in n)
+    start, found = allocated(), {}
+    policy = rl.make_policy(rl.Options(device=HERE.device, precision="bfloat16", **options), folder)
     found["loaded"], optimizer = allocated(), rl.make_optimizer(policy, 1e-6)
-    o, prompts, rows = rollout(policy, 1, 2, 8, 8, **options)
-    rl.update(o, policy, optimizer, prompts, rows)
+    o, *asked = rollout(policy, 1, 2, 8, 8, **options)
+    rl.update(o, policy, optimizer, *asked)
     found["between"] = allocated()
-    found["update"] = peak(lambda: rl.update(o, policy, optimizer, prompts, rows)) * 2**30
-    found["refresh"] = peak(lambda: rl.refresh(policy, 1)) * 2**30
+    found["update"] = peak(lambda: rl.update(o, policy, optimizer, *asked)) * 2**30
+    count = sum(p.numel() for n, p in policy.decoder.named_parameters() if "lora" not in n)
     return {name: (x - start) / count for name, x in found.items()} | {"weights": count}
 
 
@@ -633,83 +489,53 @@ def head() -> None:
     count = 64 if HERE.dry else 8192
     hidden = torch.randn(count, decoder.head.shape[1], device=HERE.device, requires_grad=True)
     targets = torch.randint(decoder.vocab_limit, (count,), device=HERE.device)
-    measure("log_softmax of all", head_speed, decoder, hidden, targets)
-    for power in (24,) if HERE.dry else (24, 27, 28):
+
+    def at_once(decoder, hidden, targets, temperature):
+        logprobs = decoder.logits(hidden, decoder.head).float().log_softmax(-1)
+        return logprobs.gather(-1, targets[:, None])
+
+    def head_speed(logprobs=prlm.head_logprobs) -> dict:
+        def run():
+            logprobs(decoder, hidden, targets, 1.0).sum().backward()
+            hidden.grad = decoder.zero_grad()
+
+        found = speed(run, count, 3)
+        return found | {"GiB_beside_weights": found["GiB"] - allocated() / 2**30}
+
+    measure("log_softmax of all", head_speed, at_once)
+    for power in (24, 27, 28):
         with pace(logits=2**power):
-            measure(
-                f"chunks of 2**{power}", head_speed, decoder, hidden, targets, prlm.head_logprobs
-            )
-
-
-def plain_logprobs(decoder, hidden, targets, temperature):
-    logprobs = decoder.logits(hidden, decoder.head).float().log_softmax(-1)
-    return logprobs.gather(-1, targets[:, None])
-
-
-def head_speed(decoder, hidden, targets, logprobs=plain_logprobs) -> dict:
-    def run():
-        decoder.zero_grad()
-        hidden.grad = None
-        logprobs(decoder, hidden, targets, 1.0).sum().backward()
-
-    run()
-    decoder.zero_grad()
-    hidden.grad = None
-    start = allocated() / 2**30
-    return {"GiB_beside_weights": peak(run) - start, "seconds": seconds(run, 3)}
+            measure(f"chunks of 2**{power}", head_speed)
 
 
 # ---- All of it ---------------------------------------------------------------------------------
-
-
-def child(part: str, dry: bool, out: Path) -> None:
-    os.setsid()  # so that what the part starts ends with it
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if part == "right":
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else no product is deterministic
-    HERE.dry, HERE.device, HERE.out, HERE.part = dry, "cpu" if dry else "cuda", out, part
-    if dry:
-        torch.set_num_threads(1)
-    try:
-        globals()[part]()
-    except Exception:
-        traceback.print_exc()
-        HERE.failed += 1
-    sys.stdout.flush()
-    sys.exit(min(HERE.failed, 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=[*LIMITS], metavar="PART")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, in one process")
     o = parser.parse_args()
-    out = o.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    if o.dry_run:  # once for all parts; on a GPU each does it itself, since it might touch CUDA
-        with contextlib.suppress(ImportError):
-            import torch._dynamo  # noqa: F401
-            from transformers import GenerationConfig, Qwen2ForCausalLM  # noqa: F401
-    begun, wrong = time.perf_counter(), []
+    begun, HERE.out = time.perf_counter(), o.out.resolve()
+    HERE.out.mkdir(parents=True, exist_ok=True)
+    if o.dry_run:
+        HERE.dry, HERE.tiny, HERE.device = True, TINY, "cpu"
+        torch.set_num_threads(1)
     for part in o.only:
-        # Forked, so that torch is imported once; nothing here may touch CUDA before.
-        fork = multiprocessing.get_context("fork")
-        process, started = fork.Process(target=child, args=(part, o.dry_run, out)), time.time()
-        process.start()
+        if o.dry_run or len(o.only) == 1:
+            HERE.part = part
+            measure(part, globals()[part])
+            continue
+        command = [sys.executable, __file__, "--only", part, "--out", HERE.out]
         try:
-            process.join(LIMITS[part])
-        finally:
-            if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
-                process.join()
-        print(
-            f"---- {part}: {time.time() - started:.1f} s, status {process.exitcode}\n", flush=True
-        )
-        if process.exitcode:
-            wrong.append(f"{part} {'was stopped' if process.exitcode < 0 else 'failed, see above'}")
-    print(f"{time.perf_counter() - begun:.0f} s; {'; '.join(wrong) or 'all is right'}; {out}")
-    sys.exit(bool(wrong))
+            HERE.failed += subprocess.run(command, timeout=LIMITS[part]).returncode != 0
+        except subprocess.TimeoutExpired:
+            print(f"{part}: WRONG, stopped after {LIMITS[part]} s")
+            HERE.failed += 1
+    said = f"{HERE.failed} WRONG, see above" if HERE.failed else "all is right"
+    print(f"{' '.join(o.only)}: {time.perf_counter() - begun:.0f} s, {said}; {HERE.out}")
+    sys.exit(bool(HERE.failed))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def commit(folder, subject, body=BODY, author="ann", day=1):
 
 def create(folder, **authors):
     """A repository in which each author has so many commits, one a day."""
-    folder.mkdir()
-    git(folder, "init", "-q", "-b", "main")
+    git(folder.parent, "init", "-q", "-b", "main", folder.name)
     for author, count in authors.items():
         for n in range(count):
             commit(folder, f"{author} {n}", f"{BODY} {n}", author, 1 + n)
@@ -88,8 +87,7 @@ def test_same_manner():
         ("", "open it", False, False, None),
         (" ", "BUG: open it", False, False, False),
     ):
-        got = [module.same_manner(answer, target)[key] for key in ("form", "kind", "prefix")]
-        assert got == expected, (answer, target)
+        assert [*module.same_manner(answer, target).values()] == expected, (answer, target)
 
 
 def test_numbers_of_tickets_are_taken_out():
@@ -155,23 +153,22 @@ class TestReadCommits:
         assert groups == [["1", "2"], ["3", "4"]]
         assert "ann" not in json.dumps(found) and "example" not in json.dumps(found)
 
-    def test_bytes_of_another_encoding_in_a_bare_clone(self, repository, tmp_path):
+    def test_other_encodings_and_broken_dates_in_a_bare_clone(self, repository, tmp_path):
         (repository / "message").write_bytes("Größe\n\n".encode("latin-1") + BODY.encode())
         latin = ("-c", "i18n.commitEncoding=latin-1")
         git(repository, *latin, "commit", "-q", "--allow-empty", "-F", "message")
-        git(tmp_path, "clone", "-q", "--bare", str(repository), "bare.git")
-        assert [*read(repository)] == [*read(tmp_path / "bare.git")] == ["Größe"]
-
-    def test_broken_dates(self, repository):
-        commit(repository, "whole")
         tree, parent = git(repository, "rev-parse", "HEAD^{tree}", "HEAD").split()
-        people = [f"{role} A <a@x> soon +0000" for role in ("author", "committer")]
-        lines = [f"tree {tree}", f"parent {parent}", *people, "", "broken", "", BODY]
-        (repository / "raw").write_text("\n".join(lines))
+        people = "author A <a@x> soon +0000\ncommitter A <a@x> soon +0000"
+        (repository / "raw").write_text(
+            f"tree {tree}\nparent {parent}\n{people}\n\nbroken\n\n{BODY}"
+        )
         made = git(repository, "hash-object", "-t", "commit", "-w", "--literally", "raw")
         git(repository, "reset", "-q", "--soft", made.strip())
         commit(repository, "after it")
-        assert read(repository).keys() == {"whole", "after it"}
+        git(tmp_path, "clone", "-q", "--bare", str(repository), "bare.git")
+        assert (
+            read(repository).keys() == read(tmp_path / "bare.git").keys() == {"Größe", "after it"}
+        )
 
     def test_only_the_whole_repository_that_is_named(self, repository, tmp_path, monkeypatch):
         commit(repository, "one")
@@ -182,11 +179,11 @@ class TestReadCommits:
         sub.mkdir()
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
         monkeypatch.setenv("LC_ALL", "C")
-        for folder, said in {
-            shallow: "git fetch --unshallow", plain: "not a git repository",
-            empty: "does not have any commits", tmp_path / "none": "No such file",
-            sub: "no repository of its own",
-        }.items():  # fmt: skip
+        for folder, said in (
+            (shallow, "git fetch --unshallow"), (plain, "not a git repository"),
+            (empty, "does not have any commits"), (sub, "no repository of its own"),
+            (tmp_path / "none", "No such file"),
+        ):  # fmt: skip
             with pytest.raises(ValueError, match=f"{folder}.*{said}"):
                 module.read_commits(folder, 15)
         monkeypatch.setenv("GIT_DIR", str(empty / ".git"))
@@ -206,84 +203,78 @@ class TestRecords:
     def test_the_newest_are_queries_and_what_came_before_is_the_profile(self):
         chosen = {"p": written("b", count=4), "q": written("a", count=10)}
         records = module.make_records(chosen, least=4, queries=3, profile=5)
-        found = [(r["id"], r["repository"], [i["id"] for i in r["profile"]]) for r in records]
-        first = {"a9": 4, "b3": 0, "a8": 3, "a7": 2}  # the newest of every user comes first
-        same(found, [
-            (id, "pq"[id < "b"], [f"{id[0]}{n}" for n in range(n, int(id[1]))])
-            for id, n in first.items()
+        found = [(r["repository"], r["output"], [i["id"] for i in r["profile"]]) for r in records]
+        same(found, [  # the newest of every user comes first
+            ("q", "s9", ["a4", "a5", "a6", "a7", "a8"]),
+            ("p", "s3", ["b0", "b1", "b2"]),
+            ("q", "s8", ["a3", "a4", "a5", "a6", "a7"]),
+            ("q", "s7", ["a2", "a3", "a4", "a5", "a6"]),
         ])  # fmt: skip
-        assert [r["output"] for r in records] == ["s9", "s3", "s8", "s7"]
 
     def test_repositories_give_equal_shares(self):
         many, other = ([f"{name}{n}" for n in range(30)] for name in "mo")
         found = {"many": written(*many), "few": written("x", "y", "m0"), "other": written(*other)}
-        chosen = module.choose_users(found, 23, seed=0)
-        same({name: len(users) for name, users in chosen.items()}, dict(few=3, many=10, other=10))
-        assert "m0" in chosen["few"] and "m0" not in chosen["many"]
-        again, another = (module.choose_users(found, 23, seed) for seed in (0, 1))
-        assert [*again["many"]] == [*chosen["many"]] != [*another["many"]]
+        first, again, another = (module.choose_users(found, 23, seed) for seed in (0, 0, 1))
+        same({name: len(users) for name, users in first.items()}, dict(few=3, many=10, other=10))
+        assert "m0" in first["few"] and "m0" not in first["many"]
+        assert [*first["many"]] == [*again["many"]] != [*another["many"]]
 
-    def test_users_are_held_out_by_rank_in_each_repository(self):
+    def test_what_is_held_out(self):
+        """Users by their rank in each repository; by time what is newer."""
         ten = [f"u{n}" for n in range(10)]
         chosen = {"one": written("z"), "two": written("x", "y"), "ten": written(*ten)}
         parts = module.split_records(module.make_records(chosen, 1, 2, 9), chosen, "user", 0.2)
         users = {split: sorted(r["user_id"] for r in part) for split, part in parts.items()}
         same(users, {"train": [*ten[2:], "y", "z"], "dev": ["u0", "u1", "x"]})
-
-    def test_by_time_what_is_held_out_is_newer(self):
         chosen = {"p": written("a", "b", count=5)}
         parts = module.split_records(module.make_records(chosen, 1, 5, 9), chosen, "time", 0.4)
-        same({split: {r["date"][-1] for r in part} for split, part in parts.items()},
-             {"train": {"1", "2", "3"}, "dev": {"4", "5"}})  # fmt: skip
+        days = {split: {r["date"][-1] for r in part} for split, part in parts.items()}
+        same(days, {"train": {"1", "2", "3"}, "dev": {"4", "5"}})
 
 
 class TestCommand:
-    def test_a_team_of_two(self, tmp_path, capsys):
+    def test_two_repositories_of_two(self, tmp_path, capsys):
+        """The newest commits of each author are asked; what came before is the profile."""
         out, team = tmp_path / "data", create(tmp_path / "team.git", ann=5, bo=6)
         parts = convert(out, team, "--least", "3", "--queries", "2")
-        assert {e.target[:-2] for s in parts for e in parts[s]} == {"ann", "bo"}
+        assert {e.target[:-2] for part in parts.values() for e in part} == {"ann", "bo"}
         for part in parts.values():
             author, last = part[0].target.split()
-            assert [e.target for e in part] == [f"{author} {last}", f"{author} {int(last) - 1}"]
-            for n, e in zip((int(last), int(last) - 1), part):
-                assert e.query == f"{BODY} {n}" and len(e.profile) == n and e.id != e.user_id
+            for n, e in zip((int(last), int(last) - 1), part, strict=True):
+                assert e.target == f"{author} {n}" and e.query == f"{BODY} {n}"
                 newest = retrieve.retrieve(e, 1, "recency")[0]
                 assert (newest["subject"], newest["date"]) == (f"{author} {n - 1}", f"2024-03-0{n}")
+                assert len(e.profile) == n and e.id != e.user_id
         questions = json.loads((out / "dev" / "dev_questions.json").read_text())
         assert [record["repository"] for record in questions] == ["team", "team"]
         assert "dev: 2 records of 1 authors {'team': 1}" in capsys.readouterr().out
-
-    def test_two_repositories(self, tmp_path):
         big = create(tmp_path / "big", **{f"big{n}": 2 for n in range(5)})
-        small = create(tmp_path / "small", ann=2, bo=2)
-        parts = convert(tmp_path / "data", big, small, "--least", "2", "--authors", "4")
+        parts = convert(tmp_path / "both", big, team, "--least", "2", "--authors", "4")
         for part in parts.values():  # one of each
-            assert sorted(e.target.startswith("big") for e in part) == [False, True]
+            assert {e.target.startswith("big") for e in part} == {False, True}
         with pytest.raises(ValueError, match="two repositories are called big"):
-            convert(tmp_path / "data", big, big)
+            convert(tmp_path / "both", big, big)
 
     def test_nothing_qualifies(self, tmp_path):
         alone, out = create(tmp_path / "project", ann=6), tmp_path / "data"
-        for flags, said in {
-            ("--least", "50"): "no author has 50 commits.*lower --least",
-            ("--words", "500"): "bodies have 500 words",
-            ("--least", "3"): "dev has none of the 4 records.*--split time",
-        }.items():
+        for flags, said in (
+            (("--least", "50"), "no author has 50 commits.*lower --least"),
+            (("--words", "500"), "bodies have 500 words"),
+            (("--least", "3"), "dev has none of the 4 records.*--split time"),
+        ):
             with pytest.raises(ValueError, match=said):
                 convert(out, alone, *flags)
         assert not out.exists()
-        parts = convert(out, alone, "--least", "3", "--split", "time", "--share", "0.5")
-        assert [len(part) for part in parts.values()] == [2, 2]
-        outputs = out / "train" / "train_outputs.json"
-        outputs.write_text('{"task": "LaMP_4", "golds": []}')
+        by_time = (alone, "--least", "3", "--split", "time", "--share", "0.5")
+        assert [len(part) for part in convert(out, *by_time).values()] == [2, 2]
+        (out / "train" / "train_outputs.json").write_text('{"task": "LaMP_4", "golds": []}')
         with pytest.raises(ValueError, match=r"train_outputs\.json holds another task"):
-            convert(out, alone, "--least", "3", "--split", "time")
+            convert(out, *by_time)
 
     def test_mistakes_are_one_line(self, tmp_path):
-        flags = [["--least", "0"], ["--share", "1"], ["--split", "random"], ["--words", "x"]]
-        for arguments in ([], *[[str(tmp_path), *flag] for flag in flags]):
+        for flags in ("", ". --least 0", ". --share 1", ". --split random", ". --words x"):
             with pytest.raises(SystemExit) as error:
-                module.parse_arguments(arguments)
+                module.parse_arguments(flags.split())
             assert error.value.code == 2
         run = [sys.executable, str(ROOT / "toy/commits.py"), str(tmp_path / "none")]
         done = subprocess.run(run, capture_output=True, text=True)

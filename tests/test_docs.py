@@ -13,7 +13,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "toy/README.md", "tests/README.md"]
 CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
 # of other programs
-FOREIGN = {"local-dir", "index-url", "deps", "create-dirs", "nproc-per-node", "help", "debug"}
+FOREIGN = {
+    "only",
+    "local-dir",
+    "index-url",
+    "deps",
+    "create-dirs",
+    "nproc-per-node",
+    "help",
+    "debug",
+}
 
 
 def test_every_function_that_stands_beside_its_file_is_there():

@@ -21,20 +21,17 @@ from retrieve import load_lamp, make_prompts
 GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (NLTK 3.10.4)
     ("The Cat sat on the mat.", "the cat sat on a mat", 5 / 6, 0.6, 5 / 6, 0.73783513),
     ("the the the cat", "the cat the dog", 0.75, 1 / 3, 0.5, 0.64754454),
-    ("Deep Learning for Graphs: A Survey", "A Survey on Deep Learning for Graphs.",
-     12 / 13, 8 / 11, 8 / 13, 0.82128787),
-    ("COVID-19 in 2020", "covid 19 in 2020", 1, 1, 1, 0.8153551),
     ("state-of-the-art", "state of the art", 1, 1, 1, 0.40455336),
     ("2n×4n grid", "2n4n grid", 0.4, 0, 0.4, 0.70710678),
     ("Café résumé", "cafe resume", 0, 0, 0, 0.26658377),
     ("headline", "headline", 1, 0, 1, 1), ("a", "a b", 2 / 3, 0, 2 / 3, 0.04784825),
-    ("a", "b", 0, 0, 0, 0), ("", "a title", 0, 0, 0, 0), ("!!!", "a title", 0, 0, 0, 0),
-    ("   ", "a title", 0, 0, 0, 0.05954673), ("", "", 0, 0, 0, 0), ("a title", "", 0, 0, 0, 0),
+    ("a", "b", 0, 0, 0, 0), ("", "a title", 0, 0, 0, 0), ("   ", "a title", 0, 0, 0, 0.05954673),
+    ("", "", 0, 0, 0, 0), ("a title", "", 0, 0, 0, 0),
 ]  # fmt: skip
 SOUP = ["the", "The", "cat", "a", "b", "2020", "x-y", "it's", "café", "中文", "İ", "ß", "\u212a"]
 SOUP += ["É_e", "!", "'", "\u2028", "\x85", "\ud83d", "\U0001f600", "e\u0301"]
 any_text = st.text(st.characters(codec=None))  # lone surrogates too
-quick = settings(max_examples=150, deadline=None, database=None, derandomize=True)
+quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 
 
 def soups(count, seed=0, longest=14):
@@ -102,82 +99,46 @@ def test_scores_of_any_two_texts(a, b):
 
 ANSWERS = [  # every way of writing "A Start" that counts
     "{'title': 'A Start'}", '{"title": "A Start"}', """{'title': "A Start"}""",
-    "{'title':'A Start'}", "{ 'title' : 'A Start' }", "{\n 'title':\n 'A Start'\n}",
-    "'title': 'A Start'", "{'title': 'A Start'", "{'title': 'A Start", "{title: A Start}",
-    "title: A Start", '"title": A Start\n', "{'title': ' A Start '}", "{'title': 'A Start'}.",
-    "{'title': 'A Start', 'tweet': 'no'}", "{'tweet': 'no', 'title': 'A Start'}",
-    "Here it is:\n{'title': 'A Start'}\nI hope so.", "{'subtitle': 'a', 'title': 'A Start'}",
-    "{'title': 'generated title'}\n{'title': 'A Start'}", "{'title': ''}\n{'title': 'A Start'}",
-    "{'title': 'A Start'}\n{'title': 'Another'}", "```json\n{'title': 'A Start'}\n```",
+    "{ 'title' : 'A Start' }", "{\n 'title':\n 'A Start'\n}", "{'title': 'A Start",
+    "{title: A Start}", "title: A Start", '"title": A Start\n', "{'title': ' A Start '},",
+    "{'tweet': 'no', 'title': 'A Start'}", "Here it is:\n{'title': 'A Start'}\nI hope so.",
+    "{'subtitle': 'a', 'title': 'A Start'}", "{'title': ''}\n{'title': 'A Start'}",
+    "{'title': 'generated title'}\n{'title': 'A Start'}", "{'title': 'A Start'}\n{'title': 'B'}",
     # capitals, Markdown, typographic quotes, keys on both sides
-    "{'Title': 'A Start'}", '{"TITLE": "A Start"}', "Title: A Start", "Title: 'A Start'",
-    "**Title:** A Start", "**Title**: A Start", '**Title:** "A Start"', "**Title: A Start**",
-    "### Title: A Start", "- Title: A Start", "> *Title*: A Start\n> So it is.",
-    "**Title:**\n\nA Start\n\nI hope it helps.", "{“title”: “A Start”}", "{‘title’: ‘A Start’}",
-    "‘Title’: 'A Start'", "'title': “A Start”, 'tweet': “no”", "{'title': 'A Start',}",
-    '{\n  "id": 7,\n  "title": "A Start",\n  "first words": "no: a"\n}', "{'title': 'A Start'},",
+    '{"TITLE": "A Start"}', "Title: 'A Start'", "**Title:** A Start", "**Title: A Start**",
+    "### Title: A Start", "> *Title*: A Start\n> So it is.", "**Title:**\n\nA Start\n\nI hope.",
+    "{“title”: “A Start”}", "‘Title’: 'A Start'", "'title': “A Start”, 'tweet': “no”",
+    '{\n  "id": 7,\n  "title": "A Start",\n  "first words": "no: a"\n}', "{'title': 'A Start',}",
     # a word without quotation marks is a key at the beginning of its line alone
-    "Here is the title: {'title': 'A Start'}",
     "Sure! A title:\n```json\n{\n  \"title\": \"A Start\"\n}\n```\nIt is short.",
     "The title: no\n'title': 'A Start'\nTitle: no", "As a title: no.\nTitle: A Start",
     "{'title': {'title': 'A Start'}}", "So it's 'title': 'A Start'", "> # - Title: A Start",
     "Title:\n```\n{'name': 'no'}\n```\nTitle: A Start",
-    "Title: generated title\nTitle: A Start", "{'title': 'generated title'}\nTitle: A Start",
-]  # fmt: skip
-
-
-MODELS_WORDS = [
-    ("The user's historical tweets:\n\n\"My train is late.\"\n\nThe answer:\n\n\"My train.\"", ""),
-    ("Your reasoning\n</thought>\n<answer>\nYour answer\n</answer>", ""),
-    ("\"@sailor42, thanks! Your boat is amazing as well!\"", ""),
-    ("I'll paraphrase the user's input tweet:\n\n\"I love how your boat has a heart.\"\n\nThis "
-     "answer aims to convey the same message as the original tweet.", ""),
-    ("\"@sailor42, it's a pity.\"\n\nUser's input tweet:\n\"I hate it when I'm on a train.\"\n\n"
-     "Answer:\n\"I'm", ""),
-    ("\"Tweet\": The user provided a tweet about skipping a ticket.",
-     "The user provided a tweet about skipping a ticket."),
-    ("Tweet: @sailor42 I'm going out so I can enjoy a live concert.\nUser's input: \"Hi, I'm out.\""
-     "\nAnswer: 'I'm going", "@sailor42 I'm going out so I can enjoy a live concert."),
-    ("Tweet: 'In the lounge in Oslo! I'm so tired already but it's a long way. I'm not sure.'",
-     "In the lounge in Oslo! I'm so tired already but it's a long way. I'm not sure."),
-    ("'The video: 1\n'tweet':'Played a role in the mayor's plan to help'\n'tweet':'The mayor's "
-     "compromise'\n'active_member': 'A man of", "Played a role in the mayor's plan to help"),
-    ("'Every month the paper looks back. So' 'tweet': 'boat news: every month is a week'",
-     "boat news: every month is a week"),
-    ("**genre:** World news", ""),
-    ("The tweet for the text is \"The Most Important Thing\"", ""),
-    ("<think>\nThe user wrote: late\n</think>\n<answer>\n{'tweet': 'I'm late, isn't it fun'}\n"
-     "</answer>", "I'm late, isn't it fun"),
 ]  # fmt: skip
 
 
 class TestExtractAnswer:
     @pytest.mark.parametrize("answer", ANSWERS)
     def test_every_form_of_an_answer(self, answer):
-        for before in ("", "<think>\nhm\n</think>\n", "hm, {'title': 'no'}\n</think>\n\n",
-                       "<think>{'title': 'no'}</think>", "<think>a</think>b</think>"):  # fmt: skip
+        for before in ("", "<think>{'title': 'no'}</think>", "<think>a</think>b\n</think>\n\n"):
             for form in ("{}", "<answer>\n{}\n</answer>", "<answer>{}</answer>\n{{'title': 'no'}}",
                          "An <answer>:\n<answer>{}", "{}</answer>'title': 'no'"):  # fmt: skip
                 assert extract_answer(before + form.format(answer), "LaMP-4") == "A Start"
-                assert extract_answer(before + form.format(answer), "LaMP-5") == "A Start"
             for task, name in (("LaMP-7", "tweet"), ("commits", "subject")):
                 swapped = answer.replace("tweet", "x").replace("title", name)
                 swapped = swapped.replace("Title", name.title()).replace("TITLE", name.upper())
                 assert extract_answer(before + swapped, task) == "A Start"
 
     @pytest.mark.parametrize(("value", "expected"), [
-        ("'It's a start'", "It's a start"), ("'The 'real' start'", "The 'real' start"),
         ("'It\\'s a start'", "It's a start"), ('"It\'s a start"', "It's a start"),
         ("\"He said \\\"hi\\\"\"", 'He said "hi"'), ("'He said \"hi\"'", 'He said "hi"'),
         ("'Job title: clerk'", "Job title: clerk"), ("'A {b} start'", "A {b} start"),
-        ("'Dogs' best friend'", "Dogs' best friend"), ("'Ça: “va” 中'", "Ça: “va” 中"),
         ("'a, b: c; d.'", "a, b: c; d."), ("'Rock 'n' Roll, baby'", "Rock 'n' Roll, baby"),
         ("'He said 'no', 'yes' and 'maybe''", "He said 'no', 'yes' and 'maybe'"),
         ("'‘No’, they said'", "‘No’, they said"), ("“It’s “late””", "It’s “late”"),
-        ("\"a\\\\b \\\\u00e9\"", "a\\b \\u00e9"),
         ("'on $\\alpha$ and \\nu'", "on $\\alpha$ and \\nu"), ("'say \\'}'", "say '}"),
+        ("'In the mayor's plan'\n'title':'no'\n'id': 'A", "In the mayor's plan"),
         ("'A start', 'other words': 'x', \"year\": 'y'", "A start"), ("'A start'.", "A start"),
-        ("'generated titles: a start'", "generated titles: a start"),
     ])  # fmt: skip
     def test_what_a_value_may_hold(self, value, expected):
         for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>",
@@ -185,26 +146,20 @@ class TestExtractAnswer:
             assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
 
     @pytest.mark.parametrize("completion", [
-        "", " \n", "A Start", "title", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
+        "", "A Start", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
         "{'tweet': 'no'}", "{'subtitle': 'no'}", "subtitle: no", "<think>", "<think>\n</think>\n",
         "<think>\n{'title': 'no'}", "<think>\n{'title': 'no'}\n</think>\nno idea", "a</think>",
-        "{'title': 'no'}\n</think>", "<think>a</think>\n<think>\n{'title': 'no'}",
-        "<think>\nhm\n<answer>\n{'title': 'no'}\n</answer>", "sub-title: no", "my_title: no",
-        "<answer>\nA Start\n</answer>", "<answer>\nA Start\n</answer>\n{'title': 'no'}",
-        "I shorten the user's title:\n\nno", "Title:\n{'name': 'no'}", "Title:\n```json\n{}\n```",
-        "{'titles': 'no'}", "**Title:** **", "'title': }'no'",
-        "I call it the title: no", "The title: 'no'\nIt's short.", "1. Title: no",
+        "<think>a</think>\n<think>\n{'title': 'no'}", "sub-title: no", "my_title: no",
+        "<think>\nhm\n<answer>\n{'title': 'no'}\n</answer>", "**Title:** **", "'title': }'no'",
+        "<answer>\nA Start\n</answer>\n{'title': 'no'}", "I shorten the user's title:\n\nno",
+        "Title:\n{'name': 'no'}", "Title:\n```json\n{}\n```", "{'titles': 'no'}", "1. Title: no",
+        "The title: 'no'\nIt's short.", "{'title': 'no'}\n</think>",
     ])  # fmt: skip
     def test_nothing_there(self, completion):
         """A thought is no answer, neither is one that never ends, and prose has no key."""
         assert extract_answer(completion, "LaMP-4") == ""
         swapped = completion.replace("title", "x").replace("tweet", "title").replace("Title", "X")
         assert extract_answer(swapped, "LaMP-7") == ""
-
-    @pytest.mark.parametrize(("completion", "expected"), MODELS_WORDS)
-    def test_what_a_small_instruct_model_writes(self, completion, expected):
-        """SmolLM2-135M-Instruct's own words, the tweets' exchanged."""
-        assert extract_answer(completion, "LaMP-7") == expected
 
     @pytest.mark.parametrize(("completion", "expected"), [
         # the placeholder is better than nothing, and nothing inside of a value is another key
@@ -230,28 +185,23 @@ class TestExtractAnswer:
 
     @quick
     @given(st.from_regex(r"[a-c]([a-c '!.:-]*[a-c!])?", fullmatch=True), any_text)
-    def test_what_was_written_is_read(self, title, thought):
+    def test_what_was_written_is_read_and_nothing_raises(self, title, thought):
         thought = thought.replace("</think>", "")
         for form in (f"{{'title': '{title}'}}", json.dumps({"title": title})):
             text = f"<think>{thought}</think>\n<answer>{form}</answer>"
             assert extract_answer(text, "LaMP-4") == title
-
-    @quick
-    @given(any_text, st.lists(st.sampled_from(["<think>", "</think>", "'title'", *":'\"{}\n a\\"])))
-    def test_never_raises(self, text, pieces):
-        for completion in (text, "".join(pieces), "'title': " + text):
-            assert isinstance(extract_answer(completion, "LaMP-5"), str)
+        for text in (thought, "'title': " + thought):
+            assert isinstance(extract_answer(text, "LaMP-4"), str)
 
 
 def test_long_completions_take_no_longer_than_they_are_long():
     """A policy that repeats itself must not stop the training."""
     pieces = ["'title': 'x", "'title': 'x', ", "title: {", "'title': '\n", "'title'*******", "- "]
-    pieces += ["title ", "<answer>", "',,,,", "\\u00e9", "' a a ", "\n", "# ", "'title'"]
-    for piece in pieces:
+    for piece in [*pieces, "<answer>", "',,,,", "\\u00e9", "' a a ", "\n", "'title'"]:
         for start in ("", "'title': '"):
             begun = time.process_time()
-            extract_answer(start + piece * (200_000 // len(piece)), "LaMP-4")
-            assert time.process_time() - begun < 3  # seconds; a quadratic search takes minutes
+            extract_answer(start + piece * (100_000 // len(piece)), "LaMP-4")
+            assert time.process_time() - begun < 1  # seconds; a quadratic search takes minutes
 
 
 @pytest.fixture
@@ -290,11 +240,11 @@ class TestComplete:
         for size in (4, 64):
             found = module.complete(o, decoder, tokenizer, prompts, batch=size)
             assert [one.tokens for (one,) in found] == [one.tokens for one in alone]
-        answers = list(evaluate(decoder, tokenizer, examples, o)[1].values())
+        answers = evaluate(decoder, tokenizer, examples, o)[1].values()
         texts = [tokenizer.decode(one.tokens) for one in alone]
-        assert answers == [extract_answer(text, "LaMP-4") for text in texts]
+        assert [*answers] == [extract_answer(text, "LaMP-4") for text in texts]
 
-    @pytest.mark.parametrize("size", [1, 2, 5, 7, 64])
+    @pytest.mark.parametrize("size", [1, 5, 64])
     def test_every_completion_goes_to_its_record(self, policy, echo, size):
         """However prompts are batched; no two batches, and no two purposes, share their noise."""
         decoder, tokenizer, examples = policy
@@ -336,16 +286,10 @@ class TestEvaluate:
         first, greedy = echo
         assert (first["temperature"], greedy["temperature"]) == (0.7, 0)
         assert max(map(len, greedy["prompts"])) < min(map(len, first["prompts"]))
-
-    def test_withheld_targets(self, policy):
-        decoder, tokenizer, examples = policy
-        examples = [*examples[:2], replace(examples[2], target=None)]
-        o = EvalOptions(max_new_tokens=3)
-        scores, answers = evaluate(decoder, tokenizer, examples, o)
-        assert scores == {} and list(answers) == [e.id for e in examples]
-        records = module.answer_all(o, decoder, tokenizer, examples)
-        assert ["rouge-l" in r for r in records] == [True, True, False]
-        assert evaluate(decoder, tokenizer, []) == ({}, {})
+        withheld = [examples[0], replace(examples[1], target=None)]
+        records = module.answer_all(EvalOptions(k=2), decoder, tokenizer, withheld)
+        assert ["rouge-l" in r for r in records] == [True, False]
+        assert module.mean_scores(records) == module.mean_scores([]) == {}
 
     @pytest.mark.parametrize("temperature", [0.0, 0.7])
     def test_records_hold_all_that_was_said(self, policy, temperature):
@@ -354,66 +298,34 @@ class TestEvaluate:
         records = module.answer_all(o, decoder, tokenizer, examples, temperature)
         prompts = make_prompts(o, tokenizer, examples)
         for e, record, prompt in zip(examples, records, prompts, strict=True):
-            assert [record[key] for key in ("id", "query", "target")] == [e.id, e.query, e.target]
-            assert record["prompt"] == tokenizer.decode(prompt)
-            assert record["completion"] == tokenizer.decode(record["tokens"])
-            assert record["answer"] == extract_answer(record["completion"], "LaMP-4")
-            assert record["finished"] == (record["tokens"][-1] in tokenizer.eos_ids)
-            pair = record["answer"], e.target
-            expected = [*rouge(*pair).values(), bleu(*pair)]
-            assert [record[name] for name in module.METRICS] == expected
+            said = tokenizer.decode(record["tokens"])
+            pair = extract_answer(said, "LaMP-4"), e.target
+            expected = {"id": e.id, "query": e.query, "target": e.target, "completion": said}
+            expected |= {"prompt": tokenizer.decode(prompt), "answer": pair[0]}
+            expected |= {"finished": record["tokens"][-1] in tokenizer.eos_ids}
+            expected |= rouge(*pair) | {"bleu": bleu(*pair)}
+            assert {key: record[key] for key in expected} == expected
             completions, at = [[record["tokens"]]], temperature or 1.0
             logprobs, _ = prlm.token_logprobs(decoder, [prompt], completions, at)
             assert record["logprobs"] == pytest.approx(logprobs.flatten().tolist(), abs=1e-4)
         for line, record in zip(module.to_lines(records), records, strict=True):
             assert line == record | {"logprobs": [round(x, 4) for x in record["logprobs"]]}
 
-    def test_predictions_are_lamps_format(self, world, policy, tmp_path):
-        answers = {e.id: f"a 'title' é \u2028 \ud83d {n}" for n, e in enumerate(policy[2])}
-        questions = (world / "lamp/LaMP_4/dev/dev_questions.json").read_text()
-        (tmp_path / "dev_questions.json").write_text(questions)
-        records = [{"id": id, "answer": answer} for id, answer in answers.items()]
-        module.write_predictions(tmp_path / "dev_outputs.json", "LaMP-4", records)
-        content = json.loads((tmp_path / "dev_outputs.json").read_text())
-        golds = [{"id": id, "output": answer} for id, answer in answers.items()]
-        assert content == {"task": "LaMP_4", "golds": golds}
-        assert {e.id: e.target for e in load_lamp(tmp_path, "LaMP-4", "dev")} == answers
-
-    @pytest.mark.parametrize("run", [False, True])
-    def test_command(self, world, policy, tmp_path, capsys, run):
-        """--run takes a run's checkpoint and its options, but for those that are given."""
-        given = {"out": str(tmp_path / "a/b"), "limit": 3}
-        options = {"data": str(world / "lamp"), "device": "cpu", "max_new_tokens": 9, "k": 2}
-        if run:
-            (tmp_path / "run").mkdir()
-            (tmp_path / "run/checkpoint").symlink_to(world / "policy")
-            recorded = {"model": "gone", "preset": "small", "limit": 1, "steps": 7, "seed": 5}
-            recorded = options | recorded | {"max_new_tokens": 4}
-            prlm.write_json(tmp_path / "run/config.json", recorded)
-            given |= {"run": str(tmp_path / "run"), "max_new_tokens": 9}
-        else:
-            given |= options | {"model": str(world / "policy"), "preset": "toy"}
-        o = prlm.resolve(module.Options, given)
-        assert (o.k, o.max_new_tokens, o.limit, o.seed) == (2, 9, 3, 5 * run)
-        module.main(o)
-        scores, answers = evaluate(*policy[:2], policy[2][:3], o)
-        assert json.loads((tmp_path / "a/b/scores.json").read_text()) == pytest.approx(scores)
-        golds = json.loads((tmp_path / "a/b/predictions.json").read_text())["golds"]
-        assert {gold["id"]: gold["output"] for gold in golds} == answers
+    def test_command(self, world, policy, tmp_path, capsys):
+        out = tmp_path / "a/b"
+        given = {"model": str(world / "policy"), "data": str(world / "lamp"), "out": str(out)}
+        given |= {"preset": "toy", "device": "cpu", "max_new_tokens": 9, "k": 2, "limit": 3}
+        module.main(o := prlm.resolve(module.Options, given))
         records = module.answer_all(o, *policy[:2], policy[2][:3])
-        assert prlm.read_lines(tmp_path / "a/b/samples.jsonl") == module.to_lines(records)
-        assert prlm.read_json(tmp_path / "a/b/config.json") == asdict(o)
-        empty = sum(module.is_placeholder(answer, "LaMP-4") for answer in answers.values())
+        assert prlm.read_json(out / "scores.json") == module.mean_scores(records)
+        golds = [{"id": record["id"], "output": record["answer"]} for record in records]
+        assert prlm.read_json(out / "predictions.json") == {"task": "LaMP_4", "golds": golds}
+        assert prlm.read_lines(out / "samples.jsonl") == module.to_lines(records)
+        assert prlm.read_json(out / "config.json") == asdict(o)
+        empty = sum(module.is_placeholder(record["answer"], "LaMP-4") for record in records)
         cut = sum(not record["finished"] for record in records)
         said = capsys.readouterr().out
         assert f"{empty} of 3 answers are empty, {cut} cut off at --max-new-tokens" in said
-
-
-def test_a_table_is_aligned_and_may_have_holes():
-    rows = {"a long name": {"rouge-1": 0.12345, "bleu": 1}, "b": {"bleu": 0.9996}}
-    head, *lines = module.table(rows).split("\n")
-    assert head.split() == ["rouge-1", "bleu"] and len({len(line) for line in (head, *lines)}) == 1
-    assert [line.split()[-2:] for line in lines] == [["0.123", "1.000"], ["b", "1.000"]]
 
 
 def test_doctests():

@@ -6,10 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="its parts are forked")
-
 
 def test_every_part_of_the_gpu_script_runs_in_small_on_a_cpu(tmp_path):
     script = Path(__file__).with_name("gpu.py")

@@ -1,13 +1,12 @@
 """Two processes that torchrun starts make the update of one, stop together, and resume."""
 
-import inspect
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import same
-from test_rl import NORMALIZERS, lines, small_step, tiny, trained, without_clock
+from conftest import lines, same, small_step, tiny, trained, without_clock
+from test_rl import NORMALIZERS
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -30,10 +29,9 @@ def torchrun(function, *arguments):
 def noise_by_prompt(real):
     """`generate` with noise by prompt alone: any number of processes samples the same."""
 
-    def generate(decoder, prompts, *how, **named):
-        bound = inspect.signature(real).bind(decoder, prompts, *how, **named).arguments
-        calls = (bound | {"prompts": [prompt], "seed": sum(prompt)} for prompt in prompts)
-        return [real(**call)[0] for call in calls]
+    def generate(decoder, prompts, group_size, longest, temperature, eos_ids, seed):
+        rest = group_size, longest, temperature, eos_ids
+        return [real(decoder, [prompt], *rest, sum(prompt))[0] for prompt in prompts]
 
     return generate
 
@@ -91,14 +89,11 @@ def test_stopped_and_resumed_they_end_like_one_process(world, tmp_path, monkeypa
     assert capfd.readouterr().out.count("is complete") == 1
     logs = [without_clock(out / "metrics.jsonl") for out in (one, two)]
     same(logs[1], logs[0], "metrics.jsonl", 1e-3, 1e-5)
-    keys = "step", "id", "completion", "reward", "finished", "prompt"
-    samples = [
-        [[line[key] for key in keys] for line in lines(out / "samples.jsonl")] for out in (one, two)
-    ]
-    assert samples[0] == samples[1]
+    for mine, other in zip(*(lines(out / "samples.jsonl") for out in (one, two)), strict=True):
+        for key in ("step", "id", "completion", "reward", "finished", "prompt"):
+            assert mine[key] == other[key]
     assert prlm.read_json(one / "scores.json") == prlm.read_json(two / "scores.json")
-    for name in ("reward/model", "warm_start/model", "checkpoint/model"):
-        files = (prlm.read_safetensors(out / f"{name}.safetensors") for out in (one, two))
-        expected, got = files
-        same(got, expected, name, 1e-3, 1e-4)
+    for name in ("reward", "warm_start", "checkpoint"):
+        files = (out / name / "model.safetensors" for out in (two, one))
+        same(*map(prlm.read_safetensors, files), name, 1e-3, 1e-4)
     assert (one / "reward/pairs.json").read_bytes() == (two / "reward/pairs.json").read_bytes()

@@ -31,9 +31,8 @@ def jobs(monkeypatch):
         status = next((s for part, s in done.statuses.items() if part in " ".join(words)), 0)
         if status == 0:
             chapter = __import__(Path(words[1]).stem)
-            chapter.main(
-                prlm.resolve(chapter.Options, prlm.parse_flags(chapter.Options, "", words[2:]))
-            )
+            given = prlm.parse_flags(chapter.Options, "", words[2:])
+            chapter.main(prlm.resolve(chapter.Options, given))
         return SimpleNamespace(wait=lambda: status, terminate=lambda: None)
 
     def submit(function, *arguments):
@@ -87,21 +86,17 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
 
 def test_the_share_is_the_mean_of_authors_with_minus_without(options, jobs):
     real.main(options)
-    halves = [real.Authors(replace(options, half=half)) for half in ("choose", "report")]
-    assert not halves[0].rows.keys() & halves[1].rows.keys()
-    everyone = real.Authors(replace(options, half="all"))
-    assert halves[0].rows.keys() | halves[1].rows.keys() == everyone.rows.keys()
-    found = real.collect(options, everyone)
-    sides = {
-        side: [row["rouge-1"] for row in prlm.read_lines(real.place(options, "prlm", 1) / file)]
-        for side, file in (
-            ("with", "held_out/after.jsonl"),
-            ("without", "other_side/samples.jsonl"),
-        )
-    }
-    wanted = np.mean(sides["with"]) - np.mean(sides["without"])  # an author has one record here
-    share = real.share(found, "prlm", "rouge-1")
-    assert share.shape == (2, 4) and share[1].mean() == pytest.approx(wanted)
+    choose, report, everyone = (
+        real.Authors(replace(options, half=half)) for half in ("choose", "report", "all")
+    )
+    assert not choose.rows.keys() & report.rows.keys()
+    assert choose.rows.keys() | report.rows.keys() == everyone.rows.keys()
+    run, means = real.place(options, "prlm", 1), []
+    for file in ("held_out/after.jsonl", "other_side/samples.jsonl"):  # with, without
+        means.append(np.mean([row["rouge-1"] for row in prlm.read_lines(run / file)]))
+    share = real.share(real.collect(options, everyone), "prlm", "rouge-1")
+    assert share.shape == (2, 4)  # an author has one record here
+    assert share[1].mean() == pytest.approx(means[0] - means[1])
 
 
 def test_authors_without_a_prefix_do_not_count_for_it(options):
@@ -158,13 +153,12 @@ def test_sigterm_ends_the_commands_and_starts_no_more(jobs, monkeypatch, tmp_pat
 
 
 def test_jobs_are_processes_with_a_log(tmp_path):
-    (tmp_path / "x.py").write_text(
-        "import os, sys; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])"
-    )
+    text = "import os, sys; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])"
+    (tmp_path / "x.py").write_text(text)
     words = common.command(str(tmp_path / "x.py"), {"a_b": True, "c": None, "d": False})
     assert words[2:] == ["--a-b", "--no-d"]
-    failed = common.run_jobs({"j": [(words, tmp_path / "none")]}, 1, tmp_path / "log")
-    assert len(failed) == 1 and "ended with status 0" in failed[0]  # but left no file
+    (failed,) = common.run_jobs({"j": [(words, tmp_path / "none")]}, 1, tmp_path / "log")
+    assert "ended with status 0" in failed  # but left no file
     assert (tmp_path / "log" / "j.txt").read_text() == "--a-b 1\n"
 
 

@@ -28,9 +28,8 @@ def make_model(directory, scale=0.3):
     """A reward model with every weight away from its default, so that scores differ widely."""
     torch.manual_seed(0)
     model = reward.RewardModel(prlm.load_encoder(directory))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * scale
     return model
 
 
@@ -56,16 +55,6 @@ def example(task="LaMP-4", target="tennis wins", query="golf today"):
 def scores_of(model, queries, answers):
     with torch.no_grad():
         return model.score(queries, answers)
-
-
-class Fake:
-    """A reward model whose score is a table's."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def score(self, queries, answers):
-        return torch.tensor([float(self.table[answer]) for answer in answers])
 
 
 class TestInfoNCE:
@@ -105,9 +94,8 @@ def pair(request, tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(0)
     model = getattr(transformers, f"{request.param}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.15
     model.save_pretrained(directory := tmp_path_factory.mktemp("model"))
     return model, prlm.load_decoder(directory)
 
@@ -200,52 +188,23 @@ class TestRewardModel:
 
     def test_a_pair_scores_the_same_alone_in_a_batch_and_in_chunks(self, model, monkeypatch):
         queries, answers = random_texts(30, seed=1), random_texts(30, seed=2)
-        pairs = list(zip(queries, answers, strict=True))
-        alone = torch.cat([scores_of(model, [query], [answer]) for query, answer in pairs])
+        alone = [scores_of(model, [q], [a]) for q, a in zip(queries, answers, strict=True)]
+        alone = torch.cat(alone)
         close(scores_of(model, queries, answers), alone)
         assert alone.std() > 0.1  # a constant would pass all of this
         monkeypatch.setattr(reward, "BATCH", 7)
         judged = model.judge([example(query=query) for query in queries], answers)
         close(torch.tensor(judged), alone.sigmoid())
 
-    def test_query_and_answer_both_count_and_differ(self, model):
-        a, b, c = "tennis wins", "golf", "paris today"
-        scores = scores_of(model, [a, b, c, a], [b, a, b, c])
-        assert len({round(s, 4) for s in scores.tolist()}) == 4
 
-    def test_no_dropout_outside_training_and_gradient_everywhere(self, model):
-        assert not model.training
-        first, second = (model.score(["golf"], ["tennis"]) for _ in range(2))
-        assert torch.equal(first, second)
-        model.score(["golf"], ["tennis wins"]).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-
-    def test_directories_without_a_reward_model(self, world, model, tmp_path):
-        with pytest.raises(ValueError, match="no reward model"):
-            reward.load_reward_model(world / "encoder")
-        with pytest.raises(FileNotFoundError, match="nowhere"):
-            reward.load_reward_model(tmp_path / "nowhere")
-        reward.save_reward_model(model, tmp_path)
-        tensors = prlm.read_safetensors(tmp_path / "model.safetensors")
-        two = {"classifier.weight": torch.ones(2, 16), "classifier.bias": torch.ones(2)}
-        prlm.write_safetensors(tmp_path / "model.safetensors", tensors | two)
-        with pytest.raises(ValueError, match="one label"):
-            reward.load_reward_model(tmp_path)
-
-
-# fmt: off
 CASES = [  # completion, task, whether it holds an answer, accuracy, format
     ("<think>\nx\n</think>\n{'title': 'tennis wins'}", "LaMP-4", True, 3.0, 1),
     ("{'title': 'golf wins'}", "LaMP-4", True, 0.5 + 0 + 0.5, 0),
     ("<think>\nx\n</think>\n{'title': ''}", "LaMP-4", False, 0, 1),
     ("<think>\nnever closed {'title': 'tennis wins'}", "LaMP-4", False, 0, 0),
     ("<think>\nx\n</think>\n{'title': 'generated title wins'}", "LaMP-4", False, 0, 1),
-    ("{'tweet': 'tennis wins'}", "LaMP-7", True, 3.0, 0),
-    ("x\n</think>\n", "LaMP-7", False, 0, 1),
-    ("{'tweet': 'generated tweet wins'}", "LaMP-7", False, 0, 0),
-    ("{'title': 'tennis wins'}", "LaMP-5", True, 3.0, 0),
-]
-# fmt: on
+    ("{'tweet': 'tennis wins'}", "LaMP-7", True, 3.0, 0), ("x\n</think>\n", "LaMP-7", False, 0, 1),
+]  # fmt: skip
 
 
 class TestRewards:
@@ -256,33 +215,31 @@ class TestRewards:
     def test_format(self, completion, expected):
         assert reward.format_reward(completion) == expected
 
-    @pytest.mark.parametrize("weight", [None, 0.1, 2.0])
-    def test_parts_and_sum(self, model, weight):
-        """`weight` None is without a judge."""
-        completions = [case[0] for case in CASES]
-        queries = random_texts(len(completions))
-        examples = [example(case[1], query=q) for case, q in zip(CASES, queries, strict=True)]
-        how = {} if weight is None else {"judge": model.judge}
-        rows = reward.rewards(completions, examples, **how, personalization=weight or 0.1)
-        for row, e, case in zip(rows, examples, CASES, strict=True):
-            _, task, answered, accuracy, shaped = case
-            personal = 0.0
-            if weight is not None and answered:
-                personal = scores_of(model, [e.query], [row["answer"]]).sigmoid().item()
-            elif weight is not None and task == "LaMP-4":
-                personal = -10.0
-            total = accuracy + 0.1 * shaped + (weight or 0) * personal
-            names = ("accuracy", "format", "personalization", "reward")
-            values = [row[name] for name in names]
-            for name, value, wanted in zip(names, values, [accuracy, shaped, personal, total]):
-                assert value == pytest.approx(wanted, rel=1e-4), f"{name} of {case[0]!r}, {task}"
-            assert bool(row["answer"]) == (answered or "generated" in case[0])
-        assert rows[0]["answer"] == "tennis wins"
+    @pytest.mark.parametrize("judged", [False, True])
+    def test_parts_and_sum(self, judged):
+        """A judge sees answers alone, each with its own example; here it likes the later ones."""
+        examples, seen = [example(case[1], query=str(n)) for n, case in enumerate(CASES)], []
 
-    def test_nothing_to_judge(self, model):
-        assert reward.rewards([], [], model.judge) == []
-        (row,) = reward.rewards(["hm"], [example()], model.judge)
-        assert row["reward"] == pytest.approx(-1.0) and row["answer"] == ""
+        def judge(examples, answers):
+            seen.extend((int(e.query), answer) for e, answer in zip(examples, answers, strict=True))
+            return [float(e.query) / 10 for e in examples]
+
+        rows = reward.rewards([c[0] for c in CASES], examples, judge if judged else None)
+        for n, (row, (text, task, answered, accuracy, shaped)) in enumerate(zip(rows, CASES)):
+            personal = (n / 10 if answered else -10.0 if task == "LaMP-4" else 0.0) * judged
+            expected = {"accuracy": accuracy, "format": shaped, "personalization": personal}
+            expected["reward"] = accuracy + 0.1 * shaped + 0.1 * personal
+            same({key: row[key] for key in expected}, expected, f"{text!r}, {task}", 1e-4)
+            assert bool(row["answer"]) == (answered or "generated" in text)
+        answers = [(n, rows[n]["answer"]) for n, case in enumerate(CASES) if case[2]]
+        assert seen == answers * judged and rows[0]["answer"] == "tennis wins"
+
+    def test_nothing_to_judge_and_no_gold_text(self):
+        """Without a gold text nothing but the accuracy is missing; a judge may give a tensor."""
+        assert reward.rewards([], [], lambda *_: None) == []
+        asked = [example(target=None)]
+        (row,) = reward.rewards(["'title': 'golf'"], asked, lambda *_: torch.tensor([0.5]))
+        assert (row["accuracy"], row["personalization"]) == (0.0, 0.5)
 
     def test_the_weights(self):
         """By default 1, a tenth and a tenth; the parts in the rows are not multiplied by them."""
@@ -295,31 +252,10 @@ class TestRewards:
             assert {key: row[key] for key in parts} == pytest.approx(parts)
             assert row["reward"] == pytest.approx(total)
 
-    def test_a_user_without_gold_text(self):
-        """Nothing but the accuracy is missing. And a judge may give a tensor."""
-        asked = [example(target=None)]
-        (row,) = reward.rewards(["'title': 'golf'"], asked, lambda *_: torch.tensor([0.5]))
-        assert (row["accuracy"], row["personalization"]) == (0.0, 0.5)
-
-    @pytest.mark.parametrize(
-        "values", [None, [], [1.0], [1.0, None], [1.0, math.nan], [1.0, math.inf, 2.0]]
-    )
+    @pytest.mark.parametrize("values", [None, [1.0], [1.0, None], [1.0, math.nan], [1.0] * 3])
     def test_a_judge_must_give_a_number_for_each_answer(self, values):
         with pytest.raises(ValueError, match=r"the judge gave .*not 2 finite numbers"):
             reward.rewards(["'title': 'a'", "'title': 'b'"], [example()] * 2, lambda *_: values)
-
-    def test_a_judge_sees_only_answers_with_their_examples(self):
-        seen, examples = [], [example(case[1], query=str(n)) for n, case in enumerate(CASES)]
-
-        def judge(examples, answers):
-            seen.extend((e.query, answer) for e, answer in zip(examples, answers, strict=True))
-            return [float(e.query) for e in examples]
-
-        rows = reward.rewards([case[0] for case in CASES], examples, judge)
-        expected = [(str(n), rows[n]["answer"]) for n, case in enumerate(CASES) if case[2]]
-        assert seen == expected
-        for n, _ in expected:
-            same(rows[int(n)]["personalization"], float(n), f"the judge's value of completion {n}")
 
 
 def contrast(count=110, seed=0):
@@ -328,18 +264,13 @@ def contrast(count=110, seed=0):
 
     def text(word):
         words = [word, *rng.choices(other, k=rng.randint(1, 4))]
-        rng.shuffle(words)
-        return " ".join(words)
+        return " ".join(rng.sample(words, len(words)))
 
-    return [
-        {
-            "id": str(n // 2),  # two pairs a query
-            "query": text("wins"),
-            "positive": text("golf"),
-            "negatives": [text("oslo") for _ in range(rng.randint(1, 2))],
-        }
+    return [  # two pairs a query
+        {"id": str(n // 2), "query": text("wins"), "positive": text("golf"),
+         "negatives": [text("oslo") for _ in range(rng.randint(1, 2))]}
         for n in range(count)
-    ]
+    ]  # fmt: skip
 
 
 class TestMicroBatches:
@@ -355,20 +286,17 @@ class TestMicroBatches:
             sizes.append((len(rows), max(map(len, rows))))
             return score(queries, answers)
 
-        def gradient():
-            return torch.cat([p.grad.flatten() for p in model.parameters()])
-
         o = reward.RewardOptions(tokens_per_micro_batch=budget)
         for part in (pairs[:10], pairs[10:]):
-            monkeypatch.undo()
-            model.zero_grad()
             expected = reward.info_nce(*reward.score_pairs(model, part))
-            expected.backward()
-            whole = gradient()
+            whole = torch.autograd.grad(expected, [*model.parameters()])
             model.zero_grad()
-            monkeypatch.setattr(model, "score", spy)
-            close(reward.info_nce_backward(o, model, part), expected.detach(), case="loss")
-            close(gradient(), whole, case="gradient")
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "score", spy)
+                close(reward.info_nce_backward(o, model, part), expected, case="loss")
+            got = [torch.cat([x.flatten() for x in xs])
+                   for xs in (whole, [p.grad for p in model.parameters()])]  # fmt: skip
+            close(got[1], got[0], case="gradient")
         same(sum(rows for rows, _ in sizes), sum(1 + len(p["negatives"]) for p in pairs), "texts")
         over = [(rows, width) for rows, width in sizes if rows > 3 and rows * width > budget]
         same(over, [], f"batches (texts, longest) above {budget} tokens")
@@ -379,92 +307,70 @@ class TestPairs:
     """From the policy's answers to a trained reward model."""
 
     def test_pairs_are_with_against_without_the_profile(self, world, monkeypatch):
+        """Each kind sampled with noise of its own; a pair with an empty answer is dropped."""
         examples = load_lamp(world / "lamp", "LaMP-4", "train")
         tokenizer, asked = prlm.load_tokenizer(world / "policy"), []
 
-        def fake(o, decoder, tokenizer, prompts, group_size=1, temperature=0.0, purpose=()):
-            texts = [tokenizer.decode(prompt) for prompt in prompts]
-            titles = [any(item["title"] in text for item in e.profile)
-                      for e, text in zip(examples, texts, strict=True)]  # fmt: skip
-            asked.append((group_size, temperature))
-            name = {(True,): "with", (False,): "without"}[tuple(set(titles))]
-            answers = [f"{name} {n}" for n in range(group_size)]
-            answers[name == "with"] = ""
-            group = [tokenizer.encode(f"{{'title': '{a}'}}") for a in answers]
-            return [[prlm.Completion(ids, [], True) for ids in group] for _ in prompts]
+        def fake(o, decoder, tokenizer, prompts, group_size, temperature, purpose):
+            groups, kind = [], "without"
+            for e, prompt in zip(examples, map(tokenizer.decode, prompts), strict=True):
+                kind = "with" if any(item["title"] in prompt for item in e.profile) else "without"
+                answers = [f"{kind} {e.id} {n}" for n in range(group_size)]
+                answers[kind == "with"] = ""
+                ids = [tokenizer.encode(f"{{'title': '{a}'}}") for a in answers]
+                groups.append([prlm.Completion(x, [], True) for x in ids])
+            asked.append((kind, group_size, temperature, *purpose))
+            return groups
 
         monkeypatch.setattr(reward, "complete", fake)
-        options = reward.RewardOptions(pairs_per_query=4, k=2)
-        pairs = reward.build_pairs(options, None, tokenizer, examples)
-        assert asked == [(4, 0.7), (4, 0.7)]
-        for e in examples:
-            own = [pair for pair in pairs if pair["id"] == e.id]
-            assert {pair["query"] for pair in own} == {e.query.strip()}
-            positives = [pair["positive"] for pair in own]
-            used = [text for pair in own for text in pair["negatives"]]
-            for texts, name in ((positives, "with "), (used, "without ")):
-                assert len(set(texts)) == len(texts) and all(t.startswith(name) for t in texts)
-            sizes = [len(pair["negatives"]) for pair in own]
-            assert len(own) in (2, 3) and set(sizes) == {1}
-
-    def test_the_two_answers_of_a_pair_share_no_noise(self, toy, monkeypatch):
-        """Without profiles both are asked the same. If they drew the same noise, they would be the
-        same; so they may be equal, or begin alike, no more often than answers of different pairs.
-        """
-        seeds, real = [], prlm.generate
-        monkeypatch.setattr(
-            prlm,
-            "generate",
-            lambda *given, **how: seeds.append(how.get("seed", given[-1])) or real(*given, **how),
-        )
-        examples = [replace(e, profile=[]) for e in load_lamp(TOY / "lamp", "LaMP-4", "train")[:40]]
-        o = reward.RewardOptions(pairs_per_query=6, max_new_tokens=40, reasoning=False)
-        pairs = reward.build_pairs(o, *toy, examples)
-        assert len(pairs) > 200 and len(set(seeds)) == len(seeds) > 2
-
-        def alike(shift, length):
-            """Among pairs n and n + shift of one query."""
-            both = [(p, q) for p, q in zip(pairs, pairs[shift:]) if p["id"] == q["id"]]
-            texts = [(p["positive"][:length], q["negatives"][0][:length]) for p, q in both]
-            return sum(a == b for a, b in texts) / len(texts)
-
-        for length in (4, 100):
-            own, *others = [alike(shift, length) for shift in range(4)]
-            assert abs(own - sum(others) / 3) < 0.1, f"{own}, of different pairs {others}"
+        o = reward.RewardOptions(pairs_per_query=4, k=2)
+        pairs = reward.build_pairs(o, None, tokenizer, examples)
+        assert pairs == [
+            {"id": e.id, "query": e.query.strip(), "positive": f"with {e.id} {n}",
+             "negatives": [f"without {e.id} {n}"]}
+            for e in examples for n in (2, 3)
+        ]  # fmt: skip
+        assert [call[:3] for call in asked] == [("with", 4, 0.7), ("without", 4, 0.7)]
+        assert asked[0][3:] != asked[1][3:]
 
     def test_scores_of_pairs_with_unequal_numbers_of_negatives(self, model):
         pairs = contrast(5)
         positive, negatives = reward.score_pairs(model, pairs)
         assert positive.requires_grad and negatives.shape == (5, 2)
-        expected = torch.full((5, 3), -math.inf)
-        for n, pair in enumerate(pairs):
+        for pair, *scores in zip(pairs, positive.tolist(), negatives.tolist(), strict=True):
             texts = [pair["positive"], *pair["negatives"]]
-            expected[n, : len(texts)] = scores_of(model, [pair["query"]] * len(texts), texts)
-        close(torch.cat([positive[:, None], negatives], 1).detach(), expected)
+            own = [scores[0], *scores[1]]
+            close(
+                torch.tensor(own[: len(texts)]),
+                scores_of(model, [pair["query"]] * len(texts), texts),
+            )
+            assert own[len(texts) :] == [-math.inf] * (3 - len(texts))
 
-    def test_pair_accuracy_equals_a_naive_loop(self):
-        rng = random.Random(0)
-        table = {str(n): rng.randrange(50) for n in range(500)}  # ties are a half
-        names = iter(table)
+    def test_pair_accuracy_equals_a_naive_loop(self, model, monkeypatch):
+        """By a model whose scores are its answers; ties are a half."""
+        rng, won = random.Random(0), []
+        numbers = lambda _, answers: torch.tensor([*map(float, answers)])  # noqa: E731
+        monkeypatch.setattr(model, "score", numbers)
         pairs = [
-            {"query": "q", "positive": next(names), "negatives": [next(names) for _ in range(size)]}
+            {"query": "q", "positive": str(rng.randrange(50)),
+             "negatives": [str(rng.randrange(50)) for _ in range(size)]}
             for size in rng.choices((1, 2, 4), k=130)
-        ]
-        scores = [(table[p["positive"]], table[n]) for p in pairs for n in p["negatives"]]
-        won = [0.5 if a == b else float(a > b) for a, b in scores]
-        assert reward.pair_accuracy(Fake(table), pairs) == sum(won) / len(won)
+        ]  # fmt: skip
+        for pair in pairs:
+            own, others = float(pair["positive"]), map(float, pair["negatives"])
+            won += [0.5 if own == other else float(own > other) for other in others]
+        assert reward.pair_accuracy(model, pairs) == sum(won) / len(won)
 
     def test_training_learns_a_contrast_and_repeats(self, world):
         """Dropout follows the option's seed alone, whatever was drawn before."""
         start, pairs, reports, models = make_model(world / "encoder", 0), contrast(), [], []
         swapped = [
-            pair | {"positive": pair["negatives"][0], "negatives": [pair["positive"]]}
-            for pair in pairs
+            {**p, "positive": p["negatives"][0], "negatives": [p["positive"]]} for p in pairs
         ]
         for seed, given in ((0, pairs), (0, pairs), (1, pairs), (0, swapped)):
             torch.rand(len(reports))
             models.append(copy.deepcopy(start))
-            options = reward.RewardOptions(seed=seed, reward_epochs=10, reward_lr=1e-2)
+            options = reward.RewardOptions(seed=seed, reward_epochs=6, reward_lr=1e-2)
             reports.append(reward.train_reward_model(options, models[-1], list(given)))
         assert all(r["pair_accuracy"] > 0.9 and r["pairs"] == len(pairs) for r in reports)
         new = contrast(50, seed=9)
@@ -474,47 +380,35 @@ class TestPairs:
         assert reports[0] == reports[1] and torch.equal(heads[0], heads[1])
         assert not torch.equal(heads[0], heads[2]) and not models[0].training
 
-    def test_held_out_queries_are_never_trained_on(self, model, monkeypatch):
-        seen, score = {True: set(), False: set()}, model.score
-
-        def spy(queries, answers):
-            seen[torch.is_grad_enabled()] |= set(queries)
-            assert model.training == torch.is_grad_enabled()
-            return score(queries, answers)
-
-        monkeypatch.setattr(model, "score", spy)
-        pairs = contrast(100)
-        for n, pair in enumerate(pairs):
-            pair["query"] = f"query {n // 2}"
-        report = reward.train_reward_model(reward.RewardOptions(reward_epochs=2), model, pairs)
-        assert len(seen[True]) == 45 and len(seen[False]) == 5 and not seen[True] & seen[False]
-        assert (report["held_out_pairs"], report["held_out_queries"]) == (10, 5)
-
-    def test_the_report_is_the_last_epochs_loss_and_the_held_out_accuracy(self, model):
+    def test_the_report_is_of_queries_that_were_never_trained_on(self, model, monkeypatch):
+        """The last epoch's loss, the held-out accuracy."""
         rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
         bert = prlm.Encoder(model.bert.raw | rates)
         bert.tokenizer = model.tokenizer
-        model = reward.RewardModel(bert)
-        pairs, o = contrast(100), reward.RewardOptions(reward_lr=1e-12, reward_epochs=2)
-        report = reward.train_reward_model(o, model, pairs)
+        model, seen = reward.RewardModel(bert), {True: set(), False: set()}
+        pairs, score = contrast(100), model.score
+        for pair in pairs:
+            pair["query"] = f"query {pair['id']}"
+
+        def spy(queries, answers):
+            seen[torch.is_grad_enabled()] |= {*queries}
+            assert model.training == torch.is_grad_enabled()
+            return score(queries, answers)
+
+        o = reward.RewardOptions(reward_lr=1e-12, reward_epochs=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "score", spy)
+            report = reward.train_reward_model(o, model, pairs)
+        assert len(seen[True]) == 45 and len(seen[False]) == 5 and not seen[True] & seen[False]
+        assert (report["held_out_pairs"], report["held_out_queries"]) == (10, 5)
         kept, held = reward.split_pairs(pairs, o.seed)
         assert len(kept) == 90 and report["pair_accuracy"] == reward.pair_accuracy(model, held)
         with torch.no_grad():  # at this learning rate the model has stayed what it was
             losses = [reward.info_nce(*reward.score_pairs(model, [pair])) for pair in kept]
         close(torch.tensor(report["loss"]), sum(losses) / len(losses))
-
-    def test_a_loss_gone_wrong_is_told(self, model, monkeypatch):
-        monkeypatch.setattr(reward, "info_nce_backward", lambda *_: math.nan)
         with pytest.raises(ValueError, match="lower --reward-lr"):
-            reward.train_reward_model(reward.RewardOptions(), model, contrast(20))
-
-    def test_bfloat16_products_leave_float32_gradients(self, model):
-        pairs, losses = contrast(8), []
-        for dtype in (torch.float32, torch.bfloat16):
-            prlm.multiply_in(model, dtype)
-            losses.append(reward.info_nce_backward(reward.RewardOptions(), model, pairs))
-        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-        assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+            monkeypatch.setattr(reward, "info_nce_backward", lambda *_: math.nan)
+            reward.train_reward_model(o, model, pairs)
 
 
 def users(count=4):
@@ -537,6 +431,9 @@ class TestSwapTest:
         judges[0.5] = lambda examples, answers: [float(len(answer)) for answer in answers]
         for expected, judge in judges.items():
             assert reward.swap_test(judge, users()) == expected
+        one = users(1)  # and without a second user there is none
+        again = replace(one[0], id="9", user_id="9", query="another")  # the same profile
+        assert reward.swap_test(reader, one) is reward.swap_test(reader, [*one, again]) is None
 
     @pytest.mark.parametrize("by", ["id", "profile"])
     def test_the_other_profile_is_another_users(self, by):
@@ -545,44 +442,37 @@ class TestSwapTest:
         """
         examples, asked = users(6), []
         for n, e in enumerate(examples):
-            if by == "id":
-                examples[n] = replace(e, user_id=f"u{n // 3}")
-            else:
-                shared = {"title": f"everybody's {n // 3}", "text": "y", "id": str(n)}
-                examples[n] = replace(e, profile=[*e.profile, shared])
+            shared = {"title": f"everybody's {n // 3}", "text": "y", "id": str(n)}
+            new = {"user_id": f"u{n // 3}"} if by == "id" else {"profile": [*e.profile, shared]}
+            examples[n] = replace(e, **new)
         reward.swap_test(lambda e, a: asked.append(e) or [0.0] * len(e), examples)
-        owners = []
         for own, swapped in zip(*asked, strict=True):
             (owner,) = (n for n, e in enumerate(examples) if e.profile == swapped.profile)
             assert owner // 3 != int(own.id) // 3
             assert replace(swapped, profile=own.profile) == own
-            owners.append(own)
-        assert owners == examples
-
-    def test_without_a_second_user_there_is_none(self):
-        one = users(1)
-        again = replace(one[0], id="9", user_id="9", query="another")  # the same profile
-        assert reward.swap_test(reader, one) is reward.swap_test(reader, [*one, again]) is None
+        assert asked[0] == examples
 
 
 class TestRatioJudge:
     def test_equals_one_answer_at_a_time(self, toy):
-        """Answers of several users in any order: each is compared beside its own two prompts."""
-        decoder, tokenizer = toy
-        examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:3]
-        asked = [examples[n] for n in (0, 1, 0, 2, 0)]
-        answers = ["on golf no joke", "about tennis", examples[0].target, "why", "on\n\n and on"]
+        """Answers of several users in any order, each beside its own two prompts; and of records
+        that differ in their profile alone, as in the swap test."""
+        one, two = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
+        asked = [one, two, one, replace(one, profile=two.profile), one]
+        answers = ["on golf no joke", "why", one.target, one.target, "on\n\n and on"]
         o = reward.RewardOptions(judge="ratio", k=3)
-        values = reward.ratio_judge(o, decoder, tokenizer)(asked, answers)
-        for e, answer, value in zip(asked, answers, values, strict=True):
+        judge, tokenizer, sides = reward.ratio_judge(o, *toy), toy[1], []
+        for e, answer, value in zip(asked, answers, judge(asked, answers), strict=True):
             logits, answer = [], answer.replace("\n\n", "")  # it is asked for in one line
             for k in (3, 0):
                 messages = retrieve.build_messages(e, retrieve.retrieve(e, k))
                 prompt = tokenizer.chat(messages) + tokenizer.fill(retrieve.CLOSED)
                 ids = tokenizer.encode(f"<answer>\n{{'title': '{answer}'}}\n</answer>")
-                logprobs, _ = prlm.token_logprobs(decoder, [prompt], [[ids]])
+                logprobs, _ = prlm.token_logprobs(toy[0], [prompt], [[ids]])
                 logits.append(logprobs.sum().item())
-            assert math.log(value / (1 - value)) == pytest.approx(logits[0] - logits[1], abs=1e-3)
+            sides.append(math.log(value / (1 - value)))
+            assert sides[-1] == pytest.approx(logits[0] - logits[1], abs=1e-3)
+        assert sides[2] != pytest.approx(sides[3], abs=0.1) and judge([], []) == []
 
     def test_a_very_likely_answer_is_still_told_from_a_likelier_one(self, toy, monkeypatch):
         found = torch.tensor([[20.0, 25, -800]])
@@ -591,16 +481,6 @@ class TestRatioJudge:
         judge = reward.ratio_judge(reward.RewardOptions(), *toy)
         one, more, least = judge(examples, ["a", "b", "c"])
         assert 0 <= least < one < more <= 1
-
-    def test_of_records_that_differ_in_their_profile_alone(self, toy):
-        """As in the swap test: same id, same query. And no answers at all."""
-        judge = reward.ratio_judge(reward.RewardOptions(), *toy)
-        own, other = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
-        swapped = replace(own, profile=other.profile)
-        alone = [*judge([own], [own.target]), *judge([swapped], [own.target])]
-        together = judge([own, swapped], [own.target] * 2)
-        assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
-        assert judge([], []) == []
 
 
 class TestMakeJudge:
@@ -615,9 +495,8 @@ class TestMakeJudge:
         """Counts the two slow parts; the pairs are `contrast`'s."""
         calls, train = [], reward.train_reward_model
         monkeypatch.setattr(reward, "build_pairs", lambda *_: calls.append("pairs") or contrast(40))
-        monkeypatch.setattr(
-            reward, "train_reward_model", lambda *given: calls.append("train") or train(*given)
-        )
+        spy = lambda *given: calls.append("train") or train(*given)  # noqa: E731
+        monkeypatch.setattr(reward, "train_reward_model", spy)
         return calls
 
     def test_what_is_there_is_not_made_again(self, o, calls, tmp_path, capsys):
@@ -641,40 +520,27 @@ class TestMakeJudge:
 
     def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
         o, held = reward.RewardOptions(judge="ratio"), load_lamp(TOY / "lamp", "LaMP-4", "dev")
-        judge = reward.make_judge(o, *toy, [], held[:30], tmp_path / "new")
-        report = prlm.read_json(tmp_path / "new" / "report.json")
-        assert report["swap_test"] > 0.8
-        said = capsys.readouterr().out
+        judge = reward.make_judge(o, *toy, [], held[:20], tmp_path / "new")
+        report, said = prlm.read_json(tmp_path / "new/report.json"), capsys.readouterr().out
+        assert report["swap_test"] > 0.8 and all(0 < v < 1 for v in judge(held[:1], ["why"]))
         assert f"swap test {report['swap_test']:.3f} on" in said and "not see" not in said
-        assert all(0 < v < 1 for v in judge(held[:2], [e.target for e in held[:2]]))
-
-    @pytest.mark.parametrize("none", [{"k": 0}, {"retriever": "none"}])
-    def test_without_a_profile_there_is_nothing_to_compare(self, model, o, tmp_path, none):
-        """A judge that is trained already needs none."""
-        ((name, value),) = none.items()
-        for judge in ("ratio", "bert"):
-            with pytest.raises(ValueError, match=f"--{name} {value} leaves none"):
-                reward.make_judge(replace(o, judge=judge, **none), None, None, [], [], tmp_path)
-        reward.save_reward_model(model, tmp_path / "saved")
-        saved = replace(o, reward_model=str(tmp_path / "saved"), **none)
-        assert reward.make_judge(saved, None, None, [], users(), tmp_path)(users(1), ["golf"])
 
     def test_too_few_pairs_or_a_wrong_checkpoint(self, world, o, tmp_path, monkeypatch):
+        def refused(text, **changes):
+            with pytest.raises(ValueError, match=text):
+                reward.make_judge(replace(o, **changes), None, None, [], [], tmp_path / text)
+
         for pairs in ([], contrast(2)):  # none, or of one query only
             monkeypatch.setattr(reward, "build_pairs", lambda *_, pairs=pairs: pairs)
-            with pytest.raises(ValueError, match=f"{len(pairs)} pairs of .* too few"):
-                reward.make_judge(o, None, None, [], [], tmp_path / str(len(pairs)))
-        for wrong in ({"encoder": str(world / "policy")}, {"reward_model": str(world / "encoder")}):
-            with pytest.raises(ValueError, match=next(iter(wrong.values()))):
-                reward.make_judge(replace(o, **wrong), None, None, [], [], tmp_path / "new")
-        with pytest.raises(ValueError, match="--encoder"):
-            reward.make_judge(replace(o, encoder=None), None, None, [], [], tmp_path / "new")
+            refused(f"{len(pairs)} pairs of .* too few")
+        refused("policy", encoder=str(world / "policy"))
+        refused("encoder", reward_model=str(world / "encoder"))
+        refused("--encoder", encoder=None)
 
-    def test_command(self, world, calls, tmp_path, capsys):
-        places = {name: str(world / name) for name in ("policy", "lamp", "encoder")}
-        given = {"model": places["policy"], "data": places["lamp"], "encoder": places["encoder"]}
-        given |= {"preset": "toy", "device": "cpu", "out": str(tmp_path / "judge")}
-        reward.main(o := prlm.resolve(reward.Options, given))
+    def test_command(self, world, calls, tmp_path):
+        given = {"model": world / "policy", "data": world / "lamp", "encoder": world / "encoder"}
+        given = {name: str(path) for name, path in (given | {"out": tmp_path / "judge"}).items()}
+        reward.main(o := prlm.resolve(reward.Options, given | {"preset": "toy", "device": "cpu"}))
         judge = reward.load_reward_model(o.out).judge(users(2), ["golf", "paris"])
         assert len(set(judge)) == 2 and prlm.read_json(tmp_path / "judge/options.json")["k"] == o.k
         with pytest.raises(ValueError, match="--overwrite"):

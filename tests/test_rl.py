@@ -1,15 +1,13 @@
 """GRPO equals its formulas, a naive step and TRL's numbers; a step's log is what it says."""
 
 import copy
-import functools
 import itertools
-import json
 import math
 from unittest import mock
 
 import pytest
 import torch
-from conftest import byte_tokenizer, same, shorten
+from conftest import byte_tokenizer, lines, same, shorten, small_policy, small_step, tiny, trained
 from torch.nn.utils.rnn import pad_sequence
 
 import prlm
@@ -18,28 +16,6 @@ import reward
 import rl
 
 NORMALIZERS = ("grpo", "dapo", "dr_grpo")
-
-
-def tiny(world, out, **changes):
-    """Options of a run that takes about a second."""
-    settings = dict(
-        model=str(world / "policy"), data=str(world / "lamp"), encoder=str(world / "encoder"),
-        steps=4, prompts_per_step=2, group_size=3, max_new_tokens=8, max_prompt_tokens=400, k=2,
-        eval_every=2, save_every=2, pairs_per_query=6, reward_epochs=1, lr=3e-3, limit=4,
-        device="cpu", out=str(out),
-    )  # fmt: skip
-    return rl.Options(**settings | changes)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-CLOCK = ("seconds_rollout", "seconds_update", "tokens_per_second")
-
-
-def without_clock(path):
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines(path)]
 
 
 def random_group(seed=0, p=3, g=4, c=6):
@@ -74,58 +50,47 @@ def naive_loss(logprobs, old, ref, advantages, mask, clip, high, beta, normalize
 class TestAdvantages:
     def test_equal_a_naive_loop(self):
         rewards = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 3 + 1
-        for row, got in zip(rewards.tolist(), rl.group_advantages(rewards), strict=True):
-            mean = sum(row) / len(row)
-            std = math.sqrt(sum((r - mean) ** 2 for r in row) / (len(row) - 1))
-            expected = torch.tensor([(r - mean) / (std + 1e-4) for r in row])
-            same(got, expected, f"the rewards {shorten(row)}", relative=1e-6)
-
-    def test_none_only_centres(self):
-        rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
-        expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]])
-        same(rl.group_advantages(rewards, "none"), expected, f"{rewards.tolist()}, none", 1e-6)
+        for scale in ("std", "none"):
+            for row, got in zip(rewards.tolist(), rl.group_advantages(rewards, scale), strict=True):
+                mean = sum(row) / len(row)
+                std = math.sqrt(sum((r - mean) ** 2 for r in row) / (len(row) - 1))
+                expected = [(r - mean) / (std + 1e-4 if scale == "std" else 1) for r in row]
+                same(got, torch.tensor(expected), f"{scale}, the rewards {shorten(row)}", 1e-6)
         with pytest.raises(ValueError, match="neither std nor none"):
             rl.group_advantages(rewards, "x")
 
     @pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -7.3, 1e-20])
     def test_equal_rewards_give_exact_zeros(self, value):
-        wobble = torch.tensor([1.0, 1 + 6e-8, 1 - 6e-8, 1.0])
-        for scale in ("std", "none"):
-            found = rl.group_advantages(value * wobble[None], scale)
-            same(found, torch.zeros(1, 4), f"four rewards of {value} up to rounding, {scale}")
+        """And so does a group of one."""
+        for scale, size in itertools.product(("std", "none"), (4, 1)):
+            wobble = torch.tensor([[1.0, 1 + 6e-8, 1 - 6e-8, 1.0]])[:, :size]
+            found = rl.group_advantages(value * wobble, scale)
+            same(found, torch.zeros(1, size), f"{size} rewards of {value} up to rounding, {scale}")
 
-    @pytest.mark.parametrize("kind", ["int64", "bool", "bfloat16", "float16"])
+    @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.bfloat16, torch.float16])
     def test_rewards_of_few_bits(self, kind):
-        rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.95]])
-        rewards = rewards.to(getattr(torch, kind))
+        rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.95]]).to(kind)
         expected = rl.group_advantages(rewards.float())
         same(rl.group_advantages(rewards), expected, f"rewards in {kind}", relative=1e-6)
-        assert (expected[0] != 0).all() and (kind == "bool" or (expected[1] != 0).all())
+        assert (expected[0] != 0).all() and (kind == torch.bool or (expected[1] != 0).all())
 
     def test_a_tiny_spread_is_damped_but_not_rounded_away(self):
         gain = 5e-5 / (1e-4 / math.sqrt(2) + 1e-4)
         found = rl.group_advantages(torch.tensor([[0.0, 1e-4]]))
         same(found, torch.tensor([[-gain, gain]]), "the rewards 0 and 0.0001", relative=1e-4)
-        assert (rl.group_advantages(torch.tensor([[1.0, 1.001]])) != 0).all()
-
-    def test_a_group_of_one_gives_zero(self):
-        assert rl.group_advantages(torch.tensor([[3.0], [5.0]])).tolist() == [[0.0], [0.0]]
 
 
 class TestK3:
-    def test_equals_the_formula(self):
-        policy, ref = -3 * torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
-        rows = zip(policy.flatten().tolist(), ref.flatten().tolist(), strict=True)
-        expected = torch.tensor([math.exp(r - p) - (r - p) - 1 for p, r in rows]).view(4, 5)
-        same(rl.k3(policy, ref), expected, relative=1e-6, absolute=1e-6)
-
-    def test_its_mean_under_the_policy_is_the_kl(self):
+    def test_equals_the_formula_and_its_mean_is_the_kl(self):
         """And no token's value is below 0: the plain difference has the same mean."""
         logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * 2
         policy, ref = logits.double().log_softmax(-1)
+        rows = zip(policy.flatten().tolist(), ref.flatten().tolist(), strict=True)
+        expected = torch.tensor([math.exp(r - p) - (r - p) - 1 for p, r in rows]).view(3, 50)
+        same(rl.k3(policy, ref), expected, relative=1e-6, absolute=1e-6)
         expected = (policy.exp() * (policy - ref)).sum(-1)
         same((policy.exp() * rl.k3(policy, ref)).sum(-1), expected, "the mean of k3", 1e-10)
-        assert (rl.k3(policy, ref) >= 0).all() and (rl.k3(policy, policy) == 0).all()
+        assert (rl.k3(policy, ref) >= 0).all() and not any(rl.k3(x, x).any() for x in (policy, ref))
 
 
 class TestWeights:
@@ -172,14 +137,6 @@ class TestLoss:
         expected = -(advantages[..., None] * mask) / mask.sum()
         same(logprobs.grad, expected, "the gradient where the ratio is 1", 1e-6)
 
-    def test_the_clip_cuts_the_gradient_on_the_winning_side_only(self):
-        ratio = torch.tensor([1.3, 1.3, 0.7, 0.7]).log().view(1, 4, 1).requires_grad_()
-        gain = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-        mask = torch.ones(1, 4, 1, dtype=torch.bool)
-        rl.grpo_loss(ratio, torch.zeros(1, 4, 1), gain, mask).backward()
-        moves = (ratio.grad.flatten() != 0).tolist()
-        same(moves, [False, True, True, False], "has the ratio 1.3, 1.3, 0.7, 0.7 a gradient?")
-
     @pytest.mark.parametrize("old", [-100.0, -1000.0])
     def test_a_policy_that_has_moved_far_is_finite(self, old):
         """exp(100) overflows in float32, and 0 times infinity is NaN."""
@@ -191,6 +148,8 @@ class TestLoss:
             loss.backward()
             assert loss.isfinite() and logprobs.grad.isfinite().all()
         same(rl.grpo_loss(logprobs, before, gain.clamp(min=0), mask), torch.tensor(-0.4), "", 1e-6)
+        with pytest.raises(ValueError, match="reference"):
+            rl.grpo_loss(logprobs, before, gain, mask, beta=0.1)
 
     @pytest.mark.parametrize("normalizer", NORMALIZERS)
     def test_micro_batches_add_up_to_the_whole(self, normalizer):
@@ -203,35 +162,27 @@ class TestLoss:
             total += rl.grpo_loss(*part, **how, weights=weights[n])
         same(total, whole, f"{normalizer}, two prompts and one", 1e-5)
 
-    def test_the_kl_needs_a_reference(self):
-        logprobs, old, _, advantages, mask = random_group()
-        with pytest.raises(ValueError, match="reference"):
-            rl.grpo_loss(logprobs, old, advantages, mask, beta=0.1)
-
     @pytest.mark.parametrize("normalizer", NORMALIZERS)
     def test_equals_trl(self, normalizer):
         """TRL's own method on the same log-probabilities; its trainer is a stand-in around it."""
         trl = pytest.importorskip("trl.trainer.grpo_trainer")
         logprobs, old, ref, advantages, mask = random_group()
         logprobs, old, ref = (x.masked_fill(~mask, 0.0) for x in (logprobs, old, ref))
-        flat = lambda x: x.flatten(0, 1)  # noqa: E731
-        trainer = mock.MagicMock()
-        trainer.model.training, trainer.loss_type, trainer.beta = False, normalizer, 0.04
-        trainer.epsilon_low, trainer.epsilon_high, trainer.max_completion_length = 0.2, 0.28, 9
-        trainer.importance_sampling_level, trainer.top_entropy_quantile = "token", 1.0
-        trainer.off_policy_mask_threshold, trainer.use_vllm = None, False
-        trainer.args.delta, trainer.args.use_bias_correction_kl = None, False
-        trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
-        trainer.accelerator.num_processes = 1
-        trainer.accelerator.gather = lambda x: x
-        trainer._get_per_token_logps_and_entropies.return_value = (
-            flat(logprobs), flat(torch.zeros_like(logprobs)), None,
+        trainer = mock.MagicMock(
+            loss_type=normalizer, beta=0.04, epsilon_low=0.2, epsilon_high=0.28, use_vllm=False,
+            max_completion_length=9, importance_sampling_level="token", top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None, aux_loss_enabled=False, _entropy_bonus_enabled=False,
         )  # fmt: skip
+        trainer.model.training, trainer.accelerator.num_processes = False, 1
+        trainer.args.delta, trainer.args.use_bias_correction_kl = None, False
+        trainer.accelerator.gather = lambda x: x
+        said = logprobs.flatten(0, 1)
+        trainer._get_per_token_logps_and_entropies.return_value = said, 0 * said, None
         inputs = dict(
             prompt_ids=torch.zeros(12, 1), prompt_mask=torch.ones(12, 1),
-            completion_ids=flat(mask).long(), completion_mask=flat(mask).long(),
-            advantages=flat(advantages), old_per_token_logps=flat(old),
-            ref_per_token_logps=flat(ref), num_items_in_batch=mask.sum(),
+            completion_ids=mask.flatten(0, 1).long(), completion_mask=mask.flatten(0, 1).long(),
+            advantages=advantages.flatten(0, 1), old_per_token_logps=old.flatten(0, 1),
+            ref_per_token_logps=ref.flatten(0, 1), num_items_in_batch=mask.sum(),
         )  # fmt: skip
         theirs = trl.GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
         how = dict(clip=0.2, clip_high=0.28, beta=0.04, normalizer=normalizer, max_new_tokens=9)
@@ -242,10 +193,10 @@ class TestLoss:
 class TestWarmStartTargets:
     """What the policy is to say: the best item's last field, then what the user wrote, then EOS."""
 
-    def tokenizer(self, opening="", tokens=(), eos_ids=(258, 256)):  # <|im_end|>, <|endoftext|>
+    def tokenizer(self, opening="", tokens=()):
         backend = byte_tokenizer()
         backend.add_tokens([*tokens])
-        one = prlm.Tokenizer(backend, {*eos_ids})
+        one = prlm.Tokenizer(backend, {258, 256})  # <|im_end|>, <|endoftext|>
         one.opening = opening
         return one
 
@@ -275,16 +226,11 @@ class TestWarmStartTargets:
 
     def test_another_task_and_another_tokenizer(self):
         """Its <think> and </think> are tokens where the form says them, text where a user does."""
-        items = [{"text": "so much rain"}, {"text": "sun"}]
-        e = retrieve.Example("1", "u", "LaMP-7", "rain", items, "wet </think>")
-        tokenizer = self.tokenizer(tokens=["<think>", "</think>"], eos_ids={256, 258})
+        e = retrieve.Example("1", "u", "LaMP-7", "rain", [{"text": "so much rain"}], "wet </think>")
+        tokenizer = self.tokenizer(tokens=["<think>", "</think>"])
         (ids,) = rl.warm_start_targets(rl.Options(task="LaMP-7"), tokenizer, [e])
-        expected = (
-            "<think>\nThe user wrote: so much rain\nThe user wrote: sun\n</think>\n<answer>\n"
-        )
-        same(
-            tokenizer.decode(ids[:-1]), expected + "{'tweet': 'wet </think>'}\n</answer>", "LaMP-7"
-        )
+        expected = "<think>\nThe user wrote: so much rain\n</think>\n<answer>\n{'tweet': "
+        same(tokenizer.decode(ids[:-1]), expected + "'wet </think>'}\n</answer>", "LaMP-7")
         assert ids[-1] == 258 and ids.count(259) == ids.count(260) == 1
 
 
@@ -293,14 +239,12 @@ class TestSchedule:
         rates = [rl.learning_rate(step, 100, 2.0) for step in range(100)]
         assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
         assert rates[10] == pytest.approx(2.0) and rates[99] == pytest.approx(0.2)
-        middle = 10 + 89 / 2
-        assert (rates[54] + rates[55]) / 2 == pytest.approx(1.1, rel=1e-3), middle
+        assert (rates[54] + rates[55]) / 2 == pytest.approx(1.1, rel=1e-3)
         assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
     def test_few_steps_are_fine(self):
-        for steps in (1, 2, 4):
-            assert rl.learning_rate(0, steps, 1.0) == 1.0
-        assert rl.learning_rate(2, 20, 1.0) == 1.0 == 2 * rl.learning_rate(0, 20, 1.0)
+        assert [rl.learning_rate(0, steps, 1.0) for steps in (1, 2, 4, 20)] == [1, 1, 1, 0.5]
+        assert rl.learning_rate(2, 20, 1.0) == 1.0
 
     def test_every_example_once_an_epoch(self):
         chosen = [n for step in range(7) for n in rl.choose(10, step, 4, 0)]
@@ -311,55 +255,6 @@ class TestSchedule:
 
 
 # ---- One step ------------------------------------------------------------------------------------
-
-
-def small_policy(o) -> rl.Policy:
-    """A random model with 2 of its 40 ids unused; adapters, if asked for, that are not 0."""
-    raw = dict(
-        model_type="qwen2", vocab_size=40, hidden_size=16, intermediate_size=32, rope_theta=1e4,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
-        tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    decoder, reference = prlm.Decoder(raw), prlm.Decoder(raw)
-    decoder.vocab_limit = reference.vocab_limit = 38
-    with torch.no_grad():
-        for parameter, other in zip(decoder.parameters(), reference.parameters()):
-            parameter.normal_(std=0.3)
-            other.copy_(parameter + 0.03 * torch.randn_like(parameter))
-    if o.lora_rank:
-        prlm.add_lora(decoder, o.lora_rank, 2.0 * o.lora_rank)
-        for name, parameter in decoder.named_parameters():
-            if name.endswith("lora_B"):
-                torch.nn.init.normal_(parameter, std=0.1)
-    return rl.Policy(decoder, decoder, None, reference.requires_grad_(False))
-
-
-PROMPTS = [[5, 36, 9, 2, 2, 30, 7, 11, 21], [8, 1, 17], [33, 3, 3, 25, 0, 14]]
-
-
-@functools.cache
-def small_rollout(lora_rank: int):
-    """Completions of PROMPTS, of which some do not end, with advantages."""
-    decoder = small_policy(rl.Options(lora_rank=lora_rank)).decoder
-    groups = prlm.generate(decoder, PROMPTS, 4, 8, 0.7, {3, 7, 11, 30}, seed=1)
-    rows = [vars(c) for group in groups for c in group]
-    gains = torch.randn(12, generator=torch.Generator().manual_seed(0)).tolist()
-    for row, gain in zip(rows, gains):
-        row["advantage"] = gain
-        row["logprobs"] = [x + 0.1 * math.sin(x) for x in row["logprobs"]]  # a sampler that rounds
-    assert {row["finished"] for row in rows} == {True, False}
-    return rows
-
-
-def small_step(**changes):
-    """The arguments of an update on 3 prompts with 4 completions each."""
-    how = dict(group_size=4, max_new_tokens=8, temperature=0.7, clip=0.02) | changes
-    o = rl.Options(**how)
-    policy = small_policy(o)
-    trained = [p for p in policy.decoder.parameters() if p.requires_grad]
-    rows = copy.deepcopy(small_rollout(o.lora_rank))
-    return o, policy, torch.optim.SGD(trained, 0.5), PROMPTS, rows
 
 
 def naive_step(o, policy, optimizer, prompts, rows) -> dict[str, float]:
@@ -407,16 +302,17 @@ def naive_step(o, policy, optimizer, prompts, rows) -> dict[str, float]:
     return log | {"gap": gap.max().item(), "gap_mean": gap.mean().item()}
 
 
-def trained(policy):
-    return torch.cat([p.detach().flatten() for p in policy.decoder.parameters() if p.requires_grad])
-
-
 class TestStep:
     @pytest.mark.parametrize("normalizer", NORMALIZERS)
     @pytest.mark.parametrize("lora_rank", [0, 2])
     def test_equals_a_naive_step(self, normalizer, lora_rank):
         """Weights and log, with every group in a micro-batch of its own, and with one for all."""
-        for beta, updates, masked in itertools.product((0.0, 0.3), (1, 2), (False, True)):
+        for beta, updates, masked in (
+            (0.0, 1, False),
+            (0.3, 2, False),
+            (0.3, 1, True),
+            (0, 2, True),
+        ):
             how = dict(normalizer=normalizer, lora_rank=lora_rank, beta=beta)
             how |= dict(updates_per_rollout=updates, mask_truncated=masked)
             how |= dict(clip_high=0.04 if beta else None)
@@ -431,24 +327,23 @@ class TestStep:
             assert log["gap"] > 0.05 and (log["clip_fraction"] > 0) == (updates > 1)
 
     def test_checkpointing_and_half_precision_are_close_and_the_weights_stay_whole(self):
-        found = {}
+        found = []
         for dtype, checkpointing in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
             o, policy, *rest = small_step(beta=0.1, updates_per_rollout=2, clip=0.2)
             start = trained(policy)
             policy.decoder.checkpointing = bool(checkpointing)
-            rl.update(o, rl.Policy(prlm.multiply_in(policy.decoder, dtype), None, None,
-                                   policy.reference), *rest)  # fmt: skip
-            found[dtype, checkpointing] = trained(policy) - start
-        whole, again, half, half_again = found.values()
+            prlm.multiply_in(policy.decoder, dtype)
+            rl.update(o, policy, *rest)
+            found.append(trained(policy) - start)
+        whole, again, half, half_again = found
         assert torch.equal(whole, again) and torch.equal(half, half_again)
         assert half.dtype == torch.float32 and 0 < (half - whole).norm() < 0.1 * whole.norm()
 
     def test_a_gradient_that_is_no_number_is_not_applied(self):
-        o, policy, optimizer, prompts, rows = small_step()
-        before = trained(policy)
-        rows[0]["advantage"] = math.nan
+        o, policy, *rest, rows = small_step()
+        before, rows[0]["advantage"] = trained(policy), math.nan
         with pytest.raises(ValueError, match="the gradient's norm is nan: a lower --lr"):
-            rl.update(o, policy, optimizer, prompts, rows)
+            rl.update(o, policy, *rest, rows)
         assert torch.equal(trained(policy), before)
 
     def test_a_rollout_is_what_the_policy_said_and_what_that_earns(self, world):
@@ -475,10 +370,8 @@ class TestStep:
                 std = math.sqrt(sum((r - mean) ** 2 for r in group) / 2)
                 gain = (row["reward"] - mean) / (std + 1e-4 if normalizer == "grpo" else 1)
                 assert row["advantage"] == pytest.approx(gain, rel=1e-4, abs=1e-6)
-                (at_most,) = prlm.token_logprobs(
-                    decoder, [prompts[n // 3]], [[row["tokens"]]], 0.7
-                )[0]
-                same(torch.tensor([row["logprobs"]]), at_most, f"row {n}", 1e-4)
+                own = prlm.token_logprobs(decoder, [prompts[n // 3]], [[row["tokens"]]], 0.7)[0]
+                same(torch.tensor([[row["logprobs"]]]), own, f"row {n}", 1e-4)
 
     def test_the_log_of_a_rollout(self, world):
         """Two groups of two; the second earns the same twice."""

@@ -1,9 +1,12 @@
 """The toy world is what its README says; the experiments' statistics and the page are right."""
 
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -38,17 +41,6 @@ class TestWorld:
             assert {post.motto for post in user.posts if user.shows(post)} == {query.motto}
             assert query.keyword not in {post.keyword for post in user.posts}
             assert {post.sign_off for post in user.posts} == {query.sign_off}
-
-    @pytest.mark.parametrize("task", make.TASKS)
-    def test_lamps_files_hold_the_users(self, tmp_path, task):
-        users = [make.make_user(random.Random(seed)) for seed in range(4)]
-        make.write_lamp(task, {"train": users[:3], "dev": users[3:]}, tmp_path)
-        examples = retrieve.load_lamp(tmp_path, task, "train")
-        assert [e.target for e in examples] == [user.query.headline for user in users[:3]]
-        for example, user in zip(examples, users, strict=False):
-            assert len(example.profile) == len(user.posts)
-            assert retrieve.retrieve(example, 3, "recency")[0]["date"] == user.posts[-1].date
-            assert example.target not in json.dumps(example.profile)
 
     def test_careful_reasoning_finds_the_target(self):
         """From two posts, one that names the column and one that shows its motto."""
@@ -102,10 +94,8 @@ class TestStatistics:
         found = common.bootstrap(theirs + users + seeds, theirs)
         deviations = {"users": 1.96 * users.std(ddof=1) / 20, "seeds": 4.303 * 0.02 / 3**0.5}
         for unit, half in deviations.items():
-            _, low, high = found[unit]
-            assert [low, high] == pytest.approx(
-                [users.mean() - half, users.mean() + half], abs=0.006
-            )
+            expected = [users.mean() - half, users.mean() + half]
+            assert [*found[unit][1:]] == pytest.approx(expected, abs=0.006)
         width = {unit: high - low for unit, (_, low, high) in found.items()}
         together = np.hypot(width["users"], width["seeds"])  # exact if both were normal
         assert max(width["users"], width["seeds"]) < width["both"] < 1.1 * together
@@ -117,10 +107,8 @@ class TestStatistics:
         assert found.keys() == {"users"} and found["users"][0] < 0.001
         p, low, high = common.bootstrap(scores, scores[::-1])["users"]
         assert p > 0.3 and low < 0 < high
-        assert common.bootstrap(scores, scores)["users"][0] == 1.0
         # Two policies that differ by chance of training alone: users are sure of it, seeds are not.
-        ours = np.stack([scores + 0.05, scores - 0.01, scores - 0.005])
-        found = common.bootstrap(ours, scores)
+        found = common.bootstrap(np.array([[0.05], [-0.01], [-0.005]]) + scores, scores)
         assert found["users"][0] < 0.001 and found["seeds"][0] > 0.5 and found["both"][0] > 0.5
 
     def test_means_leave_out_what_says_nothing(self):
@@ -129,15 +117,11 @@ class TestStatistics:
 
     def test_correlation_within_groups_leaves_the_prompts_out(self, tmp_path):
         """Between prompts the two rise together, within a prompt they go against each other."""
-        rows = [
-            {"step": 1, "id": str(prompt), "personalization": 0.1 * prompt + 0.01 * n + 0.1,
-             "accuracy": prompt - 0.1 * n}
-            for prompt in range(5) for n in range(4)
-        ]  # fmt: skip
-        rows.append({"step": 1, "id": "x", "personalization": -10, "accuracy": 3.0})  # the guard
-        path = tmp_path / "samples.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        total, within = experiments.correlation(path)
+        values = [(p, 0.1 * p + 0.01 * n + 0.1, p - 0.1 * n) for p in range(5) for n in range(4)]
+        values.append((9, -10, 3.0))  # an answer that no judge saw
+        rows = [{"step": 1, "id": p, "personalization": x, "accuracy": y} for p, x, y in values]
+        prlm.append(tmp_path / "samples.jsonl", rows)
+        total, within = experiments.correlation(tmp_path / "samples.jsonl")
         assert total > 0.9 and within == pytest.approx(-1.0)
 
 
@@ -200,6 +184,15 @@ class TestExperiments:
         assert found["bm25"][2] == prlm.read_json(run / "scores.json")["after"]["rouge-l"]
 
 
+def test_the_tour_runs_as_it_is():
+    """At ratio 1 the loss is 0, and its step makes likelier what had the better rewards."""
+    run = [sys.executable, str(TOY / "tour.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
+    assert abs(float(re.search(r"^loss (\S+), norm", done.stdout, re.M)[1])) < 1e-6
+    assert float(done.stdout.rpartition("correlation of the two: ")[2]) > 0.5
+
+
 class TestTRL:
     """toy/trl_example.py"""
 
@@ -207,16 +200,14 @@ class TestTRL:
         """Two steps of TRL's own trainer on the toy policy; its logged reward is ours."""
         trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
         examples = retrieve.load_lamp(TOY / "lamp", "LaMP-4", "train")[:4]
-        tokenizer = prlm.load_tokenizer(TOY / "policy")
-        data = trl_example.columns(RewardOptions(k=2), tokenizer, examples)
-        prompts = retrieve.make_prompts(RewardOptions(k=2), tokenizer, examples)
+        tokenizer, o = prlm.load_tokenizer(TOY / "policy"), RewardOptions(k=2)
+        data = trl_example.columns(o, tokenizer, examples)
         backend = tokenizers.Tokenizer.from_file(str(TOY / "policy" / "tokenizer.json"))
-        assert [backend.encode(text).ids for text in data["prompt"]] == prompts
-        data = datasets.Dataset.from_dict(data)
+        prompts = [backend.encode(text).ids for text in data["prompt"]]
+        assert prompts == retrieve.make_prompts(o, tokenizer, examples)
         paid, ours = [], trl_example.trl_reward(examples)
 
         def watched(completions, **columns):
-            assert all(isinstance(text, str) for text in completions)
             paid.extend(ours(completions, **columns))
             return paid[-len(completions) :]
 
@@ -225,6 +216,7 @@ class TestTRL:
             max_completion_length=48, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
             save_strategy="no", disable_tqdm=True, seed=0,
         )  # fmt: skip
+        data = datasets.Dataset.from_dict(data)
         trainer = trl.GRPOTrainer(str(TOY / "policy"), watched, how, data)
         trainer.train()
         logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
@@ -233,16 +225,14 @@ class TestTRL:
 
     def test_columns_chats_and_weights(self):
         good = "<think>\nhm\n</think>\n{'title': 'golf in oslo'}"
-        completions = [good, [{"role": "assistant", "content": good}], "no answer"]
-        targets = ["golf in oslo", "golf", "golf"]
-        examples = [
-            retrieve.Example(str(n), "", "LaMP-4", "q", [], t) for n, t in enumerate(targets)
-        ]
+        targets = ("golf in oslo", "golf", "golf")
+        made = [(str(n), "", "LaMP-4", "q", [], text) for n, text in enumerate(targets)]
+        examples = [retrieve.Example(*each) for each in made]
         pay = trl_example.trl_reward(examples[::-1], format=0.5)
+        completions = [good, [{"role": "assistant", "content": good}], "no answer"]
         found = pay(completions, id=["0", "1", "2"], prompt=["p"] * 3)
-        texts = [good, good, "no answer"]
-        rows = rewards(texts, examples, format=0.5)
-        assert found == [part["reward"] for part in rows]
+        wanted = rewards([good, good, "no answer"], examples, format=0.5)
+        assert found == [part["reward"] for part in wanted]
         assert found[0] == pytest.approx(3.5) and found[2] == 0
 
 
@@ -338,14 +328,12 @@ class TestPage:
         cards = [card for card in html.split('<article class="card">') if "advantage <b" in card]
         rewards = []
         for card in cards:
-            *shares, reward = (
-                float(x.replace("−", "-")) for x in re.findall(r"<td>([−.\d]+)</td></tr>", card)
-            )
-            factors = re.findall(r"<td>([.\d]+) × ([−.\d]+) =</td>", card)
-            for share, (weight, value) in zip(shares, factors, strict=True):
-                value = float(value.replace("−", "-"))
-                assert share == pytest.approx(float(weight) * value, abs=0.0016)
-            assert [float(weight) for weight, _ in factors] == [2.0, 0.1, 0.1]
+            card = card.replace("−", "-")
+            *shares, reward = map(float, re.findall(r"<td>([-.\d]+)</td></tr>", card))
+            factors = re.findall(r"<td>([.\d]+) × ([-.\d]+) =</td>", card)
+            products = [float(weight) * float(value) for weight, value in factors]
+            assert shares == pytest.approx(products, abs=0.0016)
+            assert [weight for weight, _ in factors] == ["2", "0.1", "0.1"]
             assert round(sum(shares), 3) == reward
             rewards.append(reward)
         logged = [line["reward"] for line in prlm.read_lines(run / "samples.jsonl")]
@@ -366,14 +354,14 @@ class TestPage:
     def test_the_held_out_curve_starts_at_step_0_with_the_same_64_records(self, run):
         for path in run.glob("held_out/*.jsonl"):
             line = prlm.read_lines(path)[0]
-            lines = [json.dumps(line | {"rouge-l": n / 64}) + "\n" for n in range(200)]
-            path.write_text("".join(lines))
+            path.unlink()
+            prlm.append(path, [line | {"rouge-l": n / 64} for n in range(200)])
         self.edit(run / "metrics.jsonl", lambda n, line: {"eval_rouge-l": 0.6})
         chart = self.page(run).split("<h3>Held-out users: greedy answers</h3>")[1]
-        first, *_, last = re.search(r'class="c0" points="(.*?)"', chart)[1].split()
-        assert float(first.split(",")[0]) == float(re.search(r'x="(\d+)" y="\d+">step 0', chart)[1])
-        heights = [168 - float(point.split(",")[1]) for point in (first, last)]
-        assert heights[0] / heights[1] == pytest.approx(63 / 128 / 0.6, abs=0.01)
+        line = re.search(r'class="c0" points="(.*?)"', chart)[1]
+        (x, first), *_, (_, last) = (map(float, point.split(",")) for point in line.split())
+        assert x == float(re.search(r'x="(\d+)" y="\d+">step 0', chart)[1])
+        assert (168 - first) / (168 - last) == pytest.approx(63 / 128 / 0.6, abs=0.01)
         assert f">{page.number(63 / 128)}</text>" in chart and ">.600</text>" in chart
 
     def test_groups_that_teach_nothing_are_folded_and_equal_completions_stand_once(self, run):
@@ -383,19 +371,16 @@ class TestPage:
 
         self.edit(run / "samples.jsonl", change)
         html = self.page(run, prompts=2, steps=1)
-        groups = re.findall(r'<details class="step"( open)?>\n<summary>(.*?)</summary>', html)
-        assert [is_open for is_open, _ in groups] == [" open", ""]  # a and c
-        assert "teaches nothing: all 8" in groups[1][1] and "badge" not in groups[0][1]
+        first, last = re.findall(r'class="step"( open)?>\n<summary>(.*?)</summary>', html)  # a, c
+        assert first[0] == " open" and last[0] == "" and "badge" not in first[1]
+        assert "teaches nothing: all 8" in last[1] and html.count("2 of 8 completions") == 8
         assert "only the judge orders these" in self.page(run, prompts=3)
-        assert html.count("2 of 8 completions") == 8
 
     def test_an_unfinished_run_says_what_is_missing(self, run, world):
         (run / "held_out" / "after.jsonl").unlink()
-        lines = prlm.read_lines(run / "metrics.jsonl")
+        lines, scores = prlm.read_lines(run / "metrics.jsonl"), prlm.read_json(run / "scores.json")
         (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n{half a li")
-        scores = prlm.read_json(run / "scores.json")
-        scores.pop("after")
-        prlm.write_json(run / "scores.json", scores)
+        prlm.write_json(run / "scores.json", {k: scores[k] for k in ("no_profile", "before")})
         text = Html(self.page(run)).text
         assert "Not there yet: 1 of 2 steps are done, no answers after RL." in text
         assert "3 answers to held-out prompts" in text and "came up 2 times" in text
@@ -410,12 +395,8 @@ class TestPage:
 
     def test_an_evaluation(self, finished, tmp_path):
         out = tmp_path / "eval"
-        scoring.main(
-            prlm.resolve(
-                scoring.Options,
-                {"run": str(finished), "out": str(out), "limit": 3, "temperature": 0.0},
-            )
-        )
+        how = {"run": str(finished), "out": str(out), "limit": 3, "temperature": 0.0}
+        scoring.main(prlm.resolve(scoring.Options, how))
         text = Html(self.page(out, records=1)).text
         score = prlm.read_json(out / "scores.json")["rouge-l"]
         assert page.number(score) in text and "greedy" in text and "RL" not in text
@@ -444,7 +425,8 @@ class TestPage:
         assert [logprob for _, logprob in found][:8] == [-1, -1, -2, -1, -1, -1, -4, -1]
         assert sum(logprob for _, logprob in found) == -len(tokens)
         assert re.fullmatch("\ufffd+ok\ufffd", "".join(piece for piece, _ in found[8:]))
-        long = page.shaded([("x", -1.0)] * 900, 240)
+        long = {"tokens": encode("x" * 900), "logprobs": [-1.0] * 900, "finished": False}
+        long = page.tokens(long, toy_tokenizer, 240)
         assert long.count("<i") == 240 and "660 tokens are left out" in long
 
     def test_records_that_recur_are_followed(self):
@@ -456,10 +438,23 @@ class TestPage:
         assert [*page.followed(once, 3)] == ["a", "d", "f"]  # of a c d e f
 
 
-@pytest.mark.parametrize("task", make.TASKS)
-def test_the_shipped_toy_fits_the_prompts(task):
-    """The policy knows the prompt's sentences as whole tokens: after a change, build it anew."""
-    tokenizer = prlm.load_tokenizer(TOY / "policy")
-    example = retrieve.load_lamp(TOY / "lamp", task, "dev")[0]
-    items = retrieve.retrieve(example, 4)
-    assert len(tokenizer.chat(retrieve.build_messages(example, items))) < 170
+class TestShipped:
+    def test_make_builds_the_same_files(self, tmp_path):
+        """But for the weights, which take a quarter of an hour."""
+        make.main(make.Options(out=str(tmp_path), pretrain_steps=1, encoder_steps=1))
+        files = [*tmp_path.rglob("token*.json"), *(tmp_path / "lamp").rglob("*.json")]
+        assert len(files) == 4 + 3 * 5
+        for file in files:
+            assert file.read_bytes() == (TOY / file.relative_to(tmp_path)).read_bytes(), file
+
+    @pytest.mark.parametrize("task", make.TASKS)
+    def test_records(self, task):
+        """They fit the prompts, whose sentences the policy knows as whole tokens (after a change of
+        them, build it anew); the answer is in no profile, whose newest item comes last."""
+        tokenizer = prlm.load_tokenizer(TOY / "policy")
+        for example in retrieve.load_lamp(TOY / "lamp", task, "dev"):
+            messages = retrieve.build_messages(example, retrieve.retrieve(example, 4))
+            assert len(tokenizer.chat(messages)) < 170
+            assert example.target not in json.dumps(example.profile)
+            newest = retrieve.retrieve(example, 1, "recency")[0]
+            assert newest["date"] == example.profile[-1]["date"]

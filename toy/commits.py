@@ -179,26 +179,22 @@ def split_records(records: list[dict], chosen: dict[str, dict], by: str, share: 
     parts = {"train": [], "dev": []}
     for record in records:
         parts["dev" if record[key] in held_out else "train"].append(record)
-    for split, part in parts.items():
-        if not part:
-            advice = "take --split time, more authors or another --share"
-            raise ValueError(f"{split} has none of the {len(records)} records: {advice}")
+    if empty := [split for split, part in parts.items() if not part]:
+        advice = "take --split time, more authors or another --share"
+        raise ValueError(f"{empty[0]} has none of the {len(records)} records: {advice}")
     return parts
 
 
 def write_split(directory: Path, split: str, records: list[dict]) -> None:
-    folder = directory / split
-    outputs = folder / f"{split}_outputs.json"
-    if outputs.is_file() and prlm.read_json(outputs, dict).get("task") != TASK:
-        raise ValueError(f"{outputs} holds another task: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    paths = {kind: directory / split / f"{split}_{kind}.json" for kind in ("questions", "outputs")}
+    if paths["outputs"].is_file() and prlm.read_json(paths["outputs"]).get("task") != TASK:
+        raise ValueError(f"{paths['outputs']} holds another task: choose another --out")
     keys = ("id", "user_id", "repository", "input", "profile")
-    questions = [{key: record[key] for key in keys} for record in records]
-    prlm.write_json(folder / f"{split}_questions.json", questions)
+    prlm.write_json(paths["questions"], [{key: record[key] for key in keys} for record in records])
     golds = [{"id": record["id"], "output": record["output"]} for record in records]
-    prlm.write_json(outputs, {"task": TASK, "golds": golds})
+    prlm.write_json(paths["outputs"], {"task": TASK, "golds": golds})
     users = Counter({r["user_id"]: r["repository"] for r in records}.values())
-    print(f"{folder}: {len(records)} records of {sum(users.values())} authors", dict(users))
+    print(f"{directory / split}: {len(records)} records of {users.total()} authors", dict(users))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -119,17 +119,16 @@ def bootstrap(ours, theirs, draws=10_000) -> dict[str, tuple[float, float, float
     """
     difference = np.atleast_2d(ours) - np.atleast_2d(theirs)  # [S, N]; one side may have one seed
     (S, N), rng, mean = difference.shape, np.random.default_rng(0), difference.mean()
-    drawn = rng.integers(0, N, (draws, N))
-    found = {"users": difference.mean(0)[drawn].mean(1)}  # [draws]
+    drawn = {"users": difference.mean(0)[rng.integers(0, N, (draws, N))].mean(1)}  # [draws]
     if S > 1:
         error = difference.mean(1).std(ddof=1) / S**0.5
-        found["seeds"] = mean + error * rng.standard_t(S - 1, draws)
-        found["both"] = found["users"] + found["seeds"] - mean
+        drawn["seeds"] = mean + error * rng.standard_t(S - 1, draws)
+        drawn["both"] = drawn["users"] + drawn["seeds"] - mean
     result = {}
-    for unit, means in found.items():
+    for unit, means in drawn.items():
         tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
-        low, high = np.quantile(means, [0.025, 0.975])
-        result[unit] = min(1.0, 2 * tail / (draws + 1)), float(low), float(high)
+        low, high = np.quantile(means, [0.025, 0.975]).tolist()
+        result[unit] = min(1.0, 2 * tail / (draws + 1)), low, high
     return result
 
 
@@ -162,11 +161,9 @@ def against(ours, theirs) -> list[str]:
     difference = difference[~np.isnan(difference).any(1)]
     if difference.size == 0:
         return ["–"] * 4
-    found, cells = bootstrap(difference, 0), [f"{difference.mean():+.3f}"]
-    for unit in ("users", "seeds", "both"):
-        p, low, high = found.get(unit, (None, 0, 0))
-        cells.append("" if p is None else f"{low:+.3f} … {high:+.3f}, p {p:.4f}")
-    return cells
+    found = bootstrap(difference, 0)
+    cells = {u: f"{low:+.3f} … {high:+.3f}, p {p:.4f}" for u, (p, low, high) in found.items()}
+    return [f"{difference.mean():+.3f}", *(cells.get(u, "") for u in ("users", "seeds", "both"))]
 
 
 def picture(draw, path: Path, *arguments) -> str:

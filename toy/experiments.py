@@ -177,9 +177,9 @@ def examine(o: Options, arm: str, seed: int) -> dict[str, float]:
     probe = prlm.read_json(Path(o.data) / TASK.replace("-", "_") / "probe.json", list)
     rivals = {row["query"]: row for row in probe}
     held = [e for e in retrieve.load_examples(how, "dev") if e.query in rivals]
-    texts = {key: [rivals[e.query][key] for e in held] for key in ("own", "other", "plain")}
-    for rival in ("other", "plain"):
-        found[f"own_over_{rival}"] = prefers(judge, held, texts["own"], texts[rival])
+    own, *others = ([rivals[e.query][key] for e in held] for key in ("own", "other", "plain"))
+    for rival, texts in zip(("other", "plain"), others, strict=True):
+        found[f"own_over_{rival}"] = prefers(judge, held, own, texts)
     found["r"], found["r_group"] = correlation(run / "samples.jsonl")
     return found | {"rouge-l": prlm.read_json(run / "scores.json")["after"]["rouge-l"]}
 
@@ -199,25 +199,11 @@ def judges(o: Options) -> str:
 
 def grids(o: Options) -> dict[str, np.ndarray]:
     """{name of the policy: ROUGE-L [retrievers, k], the mean over seeds}."""
-    files = {
-        arm: [place(o, TASK, arm, s) / "grid.json" for s in seeds_of(o, arm)] for arm in ROBUST
-    }
-    return {
-        ARMS[arm][0]: np.mean([[*prlm.read_json(path).values()] for path in paths], 0)
-        for arm, paths in files.items()
-    }
-
-
-def efforts(o: Options, arms: list[str]) -> str:
-    """What a training cost: sampled tokens, and seconds of rollouts and updates."""
-    rows = []
-    for arm in arms:
-        runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
-        lines = [line for run in runs for line in prlm.read_lines(run / "metrics.jsonl")]
-        tokens = sum(line["completion_tokens"] * 16 * 8 for line in lines) / len(runs)
-        seconds = sum(line["seconds_rollout"] + line["seconds_update"] for line in lines)
-        rows.append([ARMS[arm][0], f"{tokens:,.0f}", f"{seconds / len(runs):,.0f}"])
-    return common.markdown(["", "sampled tokens", "seconds of steps on one core"], rows)
+    found = {}
+    for arm in ROBUST:
+        files = [place(o, TASK, arm, seed) / "grid.json" for seed in seeds_of(o, arm)]
+        found[ARMS[arm][0]] = np.mean([[*prlm.read_json(file).values()] for file in files], 0)
+    return found
 
 
 # ---- The report -----------------------------------------------------------------------------
@@ -235,7 +221,7 @@ def draw_curves(figure, o: Options, arms: list[str]) -> None:
             runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
             logs = [[x for x in prlm.read_lines(r / "metrics.jsonl") if key in x] for r in runs]
             steps = [line["step"] for line in logs[0]]
-            values = [np.mean([log[i][key] for log in logs]) for i in range(len(steps))]
+            values = np.mean([[line[key] for line in log] for log in logs], 0).tolist()
             if key == "eval_rouge-l":
                 start = scores_of(o, TASK, arm, "before", "rouge-l")[:, :64].mean()
                 steps, values = [0, *steps], [start, *values]
@@ -275,7 +261,7 @@ def report(o: Options) -> str:
         text += common.picture(draw_curves, out / "no_gold.png", o, WITHOUT_GOLD)
     text += f"\n## Learning curves, {TASK}\n\n"
     text += common.picture(draw_curves, out / "curves.png", o, shown)
-    return text + "\n" + efforts(o, shown if o.quick else ABLATIONS)
+    return text
 
 
 def main(o: Options) -> None:

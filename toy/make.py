@@ -147,21 +147,19 @@ def make_user(rng: random.Random) -> User:
 def write_lamp(task: str, users: dict[str, list[User]], directory: Path) -> None:
     """LaMP's own files. Ids are the task's number, then 0 (train) or 1 (dev), then the record's."""
     name, first_user = task.replace("-", "_"), 0
-    for split, authors in users.items():
+    for n, (split, authors) in enumerate(users.items()):
         questions, golds = [], []
         for number, user in enumerate(authors):
-            id = f"{task[-1]}{list(users).index(split)}{number}"
-            example = user.example(task, id)
-            question = {"id": id, "input": retrieve.TASKS[task].prefix + example.query}
-            question |= {"profile": example.profile, "user_id": str(first_user + number)}
-            questions.append(question)
-            golds.append({"id": id, "output": example.target})
+            example = user.example(task, f"{task[-1]}{n}{number}")
+            text = retrieve.TASKS[task].prefix + example.query
+            question = {"id": example.id, "input": text, "profile": example.profile}
+            questions.append({**question, "user_id": str(first_user + number)})
+            golds.append({"id": example.id, "output": example.target})
         first_user += len(authors)
-        folder = directory / name / split
-        folder.mkdir(parents=True, exist_ok=True)
-        prlm.write_text(folder / f"{split}_questions.json", json.dumps(questions) + "\n")
-        outputs = {"task": name, "golds": golds}
-        prlm.write_text(folder / f"{split}_outputs.json", json.dumps(outputs) + "\n")
+        files = {"questions": questions, "outputs": {"task": name, "golds": golds}}
+        for kind, content in files.items():
+            path = directory / name / split / f"{split}_{kind}.json"
+            prlm.write_text(path, json.dumps(content) + "\n")
 
 
 def write_probe(task: str, users: list[User], directory: Path) -> None:
@@ -169,13 +167,12 @@ def write_probe(task: str, users: list[User], directory: Path) -> None:
     and with "about" for "on".
     """
     rng, rows = random.Random(f"{task} probe"), []
-    for user in users:
-        if others := [u.query for u in users if u.query.motto != user.query.motto]:
+    for query, example in ((user.query, user.example(task)) for user in users):
+        if others := [u.query for u in users if u.query.motto != query.motto]:
             other = rng.choice(others)
-            styled = replace(user.query, motto=other.motto, sign_off=other.sign_off)
-            answers = {"own": user.query, "other": styled, "plain": replace(user.query, plain=True)}
-            headlines = {name: post.headline for name, post in answers.items()}
-            rows.append({"query": user.example(task).query, **headlines})
+            styled = replace(query, motto=other.motto, sign_off=other.sign_off).headline
+            row = {"query": example.query, "own": query.headline, "other": styled}
+            rows.append(row | {"plain": replace(query, plain=True).headline})
     prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
 
 
@@ -216,14 +213,12 @@ def make_tokenizer(size=1000) -> Tokenizer:
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     backend.decoder = decoders.ByteLevel()
-    added = ["<think>", "</think>", *fixed_pieces()]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(
-        vocab_size=size - len(SPECIALS) - len(added), initial_alphabet=alphabet, show_progress=False
-    )
+    added, alphabet = ["<think>", "</think>", *fixed_pieces()], bytes_only.alphabet()
+    room = size - len(SPECIALS) - len(added)
+    trainer = BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(world_text(), trainer)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in added])
+    for words, add in ((SPECIALS, backend.add_special_tokens), (added, backend.add_tokens)):
+        add([AddedToken(word, special=words is SPECIALS, normalized=False) for word in words])
     pad, _, eos = (backend.token_to_id(token) for token in SPECIALS)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIALS[2],
@@ -406,14 +401,13 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
     with torch.no_grad():
         decoder.head.mul_(5)  # the embedding too: smaller, its logits say little for long
     look_back(decoder)
-    named = dict(decoder.model.layers.named_parameters())
-    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2}  # as in policy_config
-    matrices = [
-        {"params": [p], "parts": heads.get(name.split(".")[-2], 1)}
-        for name, p in named.items() if p.dim() == 2
-    ]  # fmt: skip
-    others = [p for p in named.values() if p.dim() == 1]
-    others += [decoder.head, decoder.model.norm.weight]
+    heads, matrices = {"q_proj": 4, "k_proj": 2, "v_proj": 2}, []  # as in policy_config
+    others = [decoder.head, decoder.model.norm.weight]
+    for name, p in decoder.model.layers.named_parameters():
+        if p.dim() == 2:
+            matrices.append({"params": [p], "parts": heads.get(name.split(".")[-2], 1)})
+        else:
+            others.append(p)
     optimizers = [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -431,9 +425,8 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
         else:
             k = rng.choice(phase.items)  # one k a batch: rows of like length waste no padding
             batch = [make_row(rng, tokenizer, phase, k) for _ in range(rows)]
-        logprobs, mask = prlm.token_logprobs(
-            decoder, [p for p, _ in batch], [[said] for _, said in batch]
-        )
+        prompts, completions = [p for p, _ in batch], [[said] for _, said in batch]
+        logprobs, mask = prlm.token_logprobs(decoder, prompts, completions)
         loss = -logprobs[mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -463,8 +456,7 @@ def make_encoder_tokenizer() -> Tokenizer:
     pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
     backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, ends)
     backend.add_special_tokens(pieces[:5])
-    names = zip(("pad", "unk", "cls", "sep", "mask"), pieces)
-    settings = {f"{name}_token": token for name, token in names} | {
+    settings = {f"{token[1:-1].lower()}_token": token for token in pieces[:5]} | {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }  # fmt: skip
@@ -531,17 +523,15 @@ class Options:
 
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
-    out, everyone = Path(o.out), {}
+    out, authors = Path(o.out), []
     for task in TASKS:
         rng, share = random.Random(f"{o.seed} {task} users"), 1 if task == "LaMP-4" else 2
         counts = {"train": -(-o.train_users // share), "dev": -(-o.dev_users // share)}
         users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
         write_lamp(task, users, out / "lamp")
         write_probe(task, users["dev"], out / "lamp")
-        everyone[task] = users
+        authors += users["train"]
         print(f"{out / 'lamp'}: {task}, {counts['train']} training, {counts['dev']} held-out users")
-
-    authors = [user for users in everyone.values() for user in users["train"]]
     encoder = train_encoder(o.seed, authors, o.encoder_steps)
     weights = {name: x.half() for name, x in encoder.state_dict().items()}
     prlm.save_checkpoint(weights, encoder.raw, encoder.tokenizer, out / "encoder")

@@ -11,7 +11,6 @@ advantage, and its tokens shaded by how unlikely they were.
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -85,7 +84,7 @@ def marked(text: str, target: str | None) -> str:
 
 def number(value: float) -> str:
     """Three digits, without the zero in front: .423, −.017, 1.000."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}").replace("-", "−")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{round(value, 6):.3f}").replace("-", "−")
 
 
 def signed(value: float) -> str:
@@ -106,14 +105,13 @@ def spread(items: list, count: int) -> list:
 
 def result(scores: dict[str, dict], how: str) -> str:
     """The scores as a table of bars."""
-    metrics = ("rouge-l", "rouge-1")
-    rows = "<tr><th></th>" + "".join(f"<th>{metric.upper()}</th>" for metric in metrics) + "</tr>"
+    rows = "<tr><th></th><th>ROUGE-L</th><th>ROUGE-1</th></tr>"
     for name, line in scores.items():
-        cells = "".join(
-            f'<td><div class="bar" style="--share:{line[m]:.3f}">{number(line[m])}</div></td>'
-            for m in metrics
-        )
-        rows += f'<tr class="{clean(name)}"><th>{clean(STAGES.get(name, name))}</th>{cells}</tr>'
+        rows += f'<tr class="{clean(name)}"><th>{clean(STAGES.get(name, name))}</th>'
+        for value in (line["rouge-l"], line["rouge-1"]):
+            bar = f'<div class="bar" style="--share:{value:.3f}">{number(value)}</div>'
+            rows += f"<td>{bar}</td>"
+        rows += "</tr>"
     return f"""<h2>The result</h2>
 <p>ROUGE-L is the share of words that an answer has in common with what the user really wrote, in
 the same order; 1 is word for word. ROUGE-1 forgives the order. {how}</p>
@@ -158,22 +156,21 @@ def charts(metrics: list[dict], held: dict[str, list[dict]]) -> str:
     """Over the steps: held-out scores, the reward, and how many groups teach nothing; then what all
     the numbers of the log mean. `held` has the records of STAGES.
     """
-    steps, scored = metrics[-1]["step"], {}
+    steps, curves = metrics[-1]["step"], {}
 
     def curve(key: str) -> list[tuple]:
         return [(line["step"], line[key]) for line in metrics if key in line]
 
-    def level(stage: str, name: str) -> list[float]:
+    def level(stage: str, name: str, *steps: int) -> list[tuple]:
         """The score of the same 64 records that are scored during training; none without them."""
         found = [record[name] for record in held[stage][:64] if name in record]
-        return [sum(found) / len(found)] if found else []
+        return [(step, sum(found) / len(found)) for step in steps if found]
 
     for name in ("rouge-l", "rouge-1"):
-        start = [(0, value) for value in level("before", name)]
-        scored[name.upper()] = start + curve(f"eval_{name}")
-    without = [(step, value) for value in level("no_profile", "rouge-l") for step in (0, steps)]
+        curves[name.upper()] = level("before", name, 0) + curve(f"eval_{name}")
+    curves["ROUGE-L, no profile"] = level("no_profile", "rouge-l", 0, steps)
     shown = {
-        "Held-out users: greedy answers": scored | {"ROUGE-L, no profile": without},
+        "Held-out users: greedy answers": curves,
         "Training: mean reward": {"all completions of a step": curve("reward")},
         "Training: share of the groups": {
             "all rewards equal: they teach nothing": curve("zero_spread_groups")
@@ -207,30 +204,26 @@ def pieces(sample: dict, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     return [*found, ("\ufffd", sum(x for _, x in held))] if held else found
 
 
-def shaded(found: list[tuple[str, float]], most: int) -> str:
-    """Pieces as HTML, the unlikely ones in a shade; of more than `most` the middle is left out."""
-    gap = len(found) - most
-    if gap > 0:
-        head = most * 2 // 3
-        rest = f'<span class="dim"> … {gap} tokens are left out … </span>'
-        return shaded(found[:head], most) + rest + shaded(found[head + gap :], most)
+def shaded(found: list[tuple[str, float]]) -> str:
+    """Pieces as HTML, the unlikely ones in a shade."""
     html = ""
     for text, logprob in found:
         p = math.exp(logprob)
-        shade = sum(p < bound for bound in SHADES)
-        shown = number(p) if p >= 0.0005 else "&lt;.001"
+        shown, shade = number(p) if p >= 0.0005 else "&lt;.001", sum(p < bound for bound in SHADES)
         span = f'<i class="s{shade}" data-p="{shown}" tabindex="-1">{clean(text)}</i>'
         html += span if shade else clean(text)
     return html
 
 
 def tokens(sample: dict, tokenizer: Tokenizer, most: int) -> str:
-    """A completion's tokens, and whether it was cut off."""
-    html = f'<div class="tokens">{shaded(pieces(sample, tokenizer), most)}</div>'
-    return html + ("" if sample["finished"] else '<div class="label">cut off: too long</div>')
-
-
-Show = Callable[[dict], str]  # `tokens` of the page's tokenizer
+    """A completion's tokens; of more than `most` the middle is left out."""
+    found, head = pieces(sample, tokenizer), most * 2 // 3
+    html = shaded(found[: head if len(found) > most else None])
+    if gap := max(0, len(found) - most):
+        html += f'<span class="dim"> … {gap} tokens are left out … </span>'
+        html += shaded(found[head + gap :])
+    cut_off = "" if sample["finished"] else '<div class="label">cut off: too long</div>'
+    return f'<div class="tokens">{html}</div>{cut_off}'
 
 
 # ---- Held-out records ------------------------------------------------------------------------
@@ -265,9 +258,12 @@ def asked(record: dict, task: str) -> str:
 <details><summary>the whole prompt</summary><pre>{clean(record["prompt"])}</pre></details>"""
 
 
-def answer_of(sample: dict) -> str:
+def card(sample: dict, show, head: str, table="") -> str:
+    """A completion: its answer, a table, its tokens."""
     text = marked(shortened(sample["answer"]), sample["target"])
-    return f'<div class="answer">{text or "<span class=dim>no answer</span>"}</div>'
+    return f"""<article class="card"><header>{head}</header>
+<div class="answer">{text or "<span class=dim>no answer</span>"}</div>
+{table}{show(sample)}</article>"""
 
 
 def changes(columns: dict[str, list[dict]]) -> list[tuple[float, dict[str, dict]]]:
@@ -283,22 +279,21 @@ def changes(columns: dict[str, list[dict]]) -> list[tuple[float, dict[str, dict]
     return sorted(rows, key=lambda row: -row[0])
 
 
-def compared(rows, task: str, show: Show) -> str:
-    """Records, the answers of every column side by side."""
+def compared(rows, task: str, show) -> str:
+    """Records, the answers of every column side by side; `show` makes HTML of their tokens."""
     html = ""
     for gain, row in rows:
         cards = ""
         for name, record in row.items():
             score = f"ROUGE-L <b>{number(record['rouge-l'])}</b>" if "rouge-l" in record else ""
-            cards += f"""<article class="card"><header><span class="label">{name}</span>
-<span>{score}</span></header>{answer_of(record)}{show(record)}</article>"""
+            cards += card(record, show, f'<span class="label">{name}</span><span>{score}</span>')
         html += f"""<section class="record"><header><b>record {clean(record["id"])}</b>
 {f"<span>ROUGE-L {signed(gain)}</span>" if len(row) > 1 else ""}</header>{asked(record, task)}
 <div class="side two">{cards}</div></section>"""
     return html
 
 
-def held_out(columns: dict[str, list[dict]], count: int, task: str, show: Show) -> str:
+def held_out(columns: dict[str, list[dict]], count: int, task: str, show) -> str:
     """The section of held-out prompts: before and after, or the answers of one policy alone."""
     rows = changes(columns)
     if len(columns) == 1:
@@ -334,22 +329,22 @@ def reward_table(sample: dict, weights: dict[str, float]) -> tuple[str, float]:
     return f'<table class="parts">{rows}</table>', total
 
 
-def group(samples: list[dict], weights: dict[str, float], show: Show) -> str:
+def group(samples: list[dict], weights: dict[str, float], show) -> str:
     """A step's completions of one prompt, the best first; folded where they teach nothing."""
     size, copies = len(samples), {}
     for sample in sorted(samples, key=lambda sample: -sample["reward"]):
         copies.setdefault(sample["completion"], []).append(sample)
     different = [*copies.values()]
-    left_out = max(0, len(different) - MANY)
-    if left_out:
-        different = different[: MANY // 2] + different[-MANY // 2 :]
+    left_out = different[MANY // 2 : -MANY // 2] if len(different) > MANY else []
+    different = [same for same in different if same not in left_out]
     cards = ""
     for same in different:
         table, total = reward_table(same[0], weights)
-        often = f'<span class="dim">{len(same)} of {size} completions</span>'
-        cards += f"""<article class="card"><header><span>reward <b>{number(total)}</b></span>
-<span>advantage {signed(same[0]["advantage"])}</span>{often if len(same) > 1 else ""}</header>
-{answer_of(same[0])}{table}{show(same[0])}</article>"""
+        head = f"<span>reward <b>{number(total)}</b></span>"
+        head += f"<span>advantage {signed(same[0]['advantage'])}</span>"
+        if len(same) > 1:
+            head += f'<span class="dim">{len(same)} of {size} completions</span>'
+        cards += card(same[0], show, head, table)
     silent, note = all(sample["advantage"] == 0 for sample in samples), ""
     if silent:
         note = f"teaches nothing: all {size} rewards are equal, so all advantages are 0"
@@ -357,7 +352,7 @@ def group(samples: list[dict], weights: dict[str, float], show: Show) -> str:
         note = "only the judge orders these"
     note = f'<span class="badge">{note}</span>' if note else ""
     mean = number(sum(sample["reward"] for sample in samples) / size)
-    rest = f"<p>{left_out} between the best and the worst are left out.</p>"
+    rest = f"<p>{len(left_out)} between the best and the worst are left out.</p>"
     return f"""<details class="step"{"" if silent else " open"}>
 <summary><b>Step {clean(samples[0]["step"])}</b>, mean reward {mean} {note}</summary>
 <div class="side">{cards}</div>{rest if left_out else ""}</details>"""
@@ -376,7 +371,7 @@ def followed(samples: list[dict], count: int) -> dict[str, dict[int, list[dict]]
     return {id: found[id] for id in chosen}
 
 
-def training(samples: list[dict], o: Options, options: dict, report: dict, show: Show) -> str:
+def training(samples: list[dict], o: Options, options: dict, report: dict, show) -> str:
     """The section of training groups, and what its numbers mean."""
     weights = {name: options[name] for name in reward.PARTS if options[name]}
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
@@ -466,12 +461,12 @@ def render(run: Path, o: Options) -> str:
         raise ValueError(f"{run} was not written by rl.py or eval.py: {lacks}")
     subject = "What RL changed" if "steps" in options else "An evaluation"
     title = clean(f"{subject}: {options['task']}, {run}")
-    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    settings = clean(", ".join(f"{name} {value}" for name, value in options.items()))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>{title}</h1>
 {"".join(sections(run, o, options))}
-<h2>All options</h2><p class="dim">{clean(settings)}</p></body></html>
+<h2>All options</h2><p class="dim">{settings}</p></body></html>
 """
 
 

@@ -38,6 +38,7 @@ from toy.commits import same_manner
 # their own seed; a run of its own, so that all of them have the same.
 
 ACCURACY, RATIO = {"personalization": 0.0}, {"judge": "ratio"}
+NO_GOLD = {"accuracy": 0.0, "beta": 0.3}
 ARMS = {
     "warm": ("warm start", {"steps": 0} | ACCURACY),
     "none": ("trained without profiles", {"k": 0} | ACCURACY),
@@ -47,10 +48,7 @@ ARMS = {
     "ratio.3": ("… with the ratio judge, .3", {"personalization": 0.3} | RATIO),
     "ratio1": ("… with the ratio judge, 1", {"personalization": 1.0} | RATIO),
     "closed": ("GRPO without reasoning", {"reasoning": False} | ACCURACY),
-    "no_gold": (
-        "ratio and KL, no gold texts",
-        {"accuracy": 0.0, "personalization": 1.0, "beta": 0.3} | RATIO,
-    ),
+    "no_gold": ("ratio and KL, no gold texts", {"personalization": 1.0} | RATIO | NO_GOLD),
 }
 FIRST = ("warm", "none")  # they bring their own warm start
 SIDES = ("with", "without")  # the profile
@@ -92,9 +90,10 @@ def more_of(o: Options) -> dict:
     return prlm.parse_flags(rl.Options, "", shlex.split(o.more))
 
 
-def items_of(o: Options) -> int:
-    """How many profile items a prompt with the profile has."""
-    return more_of(o).get("k", prlm.PRESETS["small"]["k"])
+def items_of(o: Options, arm: str) -> tuple[int, int]:
+    """How many profile items a prompt has with the profile, and on the side that rl.py scores."""
+    k = more_of(o).get("k", prlm.PRESETS["small"]["k"])
+    return k, ARMS[arm][1].get("k", k)
 
 
 def options_of(o: Options, arm: str, seed: int) -> dict:
@@ -115,12 +114,18 @@ def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     out, options = place(o, arm, seed), options_of(o, arm, seed)
     common.is_done(out, options)  # else ValueError, now and not after hours
     train = common.command("rl.py", {**options, "out": out, "resume": True})
-    k = items_of(o) if own_side(arm) == "without" else 0
-    other = {"run": out, "k": k, "limit": o.limit, "device": o.device, "temperature": 0.0}
+    k, own = items_of(o, arm)
+    other = {
+        "run": out,
+        "k": 0 if own else k,
+        "limit": o.limit,
+        "device": o.device,
+        "temperature": 0.0,
+    }
     other |= {"overwrite": True, "out": out / "other_side"}
     known = {field.name for field in fields(reward.Options)}
     swap = {name: value for name, value in options.items() if name in known}
-    swap |= {"model": out / "checkpoint", "judge": "ratio", "k": items_of(o)}
+    swap |= {"model": out / "checkpoint", "judge": "ratio", "k": k}
     swap |= {"overwrite": True, "out": out / "swap_test"}
     return [
         (train, out / "predictions.json"),
@@ -129,21 +134,12 @@ def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     ]
 
 
-def own_side(arm: str) -> str:
-    """The side that rl.py scores, since it trains on it."""
-    return "without" if ARMS[arm][1].get("k") == 0 else "with"
-
-
 # ---- What comes out of it --------------------------------------------------------------------
 
 
 def metrics_of(task: str) -> tuple[str, ...]:
     """ROUGE, and for commits what it does not see: the manner, as `same_manner` has it."""
     return ("rouge-1", "rouge-l", *(("form", "kind", "prefix") if task == "commits" else ()))
-
-
-def score(answer: str, target: str) -> dict:
-    return scoring.rouge(answer, target) | same_manner(answer, target)
 
 
 class Authors:
@@ -160,14 +156,15 @@ class Authors:
         values = [[] for _ in self.rows]
         for e in self.examples if answers else ():
             if e.user_id in self.rows:
-                value = score(answers[e.id], e.target)[metric]
+                said = answers[e.id], e.target
+                value = (scoring.rouge(*said) | same_manner(*said))[metric]
                 values[self.rows[e.user_id]] += [] if value is None else [float(value)]
         return np.array([np.mean(found) if found else np.nan for found in values])
 
 
 def answers_of(o: Options, arm: str, seed: int, side: str) -> dict[str, str] | None:
     """{record id: answer} with or without the profile; None where they are not there yet."""
-    own, run = side == own_side(arm), place(o, arm, seed)
+    own, run = (side == "with") == bool(items_of(o, arm)[1]), place(o, arm, seed)
     if not (run / "other_side" / "scores.json").is_file():
         return None
     file = run / ("held_out/after.jsonl" if own else "other_side/samples.jsonl")
@@ -176,16 +173,17 @@ def answers_of(o: Options, arm: str, seed: int, side: str) -> dict[str, str] | N
 
 def collect(o: Options, authors: Authors) -> dict:
     """{arm: {metric: {side: [seeds, authors]}}}; NaN for what is not there yet."""
-    return {
-        arm: {
-            metric: {side: np.stack([authors.means(found, metric) for found in answers[side]])
-                     for side in SIDES}
+    result = {}
+    for arm in arms_of(o):
+        found = {side: [answers_of(o, arm, n, side) for n in range(o.seeds)] for side in SIDES}
+        result[arm] = {
+            metric: {
+                side: np.stack([authors.means(answers, metric) for answers in seeds])
+                for side, seeds in found.items()
+            }
             for metric in metrics_of(o.task)
         }
-        for arm in arms_of(o)
-        if (answers := {side: [answers_of(o, arm, n, side) for n in range(o.seeds)]
-                        for side in SIDES})
-    }  # fmt: skip
+    return result
 
 
 def share(found: dict, arm: str, metric: str) -> np.ndarray:
@@ -222,53 +220,22 @@ def shares_table(o: Options, found: dict, metric: str, base: str | None = None) 
     return common.markdown(["", *common.AGAINST, "by seed"], rows)
 
 
-def reports(o: Options, arm: str, folder: str, key: str) -> list[float]:
-    """A number of the judge's report, of the seeds that have one."""
-    files = [place(o, arm, seed) / folder / "report.json" for seed in range(o.seeds)]
-    found = [prlm.read_json(file).get(key) for file in files if file.is_file()]
-    return [value for value in found if value is not None]
-
-
 def judges_table(o: Options, found: dict) -> str:
     """What the judges know: pair accuracy and swap test before RL, and the ratio's after it."""
-    names = {
+    columns = {
         "pair accuracy of the arm's judge": ("reward", "pair_accuracy"),
         "its swap test": ("reward", "swap_test"),
         "the ratio's swap test under the trained policy": ("swap_test", "swap_test"),
     }
-    rows = [
-        [ARMS[arm][0], *(common.mean(reports(o, arm, *where)) for where in names.values())]
-        for arm in found
-    ]
-    return common.markdown(["", *names], rows)
-
-
-def training_table(o: Options, found: dict) -> str:
-    """What the rollouts earned in the first and the last quarter of the steps."""
-    keys = ["accuracy", "personalization", "spread", "zero_spread_groups", "entropy", "truncated"]
-    keys, cells = [*keys, "completion_tokens", "kl"], {}
+    rows = []
     for arm in found:
-        files = [place(o, arm, seed) / "metrics.jsonl" for seed in range(o.seeds)]
-        logs = [lines for f in files if f.is_file() and (lines := prlm.read_lines(f))]
-        ends = [[g[: 1 + len(g) // 4], g[-1 - len(g) // 4 :]] for g in logs]
-        for key in keys if logs else ():
-            first, last = (np.mean([line[key] for e in ends for line in e[n]]) for n in (0, 1))
-            cells.setdefault(ARMS[arm][0], []).append(f"{first:.3g} → {last:.3g}")
-    rows = [[name, *row] for name, row in cells.items()]
-    return common.markdown(["", *keys], rows)
-
-
-def draw_shares(figure, found: dict, metrics: tuple[str, ...]) -> None:
-    """The profile's share by arm: a dot a seed."""
-    axes = figure.subplots(1, len(metrics), sharey=True)
-    names = [ARMS[arm][0] for arm in found]
-    for axis, metric in zip(axes, metrics, strict=True):
-        for name, arm in zip(names, found, strict=True):
-            dots = [np.nanmean(row) for row in share(found, arm, metric) if not np.isnan(row).all()]
-            axis.plot(dots, [name] * len(dots), "o")
-        axis.axvline(0, color="gray", linewidth=0.8)
-        axis.set(title=f"the profile's share of {metric}")
-    axes[0].invert_yaxis()
+        cells = []
+        for folder, key in columns.values():  # of the seeds that have one
+            files = [place(o, arm, seed) / folder / "report.json" for seed in range(o.seeds)]
+            values = [prlm.read_json(file).get(key) for file in files if file.is_file()]
+            cells.append(common.mean([value for value in values if value is not None]))
+        rows.append([ARMS[arm][0], *cells])
+    return common.markdown(["", *columns], rows)
 
 
 HOW = """Greedy answers. Each author is the mean of their records; ± is the deviation between seeds.
@@ -288,10 +255,7 @@ def report(o: Options) -> str:
         if "prlm" in found:
             text += f"\n… above that of {ARMS['prlm'][0]}\n\n"
             text += shares_table(o, found, metric, "prlm")
-    path = Path(o.out) / o.task / f"shares_{o.half}.png"
-    text += "\n" + common.picture(draw_shares, path, found, shown)
-    text += f"\n## The judges (.5 is chance)\n\n{judges_table(o, found)}"
-    return text + f"\n## The rollouts, first and last quarter\n\n{training_table(o, found)}"
+    return text + f"\n## The judges (.5 is chance)\n\n{judges_table(o, found)}"
 
 
 def main(o: Options) -> None:

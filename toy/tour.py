@@ -42,15 +42,8 @@ print(policy.tokenizer.decode(prompt))
 print(f"[{len(prompt)} tokens]")
 
 # %% 5. A group: eight completions of the same prompt, each reasoning first
-(group,) = prlm.generate(
-    policy.sampler,
-    [prompt],
-    group_size=o.group_size,
-    max_new_tokens=o.max_new_tokens,
-    temperature=o.temperature,
-    eos_ids=policy.tokenizer.eos_ids,
-    seed=1,
-)
+sampling = (o.group_size, o.max_new_tokens, o.temperature, policy.tokenizer.eos_ids)
+(group,) = prlm.generate(policy.sampler, [prompt], *sampling, seed=1)
 texts = [policy.tokenizer.decode(completion.tokens) for completion in group]
 print(texts[0])
 print(texts[1])
