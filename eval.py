@@ -116,7 +116,8 @@ def extract_answer(completion: str, task: str) -> str:
     3. A value in quotation marks ends at the first mark of the same sort, single or double, that is
        followed by the end of its line, a closing brace, or a comma and another key: so it may hold
        quotes and apostrophes. Any other value ends with its line, or at a closing brace.
-    4. The answer is the first value that is neither empty nor the placeholder; else that.
+    4. The answer is the first value that is neither empty nor the placeholder, if any; else the
+       placeholder.
 
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"

@@ -615,7 +615,7 @@ class Encoder(nn.Module):
         return x
 
 
-# ---- Text: a format brings control tokens, what fills it never: no profile can open a turn ------
+# ---- Text: control tokens come only from the chat format, never from the text that fills it ----
 
 ROLES = ("system", "user", "assistant")
 FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
@@ -759,7 +759,7 @@ class Tokenizer:
 
 # ==== Below: not the method =====================================================================
 
-# ---- Faster: what depends on the device, rows that leave the batch, what runs only on CUDA ----
+# ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
 
 
 class Pace(NamedTuple):
@@ -1130,7 +1130,7 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
-# ---- Several processes, which torchrun starts: all compute the same, but for a few loops ------
+# ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
 
 
 def world() -> tuple[int, int]:

@@ -366,7 +366,7 @@ class Dense:
         if encoder.tokenizer is None:
             raise ValueError("the encoder's directory has no tokenizer.json")
         self.encoder = encoder
-        # By text, since LaMP's item ids are not unique; 300 items of 768 numbers, each, are 1 GB.
+        # By text, since item ids are not unique; 1,000 profiles of 300 items take about 1 GB.
         self.embed_profile = lru_cache(1000)(self.embed)
 
     @torch.no_grad()

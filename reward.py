@@ -7,8 +7,9 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s the score of one of two judges
 
-So the judge adds at most .1: it decides where ROUGE ties. And one empty answer dominates the
-standard deviation of its group, by which all advantages are divided.
+So the judge adds at most .1: it decides where ROUGE ties. In LaMP-4 an empty answer has -10 in its
+place, as in the authors' code, and dominates the standard deviation of its group, by which all
+advantages are divided.
 
 --judge bert is the paper's: s(q, a) of a BERT cross-encoder. It learns, without labels, to tell an
 answer that the policy gave WITH the user's profile d (a+) from ones it gave without (a1- .. aN-):
@@ -51,7 +52,7 @@ PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the
 
 
 def format_reward(completion: str) -> float:
-    """Paper: reward. 1 if the completion closes its reasoning on a line of its own, else 0.
+    """Paper: reward. 1 if a line that begins with </think> closes the last <think>, else 0.
 
     The opening tag is not asked for: some chat formats put it into the prompt.
     """
@@ -328,7 +329,7 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
 
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
-    """How often a user's real text is worth more beside the own profile than beside another
+    """How often a user's real text scores higher with the user's own profile than with another
     user's; ties are a half. .5 is chance, and what a judge has that does not see the profile. None
     without a second user: users that share a profile item count as one.
     """
