@@ -10,8 +10,8 @@ One step, for P prompts with G completions each:
                  with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
 
 With one update per rollout the ratio is exactly 1, and the "grpo" loss is 0 up to rounding, since
-the advantages of a group sum to 0. Its gradient is not 0: that of ratio A at ratio 1 is A grad log pi,
-so the step is REINFORCE with the group's mean as baseline. Reward is the signal to watch.
+the advantages of a group sum to 0. Its gradient is not 0: that of ratio A at ratio 1 is
+A grad log pi, so the step is REINFORCE with the group's mean as baseline. Watch the reward instead.
 
 Left out of GRPO: a value network (the group's mean takes its place); a correction for sampler and
 trainer rounding differently (`gap` in the log watches it); length penalties, and new samples for
@@ -612,7 +612,7 @@ def open_run(o: Options) -> Path:
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
-    """take(step, optimizer) for the steps up to `count` that are not done, and prints the message it returns;
+    """take(step, optimizer) for the steps up to `count` that are not done, and prints what it returns;
     saves the state every --save-every steps, after the last one, and when a signal asks to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
