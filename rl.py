@@ -612,8 +612,8 @@ def open_run(o: Options) -> Path:
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
-    """take(step, optimizer) for the steps up to `count` that are not done, and prints what it returns;
-    saves the state every --save-every steps, after the last one, and when a signal asks to stop.
+    """take(step, optimizer) for the steps up to `count` that are not done; prints what it returns.
+    Saves the state every --save-every steps, after the last one, and when a signal asks to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
