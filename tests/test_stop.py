@@ -41,6 +41,9 @@ def forked(o, dies_at: int) -> None:
 
     if dies_at:
         sys.addaudithook(count)
+    # As in a new process: torchrun's launcher, in another test, leaves handlers of its own behind.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(f"{o.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout, sys.stderr = (open(os.dup2(log, number), "w") for number in (1, 2))  # noqa: SIM115
     sys.argv = ["rl.py", *flags_of(o)]
