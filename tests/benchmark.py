@@ -10,17 +10,18 @@ there is tests/gpu.py.
     python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
-These figures are of the version before the chapters were rewritten. On one core of a 2-core AMD
-server (AVX2), float32, medians of 5 alternating runs, fewer with --large; "floor": how many times
-the floor.
+On one core of a 2-core AMD server (2 GHz, AVX2), float32, medians of 5 alternating runs; "floor":
+how many times the floor. The rows below the line, and all of TRL's, are of the version before the
+chapters were rewritten, on a faster one:
 
                                                 ours            peer             ratio  floor
-    sample, small, 8 prompts x 8 x 64 tokens    1.04 s          3.60 s           3.5    3.2
-    update, small, the same prompts             1.83 s          9.32 s           5.1    2.4
-    BM25, 300 items, 20 words asked             167 users/s     120 users/s      1.3
-    BM25, 300 items, 150 words asked            124 users/s     73 users/s       1.7
-    ROUGE-1, -2, -L of 10 words                 31,600 pairs/s  11,900 pairs/s   2.7
-    read 400 MB of safetensors                  11.3 GB/s       13.1 GB/s        0.88
+    sample, small, 8 prompts x 8 x 64 tokens    2.17 s          6.55 s           3.0    2.6
+    update, small, the same prompts             3.86 s          15.6 s           4.1    1.9
+    BM25, 300 items, 20 words asked             105 users/s     77 users/s       1.4
+    BM25, 300 items, 150 words asked            80 users/s      47 users/s       1.7
+    ROUGE-1, -2, -L of 10 words                 14,700 pairs/s  5,390 pairs/s    2.7
+    read 400 MB of safetensors                  5.9 GB/s        5.7 GB/s         1.0
+    ----
     sample, 0.5B, 2 prompts x 4 x 32 tokens     20.7 s          41.0 s           2.0    2.9
     update, 0.5B, the same prompts              35.2 s          130 s            3.7    1.7
     its memory beside weights, 4 x 512 tokens   7.3 GiB         11.6 GiB         1.6
@@ -36,9 +37,8 @@ after the first, GiB the highest memory of the process:
     its memory                                  3.0 GiB         6.2 GiB        2.1
 
 The peers are transformers (`generate`; training with every row in full), rank_bm25, rouge_score and
-safetensors. A prompt is not paid again for more completions: 4 prompts of 512 tokens with
-completions of 64 take, for G = 1, 4, 8, 16, in sampling .62, .79, .88, 1.31 s and in the update .9,
-1.3, 1.7, 2.6 s.
+safetensors. A prompt is not paid again for more completions: for G = 1, 4, 8, 16 of them, 4 prompts
+take 1.26, 1.63, 1.91 and 2.64 s in sampling, 1.95, 2.70, 3.68 and 5.99 s in the update.
 """
 
 import argparse
