@@ -169,9 +169,13 @@ def test_the_second_signal_and_one_outside_of_the_steps_end_at_once(
     world, tmp_path, monkeypatch, slow, asked, status
 ):
     here, log = tmp_path / "here", tmp_path / "run.log"
-    # Short sleeps: a signal that another thread takes does not end the main thread's sleep.
-    naps = [0.05] * 1200
-    monkeypatch.setattr(rl, slow, lambda *_: [here.touch(), *map(time.sleep, naps)])
+
+    def nap(*_):
+        here.touch()
+        for _ in range(1200):  # short ones: a signal that another thread takes does not end a sleep
+            time.sleep(0.05)
+
+    monkeypatch.setattr(rl, slow, nap)
     process = start(whole(world, tmp_path / "run", warm_start=0))
     wait_for(here.is_file, process)
     for _ in range(asked):
