@@ -315,7 +315,8 @@ def main(o: Options, judge=None) -> None:
         if o.personalization and judge is None:
             check_judge(o)
         train, held = load_examples(o, "train"), load_examples(o, "dev")
-        _, tokenizer = prlm.load_policy(o)  # a faulty file or option, before anything is written
+        # A faulty file or option, before anything is written; the weights are not kept.
+        tokenizer = prlm.load_policy(o)[1]
         make_prompts(o, tokenizer, train[:1])
         if not tokenizer.eos_ids:
             raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
