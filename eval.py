@@ -7,13 +7,12 @@ often as both sides have it), and F1, the harmonic mean of precision and recall:
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-So a text in another script scores 0 even where it is right. The authors' release scores with
-rouge_chinese after jieba (sets of n-grams, punctuation as words), so its numbers cannot be compared
-with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
+So a text in another script scores 0 even where it is right. The authors score with rouge_chinese
+after jieba (sets of n-grams, punctuation as words): their numbers cannot be compared with these.
+BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
     python eval.py --task LaMP-4 --split dev --k 4
-    python eval.py --run runs/toy               # a run's checkpoint, under the run's own options
-"""
+    python eval.py --run runs/toy               # a run's checkpoint, under the run's own options"""
 
 import math
 import random
@@ -41,7 +40,7 @@ def f1(matches: int, predicted: int, wanted: int) -> float:
 
 
 def common(a: list, b: list, n: int) -> int:
-    """How many n-grams of `a` and `b` match: each the smaller of its two counts."""
+    """How many n-grams of both match: each the smaller of its two counts."""
     ngrams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 
@@ -51,9 +50,8 @@ def longest_common_subsequence(a: list, b: list) -> int:
     max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0.
 
     From one column to the next, a row of this table grows by 1 or not at all. So one bit per column
-    says it all, and a row is computed at once, by arithmetic on one integer (Hyyrö 2004): 7 times
-    as fast as a loop over the columns, and the reward scores every completion.
-    """
+    says it all, and arithmetic on one integer computes a row at once (Hyyrö 2004): 7 times as fast
+    as a loop over the columns, and the reward scores every completion."""
     columns: dict = {}  # token -> the columns with this token, one bit each
     for j, token in enumerate(b):
         columns[token] = columns.get(token, 0) | 1 << j
@@ -69,8 +67,7 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
     """Evaluation: ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
 
     >>> rouge("a b c", "a b d")
-    {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}
-    """
+    {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}"""
     a, b = words(prediction), words(reference)
     return {
         "rouge-1": f1(common(a, b, 1), len(a), len(b)),
@@ -85,8 +82,7 @@ def bleu(prediction: str, reference: str) -> float:
     NLTK's smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
 
     >>> bleu("a", "b"), bleu("abcd", "abcd")
-    (0.0, 1.0)
-    """
+    (0.0, 1.0)"""
     a, b = list(prediction.lower()), list(reference.lower())
     found = [common(a, b, n) for n in (1, 2, 3, 4)]
     if not found[0]:
@@ -108,16 +104,14 @@ ANY = "['‘’\"“”]"
 def extract_answer(completion: str, task: str) -> str:
     """Evaluation: the value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
 
-    1. Only what follows the last </think> counts, and nothing if there is a <think> in it:
-       reasoning that never closes has no answer, whatever it quotes. Of that, what stands between
-       the last <answer> and the first </answer>, if they are there.
+    1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
+       that, what stands between the last <answer> and the first </answer>, if they are there.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
        its line, after blanks and Markdown's marks.
-    3. A value in quotation marks ends at the first mark of the same sort, single or double, that is
-       followed by the end of its line, a closing brace, or a comma and another key: so it may hold
-       quotes and apostrophes. Any other value ends with its line, or at a closing brace.
-    4. The answer is the first value that is neither empty nor the placeholder, if any; else the
-       placeholder.
+    3. A value in quotation marks ends at the first mark of the same sort, single or double, before
+       the end of its line, a closing brace, or a comma and another key: so it may hold quotes and
+       apostrophes. Any other value ends with its line, or at a closing brace.
+    4. The answer is the first value that is neither empty nor the placeholder, if any.
 
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"
@@ -138,8 +132,7 @@ def extract_answer(completion: str, task: str) -> str:
 
 def read_value(text: str, start: int) -> tuple[str, int]:
     r"""(the value that begins at `start`, the index at which it ends), by rule 3; \' and \" are
-    read as ' and ". An object or a fenced block is no value: "", of no length.
-    """
+    read as ' and ". An object or a fenced block is no value: "", of no length."""
     if text.startswith(("{", "```"), start):
         return "", start
     escaped = r"\\(['\"\\])"
@@ -176,8 +169,7 @@ def complete(
 ) -> list[list[Completion]]:  # fmt: skip
     """Completions [P][G], `batch` of them together: of prompts of similar length, so that there is
     little padding. Several processes share the batches, and each gets all completions. `purpose`
-    and the batch's place seed the noise.
-    """
+    and the batch's place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     size = max(1, batch // group_size)
     rank, world_size = prlm.world()
@@ -198,8 +190,7 @@ def complete(
 
 def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups) -> list[dict]:
     """What the policy was asked and what it said, for each completion: its id, query, target,
-    prompt and completion (text), answer, tokens (ids), their logprobs, and finished.
-    """
+    prompt and completion (text), answer, tokens (ids), their logprobs, and finished."""
     opened = tokenizer.opening if o.reasoning else CLOSED
     records = []
     for e, prompt, group in zip(examples, prompts, groups):
@@ -208,7 +199,8 @@ def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups
         for completion in group:
             text = opened + tokenizer.decode(completion.tokens)
             said = {"completion": text, "answer": extract_answer(text, e.task)}
-            records.append(asked | said | vars(completion))
+            rounded = {"logprobs": [round(x, 6) for x in completion.logprobs]}
+            records.append(asked | said | vars(completion) | rounded)
     return records
 
 
@@ -246,19 +238,9 @@ def write_predictions(path, task: str, records: list[dict]) -> None:
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 
 
-def to_lines(records: list[dict]) -> list[dict]:
-    """The records as they are logged: log-probabilities with four digits."""
-    return [r | {"logprobs": [round(x, 4) for x in r["logprobs"]]} for r in records]
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Named score dictionaries as aligned text, a column for each key."""
-    columns = list(dict.fromkeys(key for scores in rows.values() for key in scores))
-    lines = [("", columns)]
-    for name, scores in rows.items():
-        lines.append((name, [f"{scores[c]:.3f}" if c in scores else "" for c in columns]))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{n:<{width}}" + "".join(f"{c:>17}" for c in cells) for n, cells in lines)
+def line(name: str, scores: dict[str, float]) -> str:
+    """The scores as a line of text."""
+    return f"{name:<12}" + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
 
 
 @dataclass
@@ -273,15 +255,14 @@ class Options(EvalOptions):
 def main(o: Options) -> None:
     examples = load_examples(o, o.split)
     decoder, tokenizer = prlm.load_policy(o)
-    out = prlm.new_directory(o)
+    out = prlm.run_directory(o)
     records = answer_all(o, decoder, tokenizer, examples, o.temperature)
     write_predictions(out / "predictions.json", o.task, records)
-    prlm.append(out / "samples.jsonl", to_lines(records))
-    if scores := mean_scores(records):
-        prlm.write_json(out / "scores.json", scores)
-        print(table({f"{o.task} {o.split}, {len(records)} records": scores}))
+    prlm.append(out / "samples.jsonl", records)
+    prlm.write_json(out / "scores.json", mean_scores(records))
     empty = sum(is_placeholder(record["answer"], o.task) for record in records)
     cut = sum(not record["finished"] for record in records)
+    print(line(f"{o.task} {o.split}", mean_scores(records)))
     print(f"{out}: {empty} of {len(records)} answers are empty, {cut} cut off at --max-new-tokens")
 
 

@@ -7,10 +7,10 @@
   Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
-attend to the prompt's keys and values. A retrieval prompt is long and GRPO samples from it G times:
-with 400 tokens of prompt and 8 completions of 100, that is 1,200 tokens instead of 4,000. A plain
-pass, a prompt, a sampling step and a training step differ only in which token may look at which, so
-`Decoder.run` is one loop over the layers, and each of the four brings its own `attend`.
+attend to the prompt's keys and values. With 400 tokens of prompt and 8 completions of 100, that is
+1,200 tokens instead of 4,000. A plain pass, a prompt, a sampling step and a training step differ
+only in which token may look at which: `Decoder.run` is one loop over the layers, and each of the
+four brings its own `attend`.
 
 Left out: sliding windows, rope types other than default and llama3, quantised weights, top-k and
 top-p (GRPO needs the probability of what was sampled, not one of a cut distribution).
@@ -18,10 +18,10 @@ top-p (GRPO needs the probability of what was sampled, not one of a cut distribu
     python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
 
 Shapes: P prompts, G completions per prompt, B batch, T tokens, C completion tokens, N tokens laid
-end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each.
-"""
+end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -52,8 +52,7 @@ def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
 
     llama3 divides by `factor` where a pair turns fewer than `low` times within the original
-    context, keeps it with more than `high` turns, and blends in between, linearly in the turns.
-    """
+    context, keeps it with more than `high` turns, and blends in between, linearly in the turns."""
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
     frequencies = 1.0 / c.rope["rope_theta"] ** exponents
     if c.rope["rope_type"] == "llama3":
@@ -66,8 +65,7 @@ def rope_frequencies(c: SimpleNamespace) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
-    `cos`, `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half.
-    """
+    `cos`, `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -87,8 +85,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 
 class Linear(nn.Linear):
     """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021); A [r, inputs], B
-    [outputs, r]. Products are of the type `products`, or W's own where that is None.
-    """
+    [outputs, r]. Products are of the type `products`, or W's own where that is None."""
 
     products: torch.dtype | None = None
     scale = 0.0  # alpha / r; 0: there are no lora_A and lora_B
@@ -158,10 +155,10 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """A causal language model. `raw` is its config.json; the weights start random."""
 
-    def __init__(self, raw: dict, where="config.json"):
+    def __init__(self, raw: dict):
         super().__init__()
-        self.raw = raw
-        self.config = c = parse_config(raw, where)
+        self.raw, self.config = raw, parse_config(raw)
+        c = self.config
         self.vocab_limit = c.vocab_size  # ids from here on are rows without a token: never sampled
         self.model = nn.Module()
         table = torch.empty(c.vocab_size, c.hidden_size)  # nn.Embedding(V, H) would fill it twice
@@ -170,9 +167,7 @@ class Decoder(nn.Module):
         self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2 and not parameter.is_meta:
-                nn.init.normal_(parameter, std=0.02)
+        start_random(self)
         self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
         self.checkpointing = False  # True: each layer's activations are recomputed in backward
 
@@ -225,6 +220,12 @@ class Decoder(nn.Module):
         return self.logits(x, self.head)
 
 
+def start_random(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dim() == 2 and not parameter.is_meta:
+            nn.init.normal_(parameter, std=0.02)
+
+
 def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module, whose matrix products are computed in `dtype` from here on."""
     for part in module.modules():
@@ -251,8 +252,7 @@ class Ragged:
 
     >>> rows = Ragged([[5, 6, 7], [8]])
     >>> rows.tokens.tolist(), rows.positions.tolist(), rows.grid(rows.tokens).tolist()
-    ([5, 6, 7, 8], [0, 1, 2, 0], [[5, 6, 7], [8, 0, 0]])
-    """
+    ([5, 6, 7, 8], [0, 1, 2, 0], [[5, 6, 7], [8, 0, 0]])"""
 
     def __init__(self, sequences: list[list[int]], device="cpu", multiple: int = 1):
         tokens = [token for sequence in sequences for token in sequence]
@@ -375,8 +375,7 @@ def generate(
     A completion ends with its first id of `eos_ids`, and is then finished, or after
     `max_new_tokens`; rows that have ended leave the batch. Without `seed` the noise is torch's own.
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. ValueError for a
-    prompt, a group or a length below 1 and a temperature below COLDEST that is not 0.
-    """
+    prompt, a group or a length below 1 and a temperature below COLDEST that is not 0."""
     good = temperature == 0 or temperature >= COLDEST
     if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
         raise ValueError(f"a prompt, a size or a temperature is below its least: 1, 1, {COLDEST}")
@@ -426,8 +425,7 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
     own keys]. The temperature is the sampler's: else the loss would compare two different policies.
     The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
-    ValueError for a temperature below COLDEST, an empty prompt, and groups of unequal size.
-    """
+    ValueError for a temperature below COLDEST, an empty prompt, and groups of unequal size."""
     if not temperature >= COLDEST or not all(map(len, prompts)):
         raise ValueError(f"the temperature must be at least {COLDEST}, and no prompt be empty")
     if len(prompts) != len(completions) or len({*map(len, completions)}) > 1:
@@ -466,8 +464,7 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
 
 def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(hidden W^T / temperature)[target], [N], a chunk of logits at a time, and again in
-    backward: all of them, for 8,192 tokens and 152,000 words, are 5 GB in float32.
-    """
+    backward: all of them, for 8,192 tokens and 152,000 words, are 5 GB in float32."""
     limit = decoder.vocab_limit
 
     def chunk(x: Tensor, ids: Tensor, head: Tensor) -> Tensor:
@@ -499,8 +496,7 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
     """Freezes the decoder and gives every matrix of its layers a float32 adapter to train: A, drawn
-    as in PEFT, and B, which is 0, so at first nothing changes.
-    """
+    as in PEFT, and B, which is 0, so at first nothing changes."""
     decoder.requires_grad_(False)
     for module in decoder.model.layers.modules():
         if isinstance(module, Linear):
@@ -512,18 +508,17 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
 
 
 def without_lora(decoder: Decoder) -> Decoder:
-    """A decoder of the same frozen weights, in the same memory, without the adapters."""
-    with torch.device("meta"):
-        plain = Decoder(decoder.raw)
-    plain.load_state_dict(decoder.state_dict(), strict=False, assign=True)  # lora_ is left over
-    plain.vocab_limit = decoder.vocab_limit
-    return multiply_in(plain, decoder.products).eval().requires_grad_(False)
+    """A decoder of the same weights, in the same memory, whose adapters are off."""
+    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
+    for module in plain.modules():
+        if isinstance(module, Linear):
+            module.scale = 0.0
+    return plain
 
 
 def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
     """Writes a checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A,
-    in float32, since on the grid of a bfloat16 W most of the change would be lost.
-    """
+    in float32, since on the grid of a bfloat16 W most of the change would be lost."""
     state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     for path, module in decoder.named_modules():
         if isinstance(module, Linear) and module.scale:
@@ -558,8 +553,11 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.heads, self.rate = c.num_attention_heads, c.attention_probs_dropout_prob
-        H = c.hidden_size
+        H, self.heads, self.rate = (
+            c.hidden_size,
+            c.num_attention_heads,
+            c.attention_probs_dropout_prob,
+        )
         qkv = nn.ModuleDict({name: Linear(H, H) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": qkv, "output": Block(H, c)})
         self.intermediate = nn.ModuleDict({"dense": Linear(H, c.intermediate_size)})
@@ -577,11 +575,11 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """BERT. `raw` is its config.json."""
 
-    def __init__(self, raw: dict, where="config.json", pooler: bool = True, tokenizer=None):
+    def __init__(self, raw: dict, pooler: bool = True, tokenizer=None):
         super().__init__()
         self.raw = BERT | raw
         if any(self.raw[name] != BERT[name] for name in [*BERT][:4]):
-            raise ValueError(f"{where}: not a BERT encoder with gelu and absolute positions")
+            raise ValueError("not a BERT encoder with gelu and absolute positions")
         self.config = c = SimpleNamespace(**self.raw)
         self.tokenizer, self.max_length = tokenizer, c.max_position_embeddings
         H, self.embeddings = c.hidden_size, nn.ModuleDict()
@@ -593,9 +591,7 @@ class Encoder(nn.Module):
         layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": Linear(H, H)}) if pooler else None
-        for parameter in self.parameters():
-            if parameter.dim() == 2 and not parameter.is_meta:
-                nn.init.normal_(parameter, std=0.02)
+        start_random(self)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
@@ -648,8 +644,7 @@ def chat_format(known, template: str) -> str | None:
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
-    Control tokens, <think> and </think> among them, come from formats alone, never from a text.
-    """
+    Control tokens, <think> and </think> among them, come from formats alone, never from a text."""
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
         self.files = files or {"tokenizer.json": backend.to_str()}
@@ -657,8 +652,7 @@ class Tokenizer:
         found = self.files.get("chat_template.jinja") or settings.get("chat_template") or ""
         if isinstance(found, list):  # several: [{"name", "template"}]
             found = {each["name"]: each["template"] for each in found}.get("default", "")
-        self.template = found.replace("\r\n", "\n")
-        known = backend.get_vocab()
+        self.template, known = found.replace("\r\n", "\n"), backend.get_vocab()
         self.size = max(known.values(), default=-1) + 1
         self.format = chat_format(known, self.template)
         ends = FORMATS[self.format][1]["assistant"][1] if self.format else ""
@@ -670,10 +664,9 @@ class Tokenizer:
             named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
             token["special"] |= bool(named) or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+        content |= {"truncation": None, "padding": None}  # tokenizer.json may ask for either
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
-        self.backend.no_truncation()  # tokenizer.json may switch on either
-        self.backend.no_padding()
         # What the template adds to its format: a BOS, a system message, how an answer begins.
         bos, plain = token_text(settings.get("bos_token")), not self.template
         self.bos = bos if bos in self.control and "bos_token" in self.template else ""
@@ -712,8 +705,7 @@ class Tokenizer:
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
         """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins, and
         of what is `said` for it already (default: how the template opens it). Without a chat format
-        messages are plain text. ValueError for a template that is not known.
-        """
+        messages are plain text. ValueError for a template that is not known."""
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format is None:
             if self.template:
@@ -752,10 +744,6 @@ class Tokenizer:
         offsets = self.backend.encode(text, add_special_tokens=False).offsets
         return text[: offsets[tokens][0]] if tokens < len(offsets) else text
 
-    def save(self, directory) -> None:
-        for name, content in self.files.items():
-            write_text(Path(directory) / name, content)
-
 
 # ==== Below: not the method =====================================================================
 
@@ -779,8 +767,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
     """(indices of the rows that stay, `done` [P', G'] of them), if at most `keep` of [P, G] stay.
-    All groups keep one size: unfinished rows first, then finished ones to fill up.
-    """
+    All groups keep one size: unfinished rows first, then finished ones to fill up."""
     left = (~done).sum(1)  # [P] completions of each prompt
     alive, width = left.nonzero()[:, 0], int(left.max())
     if len(alive) * width > keep * done.numel():
@@ -800,8 +787,7 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
 
 def exact_scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T of [batch, n, D] and [batch, m, D], in float32, as the trainer's attention has them:
-    scores can be several hundred, which bfloat16 would round to steps of 2.
-    """
+    scores can be several hundred, which bfloat16 would round to steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
     return torch.bmm(q.float(), k.float().mT)
@@ -809,8 +795,7 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
 
 class Recorded:
     """The decode step as a CUDA graph, one launch in place of dozens per layer. It keeps addresses
-    and shapes, so it is recorded anew when the number of rows or the cache's window changes.
-    """
+    and shapes, so it is recorded anew when the number of rows or the cache's window changes."""
 
     newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
 
@@ -849,11 +834,6 @@ class Recorded:
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# How names in a file become a module's: what is replaced, by what; what is left out.
-DECODER_NAMES = {r"^(?!model\.|lm_head\.)": "model."}
-DECODER_EXTRA = r"rotary_emb"  # a buffer of old exports
-ENCODER_NAMES = {r"^bert\.": "", r"Norm\.gamma$": "Norm.weight", r"Norm\.beta$": "Norm.bias"}
-ENCODER_EXTRA = r"^(cls|classifier|qa_outputs)\.|position_ids"  # heads of other tasks, a buffer
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -865,10 +845,9 @@ TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
 )  # fmt: skip
 
 
-def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
+def parse_config(raw: dict) -> SimpleNamespace:
     """config.json with Hugging Face's defaults and, as `rope`, the old rotary settings (rope_theta,
-    rope_scaling) or transformers 5's (rope_parameters). ValueError for what is not implemented.
-    """
+    rope_scaling) or transformers 5's (rope_parameters). ValueError for what is not implemented."""
     given = {key: value for key, value in raw.items() if value is not None}
     family, heads = given.get("model_type"), raw["num_attention_heads"]
     c = SimpleNamespace(**{
@@ -892,7 +871,7 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
         ({*layers} <= {"full_attention"}, "a sliding window"),
     ):
         if not good:
-            raise ValueError(f"{where}: {what} is not implemented")
+            raise ValueError(f"{what} is not implemented")
     # Qwen2 has biases, but not at the output, though its config.json does not say so.
     c.qkv_bias = c.attention_bias or family == "qwen2"
     c.o_bias = c.attention_bias and family != "qwen2"
@@ -902,65 +881,57 @@ def parse_config(raw: dict, where="config.json") -> SimpleNamespace:
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    raw, tensors, tokenizer = open_checkpoint(directory, DECODER_NAMES, DECODER_EXTRA)
-    if raw.get("tie_word_embeddings") and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if not torch.equal(head, tensors.get("model.embed_tokens.weight", head[:0])):
-            raise ValueError(f"{directory}: lm_head is tied to the embedding, but the two differ")
-    decoder = fill_module(partial(Decoder, raw, directory), tensors, directory, device, dtype)
-    decoder.vocab_limit = tokenizer.size if tokenizer else decoder.vocab_limit
-    return decoder
+
+    def make(raw: dict, weights: dict, tokenizer) -> Decoder:
+        decoder = Decoder(raw)
+        head = weights.pop("lm_head.weight", None) if decoder.config.tie_word_embeddings else None
+        if head is not None and not head.equal(weights["model.embed_tokens.weight"]):
+            raise ValueError("lm_head is tied to the embedding, but the two differ")
+        decoder.vocab_limit = tokenizer.size if tokenizer else decoder.vocab_limit
+        return decoder
+
+    names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # a buffer of old exports
+    return load_module(directory, make, names, device, dtype)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-    raw, tensors, tokenizer = open_checkpoint(directory, ENCODER_NAMES, ENCODER_EXTRA)
-    make = partial(Encoder, raw, directory, "pooler.dense.weight" in tensors, tokenizer)
-    return fill_module(make, tensors, directory, device, dtype)
+
+    def make(raw: dict, weights: dict, tokenizer) -> Encoder:
+        return Encoder(raw, "pooler.dense.weight" in weights, tokenizer)
+
+    names = {r"^bert\.": "", r"Norm\.gamma$": "Norm.weight", r"Norm\.beta$": "Norm.bias"}
+    names[r"^(cls|classifier|qa_outputs)\..*|.*position_ids"] = ""  # heads of other tasks, a buffer
+    return load_module(directory, make, names, device, dtype)
 
 
-def open_checkpoint(directory, names: dict[str, str], extra: str):
-    """(config.json, tensors by a module's names, of one file or shards; the tokenizer or None)."""
-    directory = Path(directory)
+def load_module(directory, make, names: dict[str, str], device, dtype) -> nn.Module:
+    """make(config.json, weights, tokenizer) with the weights of one file or of shards, all of them
+    and no others. `names` says what is replaced in their names; an empty one is left out."""
+    directory, weights = Path(directory), {}
     if not directory.is_dir():
         hub = f"hf download {directory} --local-dir DIR"
         raise FileNotFoundError(f"{directory}: no such directory; from Hugging Face: {hub}")
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} holds a PEFT adapter: save PEFT's merge_and_unload() first")
-    raw, tensors = read_json(directory / "config.json"), {}
-    files, places = ["model.safetensors"], None
-    index = directory / "model.safetensors.index.json"
-    if index.is_file() and not (directory / files[0]).is_file():
-        places = read_json(index).get("weight_map")
-        files = {*places.values()} if isinstance(places, dict) else [None]
-        if not all(isinstance(f, str) and re.fullmatch(r"[\w.-]+", f) for f in files):
-            raise ValueError(f"{index}: no weight_map from names to files beside it")
-    for file in sorted(files):
-        found = read_safetensors(directory / file)
-        if places and found.keys() != {name for name in places if places[name] == file}:
-            raise ValueError(f"{directory / file} does not hold what {index.name} places in it")
-        for name, tensor in found.items():
-            if not re.search(extra, name):
+    with faults_in(directory):
+        if (directory / "adapter_config.json").is_file():
+            raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
+        raw, files = read_json(directory / "config.json"), ["model.safetensors"]
+        index = directory / "model.safetensors.index.json"
+        if index.is_file() and not (directory / files[0]).is_file():
+            files = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
+        for file in files:
+            for name, tensor in read_safetensors(directory / file).items():
                 for old, new in names.items():
                     name = re.sub(old, new, name)
-                if name in tensors:
-                    raise ValueError(f"{directory}: {name} is in the checkpoint under two names")
-                tensors[name] = tensor
-    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
-    if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.size} ids, the model fewer")
-    return raw, tensors, tokenizer
-
-
-def fill_module(make, tensors: dict[str, Tensor], directory, device, dtype) -> nn.Module:
-    """make() with copies of these weights; ValueError where config.json or a weight is faulty."""
-    try:
+                weights |= {name: tensor} if name else {}
+        known = (directory / "tokenizer.json").is_file()
+        tokenizer = load_tokenizer(directory) if known else None
+        if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
+            raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model fewer")
         with torch.device("meta"):  # no memory yet
-            module = make()
-        weights = {name: x.to(device, dtype, copy=True) for name, x in tensors.items()}
+            module = make(raw, weights, tokenizer)
+        weights = {name: x.to(device, dtype, copy=True) for name, x in weights.items()}
         module.load_state_dict(weights, assign=True)
-    except (RuntimeError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{directory}: {type(error).__name__}: {error}") from None
     return module.eval().requires_grad_(True)
 
 
@@ -968,7 +939,8 @@ def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, d
     """The tokenizer's files, config.json and, last, the weights: where they are, all is there."""
     dtype = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
     name = {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
-    tokenizer.save(directory)
+    for file, content in tokenizer.files.items():
+        write_text(Path(directory) / file, content)
     write_json(Path(directory) / "config.json", raw | name)
     write_safetensors(Path(directory) / "model.safetensors", state)
 
@@ -977,10 +949,8 @@ def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     path, eos_ids = Path(directory) / "tokenizer.json", set()
     text = read_text(path)
-    try:
+    with faults_in(path):
         backend = Backend.from_str(text)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer ({error})") from None
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = path.with_name(f"{kind}.json")
         settings = read_json(file) if file.is_file() else {}
@@ -1000,8 +970,7 @@ def token_text(token: dict | str | None) -> str:
 def read_safetensors(path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, memory-mapped; writing to one does not change the file.
     Format: 8 bytes little-endian header length; a JSON header {name: {dtype, shape, data_offsets}};
-    the bytes, which the ranges must tile. Faults are a ValueError that names the file.
-    """
+    the bytes, which the ranges must tile. Faults are a ValueError that names the file."""
 
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
@@ -1009,7 +978,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
         return dict(pairs)
 
     tensors, size = {}, os.path.getsize(path)
-    try:
+    with faults_in(path):
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             if size < 8 or start > min(size, 100_000_008):  # the format's own limit
@@ -1022,20 +991,17 @@ def read_safetensors(path) -> dict[str, Tensor]:
             # The format does not promise alignment.
             flat = flat.clone() if (start + begin) % dtype.itemsize else flat
             tensors[name] = flat.view(dtype).view(shape)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a safetensors file: {error!r}") from None
     return tensors
 
 
 def check_header(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
-    metadata, ranges, covered = header.pop("__metadata__", None) or {}, {}, 0
-    if not all(isinstance(value, str) for value in metadata.values()):
+    ranges, covered = {}, 0
+    if not all(isinstance(x, str) for x in (header.pop("__metadata__", None) or {}).values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        begin, end = entry["data_offsets"]
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, begin, end))
         if not whole or begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name}: its bytes are not those from {covered} that its shape needs")
@@ -1050,23 +1016,34 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
     # Large elements first: then each tensor begins at a multiple of its element's size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in order:
-        x, begin = tensors[name], end
-        end += x.numel() * x.element_size()
-        offsets = [begin, end]
-        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": offsets}
+    tensors = dict(sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])))
+    for name, x in tensors.items():
+        begin, end = end, end + x.numel() * x.element_size()
+        entry = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+        header[name] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)
-            if len(flat):  # an empty tensor cannot be viewed as bytes
+        for x in tensors.values():
+            if x.numel():  # an empty tensor cannot be viewed as bytes
+                flat = x.detach().cpu().contiguous().view(-1)
                 file.write(flat.view(torch.uint8).numpy())
 
 
 # ---- Files: never half-written, never trusted ------------------------------------------------
+
+
+@contextmanager
+def faults_in(path):
+    """Whatever turns out to be wrong with the content of `path` is a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # not only ours: json's, torch's, tokenizers'
+        named = isinstance(error, ValueError) and str(path) in str(error)
+        if named or isinstance(error, OSError):
+            raise
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 @contextmanager
@@ -1078,8 +1055,6 @@ def replacing(path):
     try:
         yield temporary
         if world()[0] == 0:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1101,33 +1076,34 @@ def append(path, records: list[dict]) -> None:
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def as_text(text: str) -> str:
-    """The text with U+FFFD for half of a surrogate pair, which is no character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def read_text(path) -> str:
-    """A file's text; ValueError names a file that is not UTF-8."""
-    try:
+    with faults_in(path):
         return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
 
 
 def read_json(path, kind: type = dict):
-    """The JSON of a file whose top level is a `kind`; ValueError names the file."""
-    try:
+    """The JSON of a file whose top level must be a `kind`."""
+    with faults_in(path):
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); is the download complete?") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}: the top level is not a JSON {kind.__name__}")
-    return value
+        if not isinstance(value, kind):
+            raise ValueError(f"the top level is not a JSON {kind.__name__}")
+        return value
 
 
 def read_lines(path) -> list[dict]:
     """The records of a JSON Lines file, without the half line that a killed process may leave."""
     return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
+
+
+def as_text(text: str) -> str:
+    """The text with U+FFFD for half of a surrogate pair, which is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def printable(text: str) -> str:
+    """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
+    acting = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(acting, "\ufffd", text)
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
@@ -1148,7 +1124,7 @@ def gather(value=None) -> list:
 
 @contextmanager
 def processes():
-    """Joins the processes that torchrun has started, if it has."""
+    """Joins the processes that torchrun has started, if it has; only the first one prints."""
     if dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1158,6 +1134,11 @@ def processes():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def progress(iterable=None, title=None, **more) -> tqdm:
+    """tqdm's bar, on a terminal only, in the first process."""
+    return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
 
 
 # ---- Options and commands: each command's options are a dataclass ----------------------------
@@ -1211,13 +1192,12 @@ def resolve(options: type, given: dict):
     names = {field.name for field in dataclasses.fields(options)}
     config = Path(given.get("run") or given.get("out") or options.out or "") / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
-    preset = given.get("preset", "toy")
     if "run" in given:  # eval.py scores a run's checkpoint under the run's own options
         base = read_json(config) | {"model": str(config.parent / "checkpoint"), "limit": 0}
     elif given.get("resume") and config.is_file():
         base = read_json(config)
     elif "preset" not in names or shipped or "preset" in given:
-        base = PRESETS[preset] | {"preset": preset}
+        base = PRESETS[given.get("preset", "toy")]
     else:
         recipes = "--preset small is for models like SmolLM2-135M, paper for 1.5 B parameters"
         raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
@@ -1225,17 +1205,12 @@ def resolve(options: type, given: dict):
     own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
     chosen = {name: value for name, value in base.items() if name not in own} | given
     o = options(**{name: chosen[name] for name in chosen.keys() & names})
-    check_options(o)
-    return o
-
-
-def check_options(o) -> None:
-    """ValueError for a number below its least."""
     for field in dataclasses.fields(o):
         value, least = getattr(o, field.name), field.metadata.get("least")
         if None not in (value, least) and not least <= value < math.inf:
-            name = field.name.replace("_", "-")
-            raise ValueError(f"--{name} must be a number of at least {least}, not {value}")
+            flag = f"--{field.name}".replace("_", "-")
+            raise ValueError(f"{flag} must be a number of at least {least}, not {value}")
+    return o
 
 
 def command(main, options: type, description: str) -> None:
@@ -1254,58 +1229,54 @@ def command(main, options: type, description: str) -> None:
         sys.exit(2)
 
 
-def new_directory(o, record="config.json") -> Path:
-    """o.out, made anew with the options in `record`; ValueError for what may not be deleted."""
-    out = Path(o.out)
-    if out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
-        if not (out / record).is_file() or "overwrite" not in read_json(out / record):
+def run_directory(o, record="config.json") -> Path:
+    """The directory o.out, its options in `record`: empty, or a run that --resume goes on with, if
+    all that is not FREE agrees. ValueError for anything else that is there, unless --overwrite may
+    delete it: only what is a result."""
+    out, mine = Path(o.out), dataclasses.asdict(o)
+    held = read_json(out / record) if (out / record).is_file() else {}
+    if held and mine.get("resume"):
+        wrong = [name for name in mine if name not in FREE and mine[name] != held.get(name)]
+        if wrong := wrong or ["steps"] * (o.steps < held["steps"]):
+            words = ", ".join(f"--{name.replace('_', '-')} {held.get(name)}" for name in wrong)
+            raise ValueError(f"{out} was made with {words}: resume it so, or take another --out")
+    elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
+        if "overwrite" not in held:
             raise ValueError(f"{out} is not empty, and no result of this: take another --out")
-        if not o.overwrite or getattr(o, "resume", False):
-            ways = "--resume goes on with it, " * hasattr(o, "resume") + "--overwrite deletes it"
+        if not o.overwrite:
+            ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"
             raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
         for path in sorted(out.iterdir(), key=lambda path: path.name == record):  # that last
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(out / record, dataclasses.asdict(o))
+    write_json(out / record, mine)
     return out
-
-
-def progress(iterable=None, title=None, **more) -> tqdm:
-    """tqdm's bar, on a terminal only, in the first process."""
-    return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
-
-
-def printable(text: str) -> str:
-    """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
-    acting = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(acting, "\ufffd", text)
 
 
 def device_and_dtype(o) -> tuple[str, torch.dtype]:
     """--device and the type of products; `auto` is what the machine has, and bfloat16 on CUDA."""
-    other = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else other
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     device = best if o.device == "auto" else o.device
     low = o.precision == "bfloat16" or (o.precision == "auto" and device.startswith("cuda"))
     return device, torch.bfloat16 if low else torch.float32
 
 
-def load_policy(o) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model to sample from, in --precision's type; ValueError if too short."""
+def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
+    """The checkpoint o.model, which multiplies in --precision's type; its weights are of that type
+    too, but for training float32. ValueError if the model was made for shorter texts."""
     device, dtype = device_and_dtype(o)
-    decoder = load_decoder(o.model, device)
+    decoder = multiply_in(load_decoder(o.model, device), dtype)
     most = decoder.config.max_position_embeddings
     longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
     if longest > most:
         flags = "--max-prompt-tokens and --max-new-tokens"
         raise ValueError(f"the model was made for {most} tokens, not {longest}: {flags}")
-    return for_sampling(decoder, dtype), load_tokenizer(o.model)
+    return decoder if train else for_sampling(decoder, dtype), load_tokenizer(o.model)
 
 
 @dataclass
 class Options:
     model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the language model")
     prompt: str = option("Hello.", "what the user says")
-    group_size: int = option(1, "completions to sample", 1)
     max_new_tokens: int = option(256, "longest completion, in tokens", 1)
     temperature: float = option(0.7, "0 is greedy", 0)
     seed: int = option(0, "of the sampling noise", 0)
@@ -1317,10 +1288,9 @@ class Options:
 def main(o: Options) -> None:
     decoder, tokenizer = load_policy(o)
     prompt = tokenizer.chat([{"role": "user", "content": o.prompt}])
-    sampling = (o.group_size, o.max_new_tokens, o.temperature, tokenizer.eos_ids, o.seed)
-    for completion in generate(decoder, [prompt], *sampling)[0]:
-        print(printable(tokenizer.opening + tokenizer.decode(completion.tokens)))
-        print(f"[{len(completion.tokens)} tokens, log-probability {sum(completion.logprobs):.2f}]")
+    how = (1, o.max_new_tokens, o.temperature, tokenizer.eos_ids, o.seed)
+    ((completion,),) = generate(decoder, [prompt], *how)
+    print(printable(tokenizer.opening + tokenizer.decode(completion.tokens)))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ and as the authors used it: whitespace tokens, case kept,
 
 f(w,d) counts w in d, n(w) of the N documents hold w, d has |d| words, and `mean` is of all |d|.
 
-    python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4
-"""
+    python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4"""
 
 import random
 import re
@@ -130,8 +129,7 @@ class BM25:
         `idf` "okapi" is the formula above: 0 for a word in half of the documents. "lucene" is
         ln(1 + (N - n + 0.5) / (n + 0.5)), always above 0. The mean idf is over all words, negative
         ones included; a mean length of 0 counts as 1. Sums and products are taken in rank_bm25's
-        order, so that what ties there ties here. ValueError for another idf.
-        """
+        order, so that what ties there ties here. ValueError for another idf."""
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
         self.k1 = k1
@@ -151,8 +149,7 @@ class BM25:
 
     def scores(self, query: list[str]) -> np.ndarray:
         """The score of every document [N]; a repeated query word counts each time, one that no
-        document holds adds 0.
-        """
+        document holds adds 0."""
         scores = np.zeros(len(self.norm))
         for word in query:
             if found := self.counts.get(word):
@@ -174,8 +171,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
     Items that tie, at 0 too, keep the profile's order. bm25 (Okapi's idf) and lucene split the
     items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
     newest first; random is the same draw for the same seed and record. ValueError: k below 0, an
-    unknown retriever, "dense" without `dense`, a Dense.
-    """
+    unknown retriever, an item without a date, "dense" without `dense`, a Dense."""
     profile = example.profile
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -243,8 +239,7 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     every field, of the items and of the query, is cut to the same number of tokens, the largest
     that fits. So a short title stays whole beside a long text, and what one field leaves unused
     goes to the others. Where one token of each is too much, the last items are left out. ValueError
-    if even the bare instruction is too long.
-    """
+    if even the bare instruction is too long."""
     fields = TASKS[example.task].fields
 
     def messages(most: int | None, items: list[dict]) -> list[dict]:
@@ -292,8 +287,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     """The records of a split ("train" | "dev" | "test"), in file order, outputs joined by id.
 
     The files are in `directory` or its LaMP_4 (LaMP_4_time, as the authors name it), or there in a
-    folder named after the split. Only "test" may lack outputs. ValueError names file and record.
-    """
+    folder named after the split. Only "test" may lack outputs. ValueError names file and record."""
     task_of(task)  # ValueError for an unknown one
     folder = task.replace("-", "_")
     name = f"{split}_questions.json"
@@ -306,38 +300,27 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     outputs = path.with_name(f"{split}_outputs.json")
     if split == "test" and not outputs.is_file():
         return examples
-    content = prlm.read_json(outputs)
-    if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
-        raise ValueError(f"{outputs}: it holds {content['task']}, not {task}")
-    (golds,) = take(content, outputs, golds=list)
-    golds = [take(g, f"{outputs}: gold {n}", id=str | int, output=str) for n, g in enumerate(golds)]
-    targets = {str(id): output for id, output in golds}
-    asked, given = Counter(e.id for e in examples), Counter(str(id) for id, _ in golds)
+    with prlm.faults_in(outputs):
+        content = prlm.read_json(outputs)
+        if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
+            raise ValueError(f"it holds {content['task']}, not {task}")
+        golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # only a str
+    asked, given = Counter(e.id for e in examples), Counter(id for id, _ in golds)
     if odd := [id for id in asked | given if not asked[id] == given[id] == 1]:
         wrong = "has not one question and one output"
         raise ValueError(f"{path}: record {odd[0]!r} {wrong} ({len(odd)} such records)")
+    targets = dict(golds)
     return [replace(example, target=targets[example.id]) for example in examples]
 
 
-def read_record(record, where: str, task: str) -> Example:
-    """The record as an Example without a target; ValueError says what it lacks."""
-    id, text, profile = take(record, where, id=str | int, input=str, profile=list)
-    where += f" (id {id!r})"
-    for name, other in TASKS.items():
-        if name != task and text.startswith(other.prefix):
-            raise ValueError(f"{where} belongs to {name}, not to {task}")
-    for number, item in enumerate(profile):
-        take(item, f"{where}: profile item {number}", **dict.fromkeys(TASKS[task].fields, str))
-    user = id if record.get("user_id") is None else record["user_id"]
-    return Example(str(id), str(user), task, text.removeprefix(TASKS[task].prefix), profile, None)
-
-
-def take(record, where, **kinds) -> list:
-    """The values of these keys; ValueError, with `where`, unless each is there and of its type."""
-    for key, kind in kinds.items():
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            raise ValueError(f"{where} needs {key!r}: {getattr(kind, '__name__', kind)}")
-    return [record[key] for key in kinds]
+def read_record(record: dict, where: str, task: str) -> Example:
+    """The record as an Example without a target; ValueError says where it lacks what."""
+    with prlm.faults_in(where):
+        for item in record["profile"]:
+            show(item, task)  # an error, if it lacks a field
+        id, query = record["id"], record["input"].removeprefix(TASKS[task].prefix)
+        user = id if record.get("user_id") is None else record["user_id"]
+        return Example(str(id), str(user), task, query, record["profile"], None)
 
 
 def load_examples(o, split: str) -> list[Example]:
@@ -354,8 +337,8 @@ def parse_date(item: dict, example: Example) -> tuple[int, ...]:
     """(2016, 3, 14) of "2016-03-14", with or without a time; (2014,) of a year."""
     found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(item.get("date")))
     if not found:
-        said = f"has the date {item.get('date')!r}: recency needs dates like 2016-03-14"
-        raise ValueError(f"{example.task}, record {example.id!r}: a profile item {said}")
+        said = f"{item.get('date')!r} is no date like 2016-03-14"
+        raise ValueError(f"record {example.id!r}: recency needs dates, and {said}")
     return tuple(map(int, found[0].split("-")))
 
 
@@ -419,19 +402,14 @@ class PromptOptions:
 class Options(PromptOptions):
     split: Split = option("dev", "which of LaMP's files")
     show: int = option(1, "prompts to print", 0)
-    out: str | None = option(None, "file for every record's whole ranking, {id: [item ids]}")
+    out = None
 
 
 def main(o: Options) -> None:
-    examples, rank = load_examples(o, o.split), make_ranker(o)
-    tokenizer = prlm.load_tokenizer(o.model)
+    examples, tokenizer = load_examples(o, o.split), prlm.load_tokenizer(o.model)
     for e, prompt in zip(examples, make_prompts(o, tokenizer, examples[: o.show])):
         print(f"--- record {printable(e.id)}: {len(prompt)} tokens, target {e.target!r}")
         print(printable(tokenizer.decode(prompt)))  # without the control tokens
-    if o.out:
-        found = {e.id: rank(e, len(e.profile)) for e in examples}
-        prlm.write_json(o.out, {id: [str(i.get("id", "")) for i in r] for id, r in found.items()})
-        print(f"{o.out}: {len(found)} ranked profiles")
 
 
 if __name__ == "__main__":

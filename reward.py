@@ -7,9 +7,9 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s the score of one of two judges
 
-So the judge adds at most .1: it decides where ROUGE ties. In LaMP-4 an empty answer has -10 in its
-place, as in the authors' code, and dominates the standard deviation of its group, by which all
-advantages are divided.
+So the judge adds at most .1: it decides where ROUGE ties. An empty LaMP-4 answer has -10 in its
+place, as in the authors' code, and dominates its group's standard deviation, which divides all
+advantages.
 
 --judge bert is the paper's: s(q, a) of a BERT cross-encoder. It learns, without labels, to tell an
 answer that the policy gave WITH the user's profile d (a+) from ones it gave without (a1- .. aN-):
@@ -24,8 +24,7 @@ sigmoid(s) is no calibrated probability; but GRPO compares answers to one query,
 cancels, nearly. --judge ratio is this project's own: see `likelihood_ratio`.
 
     python reward.py --out runs/reward
-    python reward.py --judge ratio --out runs/ratio
-"""
+    python reward.py --judge ratio --out runs/ratio"""
 
 import math
 import random
@@ -54,8 +53,7 @@ PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the
 def format_reward(completion: str) -> float:
     """Paper: reward. 1 if a line that begins with </think> closes the last <think>, else 0.
 
-    The opening tag is not asked for: some chat formats put it into the prompt.
-    """
+    The opening tag is not asked for: some chat formats put it into the prompt."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
@@ -67,14 +65,12 @@ def rewards(
     completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """Paper: reward. For each completion its answer, the three parts, and their weighted sum, the
-    "reward". The last three arguments are the weights; the parts themselves are unweighted.
+    """Paper: reward. For each completion its answer, the three parts, unweighted, and their
+    weighted sum, the "reward"; the last three arguments are the weights.
 
     An answer that is empty, or an echo of the placeholder, earns no accuracy and is not shown to
     the judge; its personalization is the task's penalty (LaMP-4: -10), because a learned judge
-    likes such answers and RL finds out. ValueError if the judge does not give one finite number
-    for each answer.
-    """
+    likes such answers and RL finds out. ValueError unless the judge gives each a finite number."""
     rows, judged = [], []  # `judged`: (row, example) of what the judge will see
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
@@ -89,9 +85,7 @@ def rewards(
             row["personalization"] = task_of(example.task).penalty
     if judge and judged:
         values = judge([example for _, example in judged], [row["answer"] for row, _ in judged])
-        values = (
-            [] if values is None else [float("nan" if value is None else value) for value in values]
-        )
+        values = [float("nan" if value is None else value) for value in values or ()]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
         for (row, _), value in zip(judged, values, strict=True):
@@ -107,16 +101,14 @@ def rewards(
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
     """Paper: reward. InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B,
-    in nats. A negative of -inf stands for a missing one: it counts for nothing, with gradient 0.
-    """
+    in nats. A negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 class RewardModel(nn.Module):
     """Paper: reward. s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one
-    linear output. Its weights have the names of transformers' BertForSequenceClassification.
-    """
+    linear output. Its weights have the names of transformers' BertForSequenceClassification."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -134,8 +126,7 @@ class RewardModel(nn.Module):
         """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch.
 
         The classifier reads tanh(pooler(hidden state of [CLS])), in training mode through a dropout
-        of the encoder's rate. A pair is cut to `limit` tokens.
-        """
+        of the encoder's rate. A pair is cut to `limit` tokens."""
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), self.limit) for q, a in pairs]
         ids, types = (Ragged(part, self.classifier.weight.device) for part in zip(*rows))
@@ -171,11 +162,8 @@ class RewardOptions(EvalOptions):
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """Paper: reward. [{"id", "query", "positive", "negatives"}]: an answer with the profile against
-    one without, as the policy gives them before RL.
-
-    Sampled at T = 0.7, each kind with noise of its own: with the same noise the two answers of a
-    pair would begin alike. A pair with an empty answer is dropped.
-    """
+    one without, as the policy gives them before RL. Sampled at T = 0.7, each kind with noise of its
+    own, else the two would begin alike. A pair with an empty answer is dropped."""
 
     def answers(purpose: str, k: int) -> list[str]:
         prompts, count = make_prompts(o, tokenizer, examples, k), o.pairs_per_query
@@ -213,10 +201,8 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
     """(for training, held out): the pairs of a tenth of the queries, at least one, are held out."""
     ids = sorted({pair["id"] for pair in pairs})
     if len(ids) < 2:
-        raise ValueError(
-            f"{len(pairs)} pairs of {len(ids)} queries are too few to train a reward model on: the "
-            "policy hardly answers in the form. Take --judge ratio or --personalization 0"
-        )
+        few = f"{len(pairs)} pairs of {len(ids)} queries are too few: the policy hardly answers"
+        raise ValueError(f"{few}. Take --judge ratio or --personalization 0")
     random.Random(seed).shuffle(ids)
     held = set(ids[: max(1, len(ids) // 10)])
     return [p for p in pairs if p["id"] not in held], [p for p in pairs if p["id"] in held]
@@ -225,8 +211,7 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
     """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean.
 
-    As many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted.
-    """
+    As many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted."""
     texts = 1 + max(len(pair["negatives"]) for pair in pairs)
     longest = max(len(p["query"]) + max(map(len, (p["positive"], *p["negatives"]))) for p in pairs)
     longest = min(model.limit, longest)  # a token has at least one character
@@ -284,8 +269,7 @@ def likelihood_ratio(
     w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that, so
     its minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
     (van den Oord et al. 2018; Poole et al. 2019). Here pi takes the place of p, with its reasoning
-    closed and at temperature 1: it has written both kinds of answers.
-    """
+    closed and at temperature 1: it has written both kinds of answers."""
     group_size = len(answers[0]) if answers else 0
 
     def log_likelihood(prompts: list[list[int]]) -> Tensor:
@@ -308,8 +292,7 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
     What the query explains cancels out: an answer on another topic is worth as much. So where no
     accuracy is rewarded beside it, keep the policy near the base with --beta. With the ratio itself
     as the reward the best policy is pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a
-    constant: more of what the profile adds, on the topic that pi would choose.
-    """
+    constant: more of what the profile adds, on the topic that pi would choose."""
     how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
@@ -331,8 +314,7 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text scores higher with the user's own profile than with another
     user's; ties are a half. .5 is chance, and what a judge has that does not see the profile. None
-    without a second user: users that share a profile item count as one.
-    """
+    without a second user: users that share a profile item count as one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     own, swapped = [], []
     for n, e in enumerate(examples):
@@ -381,53 +363,33 @@ def check_judge(o: RewardOptions) -> None:
         raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
 
 
-def trained_model(o, decoder, tokenizer, train, directory: Path, report: dict) -> RewardModel:
-    """The reward model of --reward-model or of `directory`; else one is trained there, on pairs
-    that the decoder writes, and `report` says how that went.
-    """
-    source = o.reward_model or (report and directory)
-    device, dtype = prlm.device_and_dtype(o)
-    if source:
-        return prlm.multiply_in(load_reward_model(source, device), dtype)
-    torch.manual_seed(o.seed)  # the classifier's first weights
-    model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
-    pairs = directory / "pairs.json"
-    if not pairs.is_file():
-        prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-    prlm.gather()
-    report |= train_reward_model(o, model, prlm.read_json(pairs, list))
-    save_reward_model(model, directory)
-    return model
-
-
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
     """The judge that the options name. The decoder is frozen: "bert" samples its pairs from it,
-    "ratio" keeps it. What is in `directory` already, pairs or model, is not made again.
-    """
+    "ratio" keeps it. What is in `directory` already, pairs or model, is not made again."""
     check_judge(o)
     file = Path(directory) / "report.json"  # written last: it says that all is there
     report = prlm.read_json(file) if file.is_file() else {}
     if o.judge == "ratio":
         judge = ratio_judge(o, decoder, tokenizer)
     else:
-        judge = trained_model(o, decoder, tokenizer, train, Path(directory), report).judge
+        device, dtype = prlm.device_and_dtype(o)
+        if source := o.reward_model or (report and directory):
+            model = prlm.multiply_in(load_reward_model(source, device), dtype)
+        else:
+            torch.manual_seed(o.seed)  # the classifier's first weights
+            model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
+            pairs = Path(directory) / "pairs.json"
+            if not pairs.is_file():
+                prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
+            prlm.gather()  # the others wait for the first process
+            report = train_reward_model(o, model, prlm.read_json(pairs, list))
+            save_reward_model(model, directory)
+        judge = model.judge
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    print(describe(o, report))
+    print(f"judge {o.judge}, .5 is chance:", report)
     return judge
-
-
-def describe(o: RewardOptions, report: dict) -> str:
-    """The report in a line."""
-    text = f"judge {o.judge}:"
-    if "pair_accuracy" in report:
-        form = " {pairs} pairs; pair accuracy {pair_accuracy:.3f} on {held_out_pairs} pairs of "
-        text += (form + "{held_out_queries} held-out queries (.5 is chance);").format(**report)
-    if report["swap_test"] is None:
-        return f"{text} no second user for a swap test"
-    blind = ", since it does not see the profile" if o.judge == "bert" else ""
-    return f"{text} swap test {report['swap_test']:.3f} on held-out users (.5 is chance{blind})"
 
 
 @dataclass
@@ -440,7 +402,7 @@ def main(o: Options) -> None:
     check_judge(o)
     train, held = load_examples(o, "train"), load_examples(o, "dev")
     decoder, tokenizer = prlm.load_policy(o)
-    out = prlm.new_directory(o, record="options.json")  # config.json will be the model's
+    out = prlm.run_directory(o, record="options.json")  # config.json will be the model's
     make_judge(o, decoder, tokenizer, train, held, out)
 
 

@@ -13,17 +13,16 @@ With one update per rollout the ratio is exactly 1, and the "grpo" loss is 0 up 
 the advantages of a group sum to 0. Its gradient is not 0: that of ratio A at ratio 1 is
 A grad log pi, so the step is REINFORCE with the group's mean as baseline. Watch the reward instead.
 
-Left out of GRPO: a value network (the group's mean takes its place); a correction for sampler and
-trainer rounding differently (`gap` in the log watches it); length penalties, and new samples for
-groups whose rewards are all equal (both change what is compared, and the paper has neither).
+Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
+rounding differently (`gap` in the log watches it); length penalties, and new samples for groups
+whose rewards are all equal (both change what is compared, and the paper has neither).
 
-Every random choice is a function of (seed, purpose, step), so a stopped run keeps no generator
-state. The policy is trained on the very ids that it sampled: no text is tokenized again.
+Every random choice is a function of (seed, purpose, step), so a run saves no generator state. The
+policy is trained on the very ids that it sampled: no text is tokenized again.
 
     python rl.py                                        # the toy, on a CPU, in minutes
     python rl.py --preset paper --model DIR --data DIR --task LaMP-5 --encoder DIR --out runs/5
-    torchrun --nproc-per-node 4 rl.py ...               # four GPUs share a step's prompts
-"""
+    torchrun --nproc-per-node 4 rl.py ...               # four GPUs share a step's prompts"""
 
 import copy
 import json
@@ -33,8 +32,8 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -46,7 +45,7 @@ from torch.nn.utils.rnn import pad_sequence
 import eval as scoring
 import prlm
 from eval import seed_of
-from prlm import FREE, Decoder, Tokenizer, option
+from prlm import Decoder, Tokenizer, option
 from retrieve import answer_block, load_examples, make_prompts, make_ranker, one_line, task_of
 from reward import PARTS, RewardOptions, check_judge, make_judge, rewards
 
@@ -57,11 +56,9 @@ Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """Paper: optimization. (r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's
-    correction; "none" does not divide (Dr. GRPO). ValueError for another scale.
-
-    A group whose rewards are equal up to rounding (8 eps of the largest), or a group of one, gets
-    exact zeros: it does not say which completion was better.
-    """
+    correction; "none" does not divide (Dr. GRPO). A group whose rewards are equal up to rounding
+    (8 eps of the largest), or a group of one, gets exact zeros: it does not say which completion
+    was better. ValueError for another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -89,19 +86,16 @@ def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = No
     """Paper: optimization. Each token's weight in the loss of a step, [P, G, C]; 0 off the mask.
 
     "grpo": 1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
-    1 / (P G max_new_tokens). ValueError for another name, or "dr_grpo" without max_new_tokens.
-    """
-    if normalizer not in get_args(Normalizer):
-        raise ValueError(f"normalizer {normalizer!r} is none of {', '.join(get_args(Normalizer))}")
-    if normalizer == "dr_grpo" and not max_new_tokens:
-        raise ValueError("dr_grpo divides by max_new_tokens, which was not given")
-    mask = mask.float()
-    completions = mask.shape[0] * mask.shape[1]
+    1 / (P G max_new_tokens). ValueError for another name, or "dr_grpo" without max_new_tokens."""
+    mask, completions = mask.float(), mask.shape[0] * mask.shape[1]
     if normalizer == "grpo":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / completions
-    return mask / (
-        mask.sum().clamp(min=1) if normalizer == "dapo" else completions * max_new_tokens
-    )
+    if normalizer == "dapo":
+        return mask / mask.sum().clamp(min=1)
+    if normalizer == "dr_grpo" and max_new_tokens:
+        return mask / (completions * max_new_tokens)
+    names = ", ".join(get_args(Normalizer))
+    raise ValueError(f"normalizer {normalizer!r}: {names}, the last with max_new_tokens")
 
 
 def grpo_loss(
@@ -115,8 +109,7 @@ def grpo_loss(
 
     `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
     NaN included. `weights` are `token_weights` of this mask, or, for a micro-batch, its part of
-    those of the whole step. ValueError: beta without ref_logprobs.
-    """
+    those of the whole step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -151,13 +144,9 @@ class Options(RewardOptions):
     beta: float = option(0.0, "weight of the KL to the policy before RL; the authors take 0.04", 0)
     clip: float = option(0.2, "how far the ratio may be from 1 before the gradient is cut", 1e-12)
     clip_high: float | None = option(None, "the same above 1, if it should be wider (DAPO)", 1e-12)
-    normalizer: Normalizer = option(
-        "grpo", "how the loss is averaged; dr_grpo does not divide by std either"
-    )
+    normalizer: Normalizer = option("grpo", "how tokens are averaged; dr_grpo: also no std")
     updates_per_rollout: int = option(1, "with one, the ratio is 1 and the clip never acts", 1)
-    mask_truncated: bool = option(
-        False, "no loss on completions without an end; their rewards count"
-    )
+    mask_truncated: bool = option(False, "no loss on completions without an end")
     checkpointing: bool = option(False, "run each layer again in backward: less memory, slower")
     eval_every: int = option(5, "steps between scores on 64 held-out records; 0 is never", 0)
     save_every: int = option(20, "steps between saved states", 1)
@@ -179,13 +168,11 @@ class Policy:
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list[dict]:
     """Paper: optimization, steps 1 to 3. A line of samples.jsonl for each of the P G completions,
-    group by group.
-    """
+    group by group."""
     # 1. roll out
     G, batch = o.group_size, math.ceil(len(prompts) / prlm.world()[1]) * o.group_size
-    groups = scoring.complete(
-        o, policy.sampler, policy.tokenizer, prompts, G, o.temperature, ("rollout", step), batch
-    )
+    how = (G, o.temperature, ("rollout", step), batch)
+    groups = scoring.complete(o, policy.sampler, policy.tokenizer, prompts, *how)
     rows = scoring.make_records(o, policy.tokenizer, examples, prompts, groups)
     # 2. reward
     asked = [example for example in examples for _ in range(G)]  # [P*G]
@@ -194,19 +181,14 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
     # 3. advantage
     scale = "none" if o.normalizer == "dr_grpo" else "std"
     advantages = group_advantages(by_group(o, earned, "reward"), scale).flatten().tolist()
-    return [
-        {"step": step, **row, **parts, "advantage": advantage}
-        for row, parts, advantage in zip(rows, earned, advantages, strict=True)
-    ]
+    lines = zip(rows, earned, advantages, strict=True)
+    return [{"step": step, **row, **parts, "advantage": a} for row, parts, a in lines]
 
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
     """Paper: optimization, step 4. `updates_per_rollout` optimizer steps on one rollout; returns
-    `update_metrics` of the last.
-
-    pi_old is the decoder at its first pass over the rollout, before any update, not the sampler,
-    which may be a bfloat16 copy. All log-probabilities are at the sampling temperature: without it
-    the ratio would compare two different policies.
+    `update_metrics` of the last. All log-probabilities are at the sampling temperature. pi_old is
+    the decoder at its first pass over the rollout, not the sampler, which may be a bfloat16 copy.
     """
     completions = in_groups(o, [row["tokens"] for row in rows])  # [P][G]
     device = policy.decoder.head.device
@@ -222,7 +204,8 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
             new[part] = logprobs.detach()
             if number == 0:
                 old[part] = new[part]
-                ref[part] = reference_logprobs(o, policy, asked)
+                if o.beta:
+                    ref[part], _ = prlm.token_logprobs(policy.reference, *asked, o.temperature)
             loss = grpo_loss(
                 logprobs, old[part], advantages[batch], mask[part], ref[part],
                 o.clip, o.clip_high, o.beta, weights=weights[part],
@@ -232,11 +215,6 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
         norm = optimizer_step(optimizer)
     measured = update_metrics(o, rows, sum(losses), advantages, mask, new, old, ref)
     return measured | {"grad_norm": norm}
-
-
-@torch.no_grad()
-def reference_logprobs(o: Options, policy: Policy, asked) -> Tensor | float:
-    return prlm.token_logprobs(policy.reference, *asked, o.temperature)[0] if o.beta else 0.0
 
 
 def in_groups(o: Options, rows: list) -> list[list]:
@@ -250,9 +228,7 @@ def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
 
 def trained_tokens(o: Options, rows: list[dict]) -> Tensor:
     """True at the tokens that the loss counts, the end-of-sequence token among them. [P, G, C]
-
-    From lengths, never from token values: padding may have the id of the end of a sequence.
-    """
+    From lengths, never from token values: padding may have the id of the end of a sequence."""
     lengths = torch.tensor([len(row["tokens"]) for row in rows]).view(-1, o.group_size)
     mask = torch.arange(int(lengths.max())) < lengths[..., None]
     return mask & by_group(o, rows, "finished").bool()[..., None] if o.mask_truncated else mask
@@ -284,20 +260,16 @@ def optimizer_step(optimizer) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a tenth of the steps, at least one, to the peak; then a cosine to a tenth
-    of it.
-    """
+    """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth."""
     rising = max(1, round(0.1 * steps))
-    if step < rising:
-        return peak * (step + 1) / rising
     passed = min(1.0, (step - rising) / max(1, steps - 1 - rising))
-    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
+    falling = 0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2
+    return peak * ((step + 1) / rising if step < rising else falling)
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
     """Indices of a step's examples: each step goes on where the last one stopped, the first behind
-    `start` examples. Every epoch has a shuffle of its own.
-    """
+    `start` examples. Every epoch has a shuffle of its own."""
     read = range(start + step * size, start + (step + 1) * size)
     orders = {}  # of the epochs that the step reaches into
     for epoch in {n // count for n in read}:
@@ -311,27 +283,23 @@ def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[
 def main(o: Options, judge=None) -> None:
     """The run that the options describe; `judge` takes the place of the one that they name."""
     with prlm.processes():
-        prlm.check_options(o)
         if o.personalization and judge is None:
             check_judge(o)
         train, held = load_examples(o, "train"), load_examples(o, "dev")
-        # A faulty file or option, before anything is written; the weights are not kept.
-        tokenizer = prlm.load_policy(o)[1]
-        make_prompts(o, tokenizer, train[:1])
-        if not tokenizer.eos_ids:
-            raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
-        out = prlm.gather(open_run(o) if prlm.world()[0] == 0 else None)[0]
-        if (out / "predictions.json").is_file():
+        policy = make_policy(o)  # what is faulty is said before anything is written
+        make_prompts(o, policy.tokenizer, train[:1])
+        out = prlm.gather(prlm.run_directory(o) if prlm.world()[0] == 0 else None)[0]
+        if is_finished(o, out):
             print(f"{out} was finished before")
         else:
-            run(o, out, train, held, judge)
+            run(o, out, policy, train, held, judge)
         if prlm.world()[0] == 0:
             report(out)
 
 
-def run(o: Options, out: Path, train, held, judge=None) -> None:
+def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     """The stages; each keeps its result in the run directory, and is skipped if it is there."""
-    policy = make_policy(o, warm_start(o, out, train))
+    policy = warm_start(o, out, policy, train)
     first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
@@ -362,14 +330,14 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
         metrics = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"]}
         metrics |= rollout_metrics(o, asked, rows, seconds) | log
         said = f"step {step + 1} of {o.steps}: reward {metrics['reward']:.3f}"
+        loud = (step + 1) % max(1, o.steps // 10) == 0
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             answered = scoring.answer_all(o, policy.sampler, policy.tokenizer, held[:64])
-            scores = scoring.mean_scores(answered)
+            scores, loud = scoring.mean_scores(answered), True
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
             said += f", held-out ROUGE-L {scores['rouge-l']:.3f}" if scores else ""
-        prlm.append(out / "samples.jsonl", scoring.to_lines(rows))
+        prlm.append(out / "samples.jsonl", rows)
         prlm.append(out / "metrics.jsonl", [metrics])
-        loud = "eval_rouge-l" in metrics or (step + 1) % max(1, o.steps // 10) == 0
         return said if loud else ""
 
     (out / "samples.jsonl").touch()
@@ -383,20 +351,11 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # for so many items: a title, or how a 
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The completion to imitate for each training record, as ids that end with the EOS id.
-
-        <think>
-        The user wrote: (the last field of a retrieved item, at most 14 tokens; so for three)
-        </think>
-        <answer>
-        {'title': '(what the user really wrote)'}
-        </answer>
-
-    --no-reasoning omits the block. A <think> that ends the prompt already is not repeated.
-    """
-    rank = make_ranker(o)
+    """The completion to imitate for each training record, as ids that end with the EOS id: quotes
+    of three retrieved items as the reasoning, then what the user really wrote as the answer.
+    --no-reasoning omits the block. A <think> that ends the prompt already is not repeated."""
+    rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
-    targets = []
     for example in examples:
         form, texts = answer_block(o.task), [one_line(example.target)]
         if o.reasoning:
@@ -409,38 +368,36 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
     return targets
 
 
-def warm_start(o: Options, out: Path, train) -> str | Path:
-    """The directory of the policy that RL begins with: --model, or after --warm-start steps.
-
-    A step is cross-entropy on 8 whole completions, in nats per token.
-    """
+def warm_start(o: Options, out: Path, policy: Policy, train) -> Policy:
+    """The policy that RL begins with: after --warm-start steps it is a checkpoint of its own.
+    A step is cross-entropy on 8 whole completions, in nats per token."""
     folder = out / "warm_start"
-    if not o.warm_start or (folder / "model.safetensors").is_file():
-        return folder if o.warm_start else o.model
-    policy = make_policy(o, o.model)
-    prompts = make_prompts(o, policy.tokenizer, train)
-    targets = warm_start_targets(o, policy.tokenizer, train)
-    example = prlm.printable(policy.tokenizer.decode(targets[0])).replace("\n", "\n  ")
-    print(f"warm start: {o.warm_start} steps towards, for example\n  {example}")
+    if not o.warm_start:
+        return policy
+    if not (folder / "model.safetensors").is_file():
+        prompts = make_prompts(o, policy.tokenizer, train)
+        targets = warm_start_targets(o, policy.tokenizer, train)
+        example = prlm.printable(policy.tokenizer.decode(targets[0])).replace("\n", "\n  ")
+        print(f"warm start: {o.warm_start} steps towards, for example\n  {example}")
 
-    def take(step: int, optimizer) -> str:
-        chosen = choose(len(train), step, 8, o.seed)
-        asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]
-        tokens, total = sum(len(targets[n]) for n in chosen), 0.0
-        for _, *batch in my_batches(o, asked, wanted):
-            loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
-            loss.backward()
-            total += loss.item()
-        line = {"step": step + 1, "loss": sum(prlm.gather(total))}
-        line["grad_norm"] = optimizer_step(optimizer)
-        prlm.append(folder / "metrics.jsonl", [line])
-        loud = (step + 1) % max(1, o.warm_start // 5) == 0
-        return f"warm start, step {step + 1}: {line['loss']:.3f} nats per token" if loud else ""
+        def take(step: int, optimizer) -> str:
+            chosen = choose(len(train), step, 8, o.seed)
+            asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]
+            tokens, total = sum(len(targets[n]) for n in chosen), 0.0
+            for _, *batch in my_batches(o, asked, wanted):
+                loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
+                loss.backward()
+                total += loss.item()
+            line = {"step": step + 1, "loss": sum(prlm.gather(total))}
+            line["grad_norm"] = optimizer_step(optimizer)
+            prlm.append(folder / "metrics.jsonl", [line])
+            loud = (step + 1) % max(1, o.warm_start // 5) == 0
+            return f"warm start, step {step + 1}: {line['loss']:.3f} nats per token" if loud else ""
 
-    keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
-    prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
-    prlm.gather()
-    return folder
+        keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
+        prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
+        prlm.gather()  # the others wait for the first process
+    return make_policy(replace(o, model=str(folder)))
 
 
 def first_look(o: Options, out: Path, policy: Policy, train) -> None:
@@ -455,13 +412,10 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     if o.personalization:  # a judge would value answers differently
         texts = [row["answer"] if real else "" for row, real in zip(rows, answered, strict=True)]
         differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, texts)])
-    found = {
-        "answered": sum(answered) / len(rows),
-        "truncated": sum(not row["finished"] for row in rows) / len(rows),
-        "groups_with_spread": differing.float().mean().item(),
-    }
-    text = "a first look: {:.0%} of completions have an answer, {:.0%} are cut off; rewards differ "
-    print(f"{text}in {{:.0%}} of groups".format(*found.values()))
+    found = {"answered": sum(answered) / len(rows)}
+    found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
+    found["groups_with_spread"] = differing.float().mean().item()
+    print("a first look:", ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
     if found["groups_with_spread"] <= 0.1 and not o.force:
         raise ValueError(
             "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
@@ -476,34 +430,33 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 # ---- The policy and its copies -------------------------------------------------------------------
 
 
-def make_policy(o: Options, directory) -> Policy:
-    """The checkpoint of `directory`, ready to be trained as the options ask.
+def make_policy(o: Options) -> Policy:
+    """The checkpoint o.model, ready to be trained as the options ask.
 
     AdamW needs float32 weights: at a learning rate of 1e-6 a bfloat16 weight would never move. With
     LoRA only the adapters move, so the frozen base may be as small as the products are, and the
-    decoder, adapters on, samples itself.
-    """
-    device, dtype = prlm.device_and_dtype(o)
-    decoder = prlm.multiply_in(prlm.load_decoder(directory, device), dtype)
+    decoder, adapters on, samples itself."""
+    decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
+    if not tokenizer.eos_ids:
+        raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
     if o.lora_rank:
         torch.manual_seed(o.seed)  # LoRA's A starts random
-        prlm.add_lora(prlm.for_sampling(decoder, dtype), rank=o.lora_rank, alpha=o.lora_rank)
+        prlm.add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
         sampler, reference = decoder, prlm.without_lora(decoder)
     else:
-        reference = prlm.for_sampling(copy.deepcopy(decoder), dtype)
-        sampler = decoder if dtype == torch.float32 else copy.deepcopy(reference)
+        reference = prlm.for_sampling(copy.deepcopy(decoder), decoder.products)
+        low = decoder.products != torch.float32
+        sampler = copy.deepcopy(reference) if low else decoder
     decoder.checkpointing = o.checkpointing
-    return Policy(decoder, sampler, prlm.load_tokenizer(directory), reference)
+    return Policy(decoder, sampler, tokenizer, reference)
 
 
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
-    """Copies the decoder's weights into the sampler, if that is a bfloat16 copy.
-
-    With a seed they are rounded at random, up or down in proportion to the distance, so that the
-    copy follows on average. On the toy, after 20 steps of 1e-6, all of the change in
-    log-probabilities arrives; with rounding to nearest it is .09 of it.
-    """
+    """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed they
+    are rounded at random, up or down in proportion to the distance, so that the copy follows on
+    average: of 20 steps of 1e-6 on the toy all of the change in log-probabilities arrives, with
+    rounding to nearest .09 of it."""
     if policy.sampler is policy.decoder:
         return
     device = policy.decoder.head.device
@@ -534,8 +487,8 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "format": "share that close their reasoning, before its weight",
     "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
     "spread": "standard deviation of the reward within a group, averaged: 0 teaches nothing",
-    "zero_spread_groups": "share of groups that teach nothing, as all earned the same. Near 1 is "
-    "success where the reward is high; else try a higher --temperature or --group-size",
+    "zero_spread_groups": "share of groups whose completions all earned the same. Near 1 is good "
+    "where the reward is high; else try a higher --temperature or --group-size",
     "truncated": "share cut off at --max-new-tokens; where it is high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy no longer explores",
@@ -571,8 +524,7 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
 
 def update_metrics(o: Options, rows, loss: float, advantages, *tensors) -> dict[str, float]:
     """The part of METRICS that an update shows. `tensors` [P, G, C]: the mask, log-probabilities
-    of the last pass, of the first, of the reference; each process measures its own share.
-    """
+    of the last pass, of the first, of the reference; each process measures its own share."""
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
     sampled = sampled.view_as(tensors[0]).to(advantages.device)
     tokens, (rank, world_size) = max(tensors[0].sum().item(), 1), prlm.world()
@@ -593,30 +545,12 @@ def update_metrics(o: Options, rows, loss: float, advantages, *tensors) -> dict[
     return total | {"gap": max(share["gap"] for share in shares)}
 
 
-# ---- A run's directory, its saved states, its end ----------------------------------------------
-
-
-def open_run(o: Options) -> Path:
-    """The run directory: a new one, or with --resume what is there, if its options agree."""
-    out = Path(o.out)
-    if not (o.resume and (out / "config.json").is_file()):
-        return prlm.new_directory(o)
-    recorded, mine = prlm.read_json(out / "config.json"), asdict(o)
-    wrong = [name for name in mine if name not in FREE and mine[name] != recorded.get(name)]
-    if wrong := wrong or ["steps"] * (o.steps < recorded["steps"]):
-        words = ", ".join(f"--{name.replace('_', '-')} {recorded.get(name)}" for name in wrong)
-        raise ValueError(f"{out} was made with {words}: resume it with that, or take another --out")
-    if o.steps > recorded["steps"]:  # its last files are those of fewer steps
-        for name in ("predictions.json", "held_out/after.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    prlm.write_json(out / "config.json", mine)
-    return out
+# ---- What a run leaves: saved states, scores, its end ------------------------------------------
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
     """take(step, optimizer) for the steps up to `count` that are not done; prints what it returns.
-    Saves the state every --save-every steps, after the last one, and when a signal asks to stop.
-    """
+    Saves the state every --save-every steps, after the last one, and when a signal asks to stop."""
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
     done = load_state(folder, policy, optimizer)
@@ -629,8 +563,7 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
         for step in range(done, count):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, count, peak)
-            said = take(step, optimizer)
-            stop = asked()
+            said, stop = take(step, optimizer), asked()
             if (step + 1) % o.save_every == 0 or step + 1 == count or stop:
                 save_state(folder, step + 1, policy, optimizer)
             if stop:
@@ -644,29 +577,25 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
 
 
 def save_state(folder: Path, step: int, policy: Policy, optimizer) -> None:
-    """Saves all that the next step depends on, atomically."""
-    if prlm.world()[0]:
-        return
+    """All that the next step depends on, and how long the logs are by now."""
     trained = {n: p.detach() for n, p in policy.decoder.named_parameters() if p.requires_grad}
     sizes = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
     state = {"step": step, "model": trained, "optimizer": optimizer.state_dict(), "logs": sizes}
-    with prlm.replacing(folder / "trainer.pt") as temporary:
-        torch.save(state, temporary)
+    if prlm.world()[0] == 0:
+        with prlm.replacing(folder / "trainer.pt") as temporary:
+            torch.save(state, temporary)
 
 
 def load_state(folder: Path, policy: Policy, optimizer) -> int:
     """Puts a saved state back, logs cut to their size then; returns the number of steps done."""
     path, state = folder / "trainer.pt", {"step": 0, "logs": {}}
-    if path.is_file():
-        try:
+    with prlm.faults_in(path):
+        if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             policy.decoder.load_state_dict(state["model"], strict=False)  # LoRA: no base in it
             for group in state["optimizer"]["param_groups"]:
                 group["fused"] = optimizer.defaults["fused"]  # as this device needs it
             optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # whatever torch makes of another file
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path}: not a state of this run ({reason})") from None
     for log in folder.glob("*.jsonl") if prlm.world()[0] == 0 else ():
         os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
     return state["step"]
@@ -675,60 +604,53 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 @contextmanager
 def stop_after_step():
     """Ctrl-C and SIGTERM wait until the step is done and saved; a second one does not. Yields a
-    function that says which signal has come, or 0.
-    """
-    asked = 0
+    function that says which signal has come, or 0."""
+    came = [0]
 
     def ask(number, _frame) -> None:
-        nonlocal asked
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked = number
+        came[0] = number
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
         say("\nstopping after this step; again: at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: max(prlm.gather(asked))  # whichever of the processes was asked
+        yield lambda: max(prlm.gather(came[0]))  # whichever of the processes was asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def say(text: str) -> None:
-    try:
-        print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    except OSError:  # after Ctrl-C, `| tee` is gone before us: nobody reads
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+    with suppress(OSError):  # after Ctrl-C, `| tee` is gone before us: nobody reads
+        os.write(2, f"{text}\n".encode())
 
 
 def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=None) -> list[dict]:
     """Scores held-out records into scores.json, greedy and sampled at 0.7; the greedy answers go
-    to held_out/{name}.jsonl and are returned.
-    """
+    to held_out/{name}.jsonl and are returned."""
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
-    if lines.is_file():
+    if lines.is_file() and name != "after":  # which may be of fewer steps
         return prlm.read_lines(lines)
     how = (o, policy.sampler, policy.tokenizer, held)
     greedy, sampled = (scoring.answer_all(*how, temperature, k) for temperature in (0.0, 0.7))
     scores = scoring.mean_scores(greedy)
     scores |= {f"{key}_sampled": x for key, x in scoring.mean_scores(sampled).items()}
     prlm.write_json(file, (prlm.read_json(file) if file.is_file() else {}) | {name: scores})
-    text = "".join(f"{json.dumps(record)}\n" for record in scoring.to_lines(greedy))
-    prlm.write_text(lines, text)
+    prlm.write_text(lines, "".join(f"{json.dumps(record)}\n" for record in greedy))
     return greedy
+
+
+def is_finished(o: Options, out: Path) -> bool:
+    """Whether all is there, and of as many steps as the options ask for by now."""
+    done = (out / "predictions.json").is_file()
+    return done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps
 
 
 def report(out: Path) -> None:
     """Prints the scores of a finished run, and one held-out user before and after."""
-    names = {"no_profile": "no profile", "before": "RAG before RL", "after": "after RL"}
-    columns = ("rouge-1", "rouge-l", "rouge-1_sampled", "rouge-l_sampled")
-    scores = prlm.read_json(out / "scores.json")
-    table = {names[n]: {c: row[c] for c in columns if c in row} for n, row in scores.items()}
-    print(scoring.table(table))
+    for name, scores in prlm.read_json(out / "scores.json").items():
+        print(scoring.line(name, scores))
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))
     pairs = zip(*map(prlm.read_lines, files), strict=True)
     before, after = max(pairs, key=lambda two: two[1].get("rouge-l", 0) - two[0].get("rouge-l", 0))

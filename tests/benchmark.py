@@ -307,7 +307,7 @@ STEPS = 4  # the first one warms up
 
 def our_steps(o: rl.Options) -> list[float]:
     """Seconds of each step of rl.py."""
-    policy, examples = rl.make_policy(o, o.model), load_lamp(o.data, o.task, "train")
+    policy, examples = rl.make_policy(o), load_lamp(o.data, o.task, "train")
     rl.train_policy(o, Path(o.out), policy, None, examples, [])
     lines = prlm.read_lines(Path(o.out) / "metrics.jsonl")
     return [line["seconds_rollout"] + line["seconds_update"] for line in lines]

@@ -155,9 +155,8 @@ def write_encoder(folder, seed=0):
         model_type="bert", vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=32, max_position_embeddings=64,
     )  # fmt: skip
-    prlm.Tokenizer(backend).save(folder)
-    prlm.write_json(folder / "config.json", raw)
-    prlm.write_safetensors(folder / "model.safetensors", prlm.Encoder(raw).state_dict())
+    tokenizer = prlm.Tokenizer(backend)
+    prlm.save_checkpoint(prlm.Encoder(raw).state_dict(), raw, tokenizer, folder)
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def make_policy(shape: str, precision="bfloat16", lora: int = 0) -> rl.Policy:
     o = rl.Options(device=HERE.device, precision=precision, lora_rank=lora)
     make = (lambda *_: build(shape)) if shape in SHAPES else prlm.load_decoder
     with mock.patch.object(prlm, "load_decoder", make):
-        return rl.make_policy(o, TOY)
+        return rl.make_policy(o)
 
 
 def peer(dtype):
@@ -474,7 +474,8 @@ def memory() -> None:
 def bytes_of_a_weight(folder, **options) -> dict:
     """Of a policy as loaded, between steps, and the most in a step on a handful of tokens."""
     start, found = allocated(), {}
-    policy = rl.make_policy(rl.Options(device=HERE.device, precision="bfloat16", **options), folder)
+    options |= {"model": str(folder), "device": HERE.device, "precision": "bfloat16"}
+    policy = rl.make_policy(rl.Options(**options))
     found["loaded"], optimizer = allocated(), rl.make_optimizer(policy, 1e-6)
     o, *asked = rollout(policy, 1, 2, 8, 8, **options)
     rl.update(o, policy, optimizer, *asked)

@@ -506,14 +506,13 @@ class TestMakeJudge:
         report = prlm.read_json(tmp_path / "a/b/report.json")
         assert report["swap_test"] == 0.5 and report["pairs"] == 40  # it is blind to the profile
         said = capsys.readouterr().out
-        assert f"pair accuracy {report['pair_accuracy']:.3f} on" in said
-        assert "2 held-out queries" in said and "does not see the profile" in said
+        assert f"judge bert, .5 is chance: {report}" in said
         model = reward.load_reward_model(tmp_path / "a/b")
         assert model.judge(*asked) == first
         assert reward.make_judge(o, None, None, [], users(), tmp_path / "a/b")(*asked) == first
         saved = replace(o, reward_model=str(tmp_path / "a/b"), encoder=None)
         assert reward.make_judge(saved, None, None, [], users(1), tmp_path / "new")(*asked) == first
-        assert "no second user" in capsys.readouterr().out and len(calls) == 2
+        assert "'swap_test': None" in capsys.readouterr().out and len(calls) == 2
         (tmp_path / "a/b/report.json").unlink()  # killed before the end: the pairs are kept,
         again = reward.make_judge(o, None, None, [], users(), tmp_path / "a/b")(*asked)
         assert again == first and calls[2:] == ["train"]  # the same model comes out
@@ -523,7 +522,7 @@ class TestMakeJudge:
         judge = reward.make_judge(o, *toy, [], held[:20], tmp_path / "new")
         report, said = prlm.read_json(tmp_path / "new/report.json"), capsys.readouterr().out
         assert report["swap_test"] > 0.8 and all(0 < v < 1 for v in judge(held[:1], ["why"]))
-        assert f"swap test {report['swap_test']:.3f} on" in said and "not see" not in said
+        assert f"judge ratio, .5 is chance: {report}" in said
 
     def test_too_few_pairs_or_a_wrong_checkpoint(self, world, o, tmp_path, monkeypatch):
         def refused(text, **changes):

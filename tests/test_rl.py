@@ -438,9 +438,9 @@ class TestWarmStart:
             expected.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()})
         for budget in (1, 10_000):
             o.tokens_per_micro_batch = budget
-            folder = rl.warm_start(o, tmp_path / str(budget), train)
+            folder = tmp_path / str(budget) / "warm_start"
+            rl.warm_start(o, folder.parent, rl.make_policy(o), train)
             same(lines(folder / "metrics.jsonl"), expected, f"budget {budget}", 1e-4)
             got = prlm.load_decoder(folder).state_dict()
             for name, x in decoder.state_dict().items():
                 same(got[name], x, f"{name}, budget {budget}", 1e-3, 1e-4)
-        assert rl.warm_start(o, tmp_path / "1", train) == tmp_path / "1" / "warm_start"

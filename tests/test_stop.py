@@ -125,7 +125,7 @@ def test_killed_anywhere_it_ends_bit_equal(world, undisturbed, tmp_path):
     out, rng, places = tmp_path / "run", random.Random(0), []
     o = whole(world, out)
     for n in range(14):
-        process = start(o, dies_at=rng.randint(5, 20 + 5 * n) if n else 3)
+        process = start(o, dies_at=rng.randint(5, 20 + 5 * n) if n else 1)
         if n % 4 == 3:
             time.sleep(rng.random() / 2)
             process.kill()

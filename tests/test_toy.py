@@ -293,7 +293,9 @@ class TestPage:
         assert {"script", "img", "link", "iframe", "a"}.isdisjoint(tag for tag, _ in parsed.tags)
         assert not re.search(r"(src|href|url|@import)\s*[=(]?[\"' ]", html)
         assert "two look-ups away" in text and ".90 is about the ceiling" in text
-        assert "judge ratio: swap test" in text and all(t in text for t in rl.METRICS.values())
+        assert "judge ratio (.5 is chance): swap test" in text and all(
+            t in text for t in rl.METRICS.values()
+        )
         assert "cut off: too long" in text and "Not there yet" not in text
         options = prlm.read_json(run / "config.json") | {"data": "elsewhere", "warm_start": 62}
         prlm.write_json(run / "config.json", options | {"model": "gone"})  # checkpoint/ is here

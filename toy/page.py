@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
@@ -378,10 +377,11 @@ def training(samples: list[dict], o: Options, options: dict, report: dict, show)
     divided = "" if options["normalizer"] == "dr_grpo" else ", divided by the standard deviation"
     judge = ""
     if report:
-        judge = reward.describe(SimpleNamespace(judge=options["judge"]), report)
-        judge = f"""<p>The {clean(judge)}. Pair accuracy: of two answers, the one written with the
-profile is valued higher. Swap test: a user's own text is valued higher beside the own profile than
-beside another user's.</p>"""
+        known = {key: value for key, value in report.items() if value is not None}
+        said = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in known.items())
+        judge = f"""<p>The judge {options["judge"]} (.5 is chance): {clean(said)}. Pair accuracy: of
+two answers, the one written with the profile is valued higher. Swap test: a user's own text is
+valued higher beside the own profile than beside another user's.</p>"""
     html = f"""<h2>How it was trained</h2>
 <p>Each completion gets a reward of {total}: the words that its answer shares with the user's own
 text (ROUGE-1 + ROUGE-2 + ROUGE-L), 1 where it closes its reasoning on a line of its own, and how

@@ -36,7 +36,7 @@ for item in items:
     print(retrieve.show(item, example.task))
 
 # %% 4. The prompt: the retrieved items, the request, the query
-policy = rl.make_policy(o, o.model)
+policy = rl.make_policy(o)
 (prompt,) = retrieve.make_prompts(o, policy.tokenizer, [example])
 print(policy.tokenizer.decode(prompt))
 print(f"[{len(prompt)} tokens]")
