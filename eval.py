@@ -172,9 +172,8 @@ def complete(
     and the batch's place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     size = max(1, batch // group_size)
-    rank, world_size = prlm.world()
     groups: dict[int, list[Completion]] = {}  # by the prompt's index
-    starts = range(0, len(order), size)[rank::world_size]
+    starts = prlm.my_share(range(0, len(order), size))
     for start in prlm.progress(starts, purpose[0], delay=1):
         chosen = order[start : start + size]
         asked = [prompts[n] for n in chosen]

@@ -77,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
-        # On CUDA, enable_gqa with a mask has only a slow kernel, which stores all scores.
+        # On CUDA, enable_gqa with a mask has only a slow kernel, which stores all products.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
@@ -325,7 +325,7 @@ class Cache:
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
 
-        One softmax over [scores against the prompt, scores against its own tokens] is exact:
+        One softmax over [products with the prompt, products with its own tokens] is exact:
         attention does not care that its keys lie in two tensors. (einsum would be a tenth slower.)
         """
         P, K, G, _, D = self.own.shape[2:]
@@ -335,11 +335,11 @@ class Cache:
         own_keys, own_values = self.own[layer].flatten(1, 3)[:, :, :n]  # [P*K*G, n, D]
         keys, values = (x.flatten(0, 1) for x in self.shared[layer])  # [P*K, T, D]
         q = q.view(P, G, K, R, D).transpose(1, 2)  # [P, K, G, R, D]
-        to_prompt = exact_scores(q.reshape(P * K, G * R, D), keys)  # [P*K, G*R, T]
-        to_own = exact_scores(q.reshape(P * K * G, R, D), own_keys)  # [P*K*G, R, n]
-        scores = torch.cat([x.view(P, K * G * R, -1) for x in (to_prompt, to_own)], -1)
-        scores = torch.add(self.hide[:, None, : T + n], scores, alpha=self.scale)
-        weights = scores.softmax(-1).to(v.dtype).view(P * K * G, R, T + n)
+        to_prompt = exact_products(q.reshape(P * K, G * R, D), keys)  # [P*K, G*R, T]
+        to_own = exact_products(q.reshape(P * K * G, R, D), own_keys)  # [P*K*G, R, n]
+        both = torch.cat([x.view(P, K * G * R, -1) for x in (to_prompt, to_own)], -1)
+        both = torch.add(self.hide[:, None, : T + n], both, alpha=self.scale)
+        weights = both.softmax(-1).to(v.dtype).view(P * K * G, R, T + n)
         for_prompt, for_own = weights.split([T, n], -1)
         out = torch.bmm(for_prompt.reshape(P * K, G * R, T), values).view(P * K * G, R, D)
         out = torch.baddbmm(out, for_own, own_values)
@@ -785,9 +785,9 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
     return kept, done.flatten()[kept].view_as(members)
 
 
-def exact_scores(q: Tensor, k: Tensor) -> Tensor:
+def exact_products(q: Tensor, k: Tensor) -> Tensor:
     """q k^T of [batch, n, D] and [batch, m, D], in float32, as the trainer's attention has them:
-    scores can be several hundred, which bfloat16 would round to steps of 2."""
+    they can be several hundred, which bfloat16 would round to steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
     return torch.bmm(q.float(), k.float().mT)
@@ -1112,6 +1112,12 @@ def printable(text: str) -> str:
 def world() -> tuple[int, int]:
     """Which process this is, counted from 0, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_share(items):
+    """What falls to this process of a range, list or tensor."""
+    process, count = world()
+    return items[process::count]
 
 
 def gather(value=None) -> list:

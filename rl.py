@@ -236,8 +236,7 @@ def trained_tokens(o: Options, rows: list[dict]) -> Tensor:
 
 def my_batches(o: Options, prompts, completions) -> list[tuple]:
     """This process's share in micro-batches: (indices, their prompts, their groups, all whole)."""
-    rank, world_size = prlm.world()
-    mine = range(len(prompts))[rank::world_size]
+    mine = prlm.my_share(range(len(prompts)))
     sizes = [len(prompts[n]) + sum(map(len, completions[n])) for n in mine]
     batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
     chosen = [[mine[n] for n in batch] for batch in batches]
@@ -262,9 +261,10 @@ def optimizer_step(optimizer) -> float:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth."""
     rising = max(1, round(0.1 * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
     passed = min(1.0, (step - rising) / max(1, steps - 1 - rising))
-    falling = 0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2
-    return peak * ((step + 1) / rising if step < rising else falling)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
@@ -527,9 +527,9 @@ def update_metrics(o: Options, rows, loss: float, advantages, *tensors) -> dict[
     of the last pass, of the first, of the reference; each process measures its own share."""
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
     sampled = sampled.view_as(tensors[0]).to(advantages.device)
-    tokens, (rank, world_size) = max(tensors[0].sum().item(), 1), prlm.world()
-    mine = [x[rank::world_size] for x in (advantages[..., None], sampled, *tensors)]
-    gain, sampled, mask, new, old, ref = mine
+    tokens = max(tensors[0].sum().item(), 1)
+    everything = (advantages[..., None], sampled, *tensors)
+    gain, sampled, mask, new, old, ref = map(prlm.my_share, everything)
     ratio, high = (new - old).exp(), o.clip_high or o.clip
     # In the other direction the minimum takes the term that is not clipped.
     clipped = ((gain > 0) & (ratio > 1 + high)) | ((gain < 0) & (ratio < 1 - o.clip))

@@ -538,7 +538,7 @@ EXERCISES = [
              "with plain attention over it. Where does the new token's own key go? `next_slot` "
              "has just counted it in `length` and put its number in `slot`; `hide` is 0 at the "
              "prompt's tokens and the slots written so far, -inf elsewhere.",
-         "rounded": "`exact_scores` keeps float32; the weights of the values may be rounded."}, [
+         "rounded": "`exact_products` keeps float32; the weights of the values may be rounded."}, [
             Mutant("the prompts' padding is attended",
                    "A prompt answers well alone and badly beside a longer one.",
                    "torch.add(self.hide[:, None, : T + n], scores, alpha=self.scale)",
@@ -1055,7 +1055,7 @@ EXERCISES = [
                    "mask.sum(-1, keepdim=True).clamp(min=1)", "mask.sum(-1, keepdim=True)"),
             Mutant("padding is weighed",
                    "The loss is right as long as all completions have one length.",
-                   "mask = mask.float()", "mask = torch.ones_like(mask, dtype=torch.float)"),
+                   "mask.float()", "torch.ones_like(mask, dtype=torch.float)"),
         ], """
         if normalizer not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"there is no normalizer {normalizer!r}")

@@ -191,7 +191,7 @@ def attention_is_right(dtype) -> dict:
         inputs = [x.to(device, dtype).requires_grad_() for x in (3 * q, k, v)]
         out = prlm.attention(*inputs, visible.to(device))
         gradients = torch.autograd.grad((out * weight.to(device)).sum(), inputs)
-        scores = prlm.exact_scores(*(x[:, :, 0].detach() for x in inputs[:2]))
+        scores = prlm.exact_products(*(x[:, :, 0].detach() for x in inputs[:2]))
         return [x.detach().cpu().double() for x in (out, *gradients, scores)]
 
     pairs = zip(run(HERE.device, dtype), run("cpu", torch.float64))

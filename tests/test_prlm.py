@@ -340,7 +340,7 @@ class TestCache:
         """Seen on a pretended device: no copy of the keys in float32 is made."""
         with FakeTensorMode(), Recording() as seen:
             q, k = (torch.empty(4, n, 8, device="cuda", dtype=torch.bfloat16) for n in (3, 5))
-            scores = prlm.exact_scores(q, k)
+            scores = prlm.exact_products(q, k)
         names = [str(function) for function, *_ in seen.calls]
         assert scores.dtype == torch.float32 and scores.shape == (4, 3, 5)
         assert "aten.bmm.dtype" in names and "aten._to_copy.default" not in names
