@@ -544,7 +544,7 @@ EXERCISES = [
                    "torch.add(self.hide[:, None, : T + n], both, alpha=self.scale)",
                    "torch.add(F.pad(self.hide[:, None, T : T + n], (T, 0)), both, "
                    "alpha=self.scale)"),
-            Mutant("both are rounded to the precision of the keys",
+            Mutant("products are rounded to the precision of the keys",
                    "`gap` is small on a toy; on a real checkpoint in bfloat16 it is above 1.",
                    "torch.cat([x.view(P", "torch.cat([x.to(k.dtype).view(P"),
             Mutant("two softmaxes instead of one",
