@@ -1178,11 +1178,11 @@ def parse_flags(options: type, description: str, arguments: list[str] | None = N
     """What was given on the command line, by field name."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
     )  # fmt: skip
     for field in dataclasses.fields(options):
         kind = get_type_hints(options)[field.name]
-        how = {"type": (*get_args(kind), kind)[0]}  # X of "X | None"
+        how = {"type": (*get_args(kind), kind)[0], "metavar": "X"}  # T of "T | None"
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
         elif kind is bool:
