@@ -23,8 +23,7 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 def difference(got, expected, relative=0.0, absolute=0.0) -> str:
     """The first place where two values differ and what stands there, in one line; else "".
 
-    `relative` is how far numbers may be apart, as a share of the largest one expected.
-    """
+    `relative` is how far numbers may be apart, as a share of the largest one expected."""
     numbers = torch.Tensor | np.ndarray | float
     if isinstance(expected, numbers) and isinstance(got, numbers | int):
         a, b = (torch.as_tensor(x).detach().double() for x in (got, expected))
@@ -67,6 +66,11 @@ def same(got, expected, case="", relative=0.0, absolute=0.0) -> None:
     __tracebackhide__ = True
     if said := difference(got, expected, relative, absolute):
         raise AssertionError(f"{case}: {said}" if case else said)
+
+
+def close(got, expected, relative=1e-5, case="") -> None:
+    __tracebackhide__ = True
+    same(got, expected, case, relative)
 
 
 def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):

