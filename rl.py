@@ -497,7 +497,7 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "kl": "k3 estimate per token, in nats: how far from the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
     "gap": "largest difference of a token's log-probability between sampler and trainer: 1e-4 in "
-    "float32, .1 to .3 in bfloat16 (.0004 to .02 on average). Much more: stop, the two disagree",
+    "float32, .1 to .3 in bfloat16 (.0004 to .03 on average). Much more: stop, the two disagree",
     "gap_mean": "its mean over tokens",
     "tokens_per_second": "prompt and completion tokens, over the whole step",
     "seconds_rollout": "sampling and rewards",
