@@ -8,11 +8,10 @@
     python tests/exercises.py selftest             # are the graders any good?
 
 The files of the project are the solutions, and nothing in them is marked up. A grader is a few of
-the repository's own tests, so it is only as good as they are. `selftest` finds out: they have to
-pass the reference and a second solution that is written differently, and to fail the blank, each of
-the typical mistakes below, a function that answers zero, one that repeats its first answer, and,
-for each argument, one that ignores it. And on random input the two solutions have to agree: where
-they do not, one of them is wrong, or the docstring leaves open what the tests do not ask.
+the repository's own tests. `selftest` finds out how good they are: they have to pass the reference
+and a second solution, and to fail the blank, each of the typical mistakes below, a function that
+answers zero, one that repeats its first answer, and, for each argument, one that ignores it. And
+the two solutions have to agree on random input (differentials.py).
 
 Standard library only, but for what the tests themselves import.
 """
@@ -33,9 +32,9 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 import xml.etree.ElementTree
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +45,10 @@ ANSWERS = ("tests/exercises.py", "tests/test_exercises.py")  # not in any studen
 MADE = "exercise.json"  # in a copy: which exercise it is for, and which of its bugs it holds
 NEEDED = ("pytest", "hypothesis", "torch", "transformers", "safetensors")  # for any test at all
 LIMIT = 180  # seconds for the tests of one exercise, after which a loop is taken to be endless
+HINTS = {  # of any exercise, after its own
+    "DID NOT RAISE": "The docstring says what is refused.",
+    "Regex pattern": "What an error says is asked for as well: the words stand there.",
+}
 
 
 class Mutant(NamedTuple):
@@ -57,8 +60,7 @@ class Mutant(NamedTuple):
     new: str
 
 
-@dataclass(frozen=True)
-class Exercise:
+class Exercise(NamedTuple):
     number: int  # as the functions stand in the chapters
     title: str
     file: str
@@ -75,11 +77,10 @@ class Exercise:
         names = (n if ".py" in n else f"test_{self.file}::{n}" for n in self.graders.split())
         return [f"tests/{name}" for name in names]
 
+    @property
+    def in_full(self) -> str:
+        return " \\\n    ".join(["python -m pytest", *self.tests])
 
-HINTS = {  # of any exercise, after its own
-    "DID NOT RAISE": "The docstring says what is refused.",
-    "Regex pattern": "What an error says is asked for as well: the words stand there.",
-}
 
 # ---- The exercises ---------------------------------------------------------------------------
 # fmt: off
@@ -99,9 +100,6 @@ EXERCISES = [
             Mutant("a negative idf is kept",
                    "Of two equal items, the one that also holds a frequent query word ranks lower.",
                    "weights[weights < 0]", "weights[np.isnan(weights)]"),
-            Mutant("a negative idf becomes 0",
-                   "On small profiles, many queries score every item exactly 0.",
-                   "0.25 * (sum(weights.tolist()) / max(len(held), 1))", "0.0"),
             Mutant("n(w) counts occurrences, not documents",
                    "A word that a single item repeats ten times hardly counts for that item.",
                    "len(found) for found", "sum(found.values()) for found"),
@@ -139,9 +137,6 @@ EXERCISES = [
             Mutant("the count does not saturate",
                    "An item that repeats one query word beats an item that holds all of them.",
                    "(count + self.norm[where])", "(1 + self.norm[where])"),
-            Mutant("the last word replaces the sum",
-                   "Only the end of a query seems to matter.",
-                   "scores[where] +=", "scores[where] ="),
         ], """
         def score(number: int, word: str) -> float:
             count = self.counts[word].get(number, 0) if word in self.counts else 0
@@ -157,9 +152,6 @@ EXERCISES = [
          "naive": "What ties keeps the profile's order, also where all scores are 0.",
          "random": "Does the draw depend on anything but the seed and the record's id?",
          "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."}, [
-            Mutant("the worst items come first",
-                   "More retrieved items help, but the first one almost never does.",
-                   "np.argsort(-scores, kind=\"stable\")", "np.argsort(scores, kind=\"stable\")"),
             Mutant("ties go to the higher index",
                    "Rankings equal rank_bm25's, except among items with equal scores.",
                    "np.argsort(-scores, kind=\"stable\")",
@@ -215,9 +207,6 @@ EXERCISES = [
                    "Prompts are over the budget by the same few tokens, whatever they hold.",
                    "len(tokenizer.chat(messages(most, items)))",
                    "sum(len(tokenizer.encode(m[\"content\"])) for m in messages(most, items))"),
-            Mutant("one token over the budget",
-                   "Once in a while a prompt is a token too long.",
-                   "<= max_prompt_tokens", "<= max_prompt_tokens + 1"),
             Mutant("profiles are spoken of where there are none",
                    "The baseline without a profile answers as if it had lost something.",
                    "bool(items)", "True"),
@@ -274,10 +263,6 @@ EXERCISES = [
             Mutant("n-grams do not overlap",
                    "ROUGE-1 is right; ROUGE-2 of a text and itself is about a half.",
                    "tokens[i:] for i in range(n)", "tokens[i::n] for i in range(n)"),
-            Mutant("one word fewer in each n-gram",
-                   "ROUGE-2 is almost as high as ROUGE-1.",
-                   "for i in range(n)), strict=False",
-                   "for i in range(max(n - 1, 1))), strict=False"),
         ], """
         grams = [tuple(b[i : i + n]) for i in range(len(b) - n + 1)]
         matches = 0
@@ -295,9 +280,6 @@ EXERCISES = [
             Mutant("only the last occurrence of a word is known",
                    "Headlines that repeat a word get too low a ROUGE-L.",
                    "columns.get(token, 0) | 1 << j", "1 << j"),
-            Mutant("a growth stays where it was",
-                   "ROUGE-L is too low for most pairs, and 0 for many that share words.",
-                   "(row + matches) | (row - matches)", "row + matches | row"),
             Mutant("the carry beyond the last column is counted",
                    "ROUGE-L is now and then too low, and can be negative.",
                    "((row + matches) | (row - matches)) & all_columns",
@@ -325,10 +307,6 @@ EXERCISES = [
          "nothing": "Rules 1 and 2: what counts at all, and what is no key?",
          "placeholder": "Rule 4: the first value that says something, else the placeholder.",
          "several": "Rule 4, and which of several answer tags rule 1 names."}, [
-            Mutant("thoughts without an answer behind them count",
-                   "A completion that stops right after </think> earns accuracy.",
-                   "completion.rpartition(\"</think>\")[2]",
-                   "completion.partition(\"</think>\")[2] or completion"),
             Mutant("a thought that never closes counts",
                    "Completions cut off in the middle of a thought earn accuracy.",
                    "if \"<think>\" in text:", "if not text:"),
@@ -341,9 +319,6 @@ EXERCISES = [
             Mutant("the key may be the end of another word",
                    "'subtitle: ...' is read as an answer.",
                    r"|^[ \t{{#>*-]*{word})", "|{word})"),
-            Mutant("the end of the answer block is not seen",
-                   "What a model says after </answer> replaces an answer that has no key.",
-                   "text.partition(\"</answer>\")[0].rpartition", "text.rpartition"),
         ], r'''
         word, marks, values, at = task_of(task).answer, tuple("'\"‘’“”"), [], 0
         text = completion.split("</think>")[-1]
@@ -395,9 +370,6 @@ EXERCISES = [
             Mutant("radians taken for turns",
                    "Qwen2 is right; Llama 3.1 is slightly off on every prompt.",
                    " / (2 * math.pi)", ""),
-            Mutant("the blend is not limited",
-                   "Qwen2 is right; Llama 3.1 writes nonsense.",
-                   ".clamp(0, 1)", ""),
         ], """
         found = []
         for i in range(c.head_dim // 2):
@@ -453,9 +425,6 @@ EXERCISES = [
             Mutant("not scaled",
                    "Every head looks at a single token; logits are far from transformers'.",
                    ", **how)", ", scale=1.0, **how)"),
-            Mutant("the mask is turned round",
-                   "Right without a mask; with one, every token sees only what it must not.",
-                   "visible.unsqueeze(1)", "~visible.unsqueeze(1)"),
         ], """
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
@@ -473,15 +442,9 @@ EXERCISES = [
             Mutant("alpha is forgotten",
                    "What is sampled and what the merged checkpoint says drift apart.",
                    "change = self.scale * F", "change = F"),
-            Mutant("the frozen part is missing",
-                   "From the first step on the model writes noise: B is 0, so all is 0.",
-                   "return product.view(change.shape)", "return change"),
             Mutant("beside an adapter the bias is forgotten",
                    "Llama is right, it has none; Qwen2 writes noise from the first step on.",
                    "else change + bias", "else change"),
-            Mutant("the frozen part is scaled too",
-                   "Right where alpha is the rank; else word salad from the first step on.",
-                   "self.weight.to(dtype).T", "self.scale * self.weight.to(dtype).T"),
             Mutant("the precision of products is ignored",
                    "--precision bfloat16 is no faster, and `gap` is as small as in float32.",
                    "dtype = self.products or self.weight.dtype", "dtype = self.weight.dtype"),
@@ -513,10 +476,6 @@ EXERCISES = [
             Mutant("queries are masked, not keys",
                    "Left-padded batches are wrong, right-padded ones are right.",
                    "& mask[:, None]", "& mask[:, :, None]"),
-            Mutant("a mask replaces the causal one",
-                   "Without padding all is right; padded batches have a loss of almost nothing.",
-                   "(positions <= positions[:, None]) & mask[:, None]",
-                   "mask[:, None].repeat(1, tokens.shape[1], 1)"),
         ], """
         T, device = tokens.shape[1], tokens.device
         mask = torch.ones_like(tokens) if mask is None else mask.long()
@@ -551,14 +510,6 @@ EXERCISES = [
                    "`gap` is large; completions lose the thread of the prompt.",
                    "both.softmax(-1)",
                    "torch.cat([part.softmax(-1) for part in both.split([T, n], -1)], -1)"),
-            Mutant("the newest value overwrites the one before it",
-                   "`gap` is 0 for two tokens, then grows with every token.",
-                   "index_copy_(3, self.slot, new",
-                   "index_copy_(3, (self.slot - (new is v)).clamp(min=0), new"),
-            Mutant("slots that are not written yet are attended",
-                   "Fine on a CPU; on a GPU completions are dull from the first token on.",
-                   "torch.add(self.hide[:, None, : T + n], both, alpha=self.scale)",
-                   "torch.add(F.pad(self.hide[:, None, :T], (0, n)), both, alpha=self.scale)"),
             Mutant("query heads go to the wrong key-value head",
                    "Right with a single key-value head, word salad with more.",
                    "q.view(P, G, K, R, D).transpose(1, 2)",
@@ -597,9 +548,6 @@ EXERCISES = [
             Mutant("one random number for all rows",
                    "All completions of a group are equal; zero_spread_groups is 1.",
                    "torch.rand(len(sums), 1,", "torch.rand(1, 1,"),
-            Mutant("the likeliest id's probability is reported",
-                   "Log-probabilities look too good and `gap` is large.",
-                   "probabilities.gather(-1, ids)", "probabilities.amax(-1, keepdim=True)"),
             Mutant("an id of probability 0 can be drawn",
                    "Once in millions of tokens, an impossible token and a `gap` of 80 or more.",
                    "right=True", "right=False"),
@@ -633,19 +581,12 @@ EXERCISES = [
             Mutant("positions stand still",
                    "The first two tokens are right, then `gap` grows.",
                    "positions = positions + 1", "positions = positions.clone()"),
-            Mutant("the first token is read off one place too early",
-                   "Completions begin by repeating the end of the prompt.",
-                   "laid.starts + laid.lengths - 1",
-                   "laid.starts + (laid.lengths - 2).clamp(min=0)"),
             Mutant("only one of the end-of-sequence ids stops",
                    "Some completions run past their end and make up the user's next turn.",
                    "{*eos.tolist()}", "{*eos.tolist()[:1]}"),
             Mutant("rows that stay are written to the places of those that leave",
                    "Once the first completions have ended, the others go on in their place.",
                    "positions[kept], writing[kept]", "positions[kept], writing[: len(kept)]"),
-            Mutant("ids that the tokenizer does not have are sampled",
-                   "Now and then a completion holds a token that decodes to nothing.",
-                   "head[: decoder.vocab_limit]", "head"),
         ], """
         fine = temperature == 0 or 1e-6 <= temperature < math.inf
         if group_size < 1 or max_new_tokens < 1 or not fine:
@@ -703,15 +644,9 @@ EXERCISES = [
             Mutant("completions start at place 0",
                    "`gap` is large from the second token on, more so behind long prompts.",
                    "offset + fed.positions", "fed.positions"),
-            Mutant("prompts tiled instead of repeated",
-                   "Right with prompts of one length, `gap` is large otherwise.",
-                   "prompt.mask.repeat_interleave(G, 0)", "prompt.mask.repeat(G, 1)"),
             Mutant("no gradient through the prompt's keys",
                    "`gap` is 0, but the policy learns slowly to use what it retrieves.",
                    "[prompt_k.repeat_interleave", "[prompt_k.detach().repeat_interleave"),
-            Mutant("temperature forgotten",
-                   "`gap` is 0 at --temperature 1 and large at any other.",
-                   "target.tokens, temperature)", "target.tokens, 1.0)"),
         ], """
         if not 1e-6 <= temperature < math.inf or [] in prompts:
             raise ValueError("the temperature must be above 0, and prompts hold a token")
@@ -749,9 +684,6 @@ EXERCISES = [
             Mutant("rows without a token take part in the softmax",
                    "`gap` is above 0 on models whose vocabulary is padded, as Qwen's is.",
                    "decoder.head[:limit]", "decoder.head"),
-            Mutant("the head does not learn",
-                   "The policy learns slowly; the saved output matrix is the old one.",
-                   "decoder.head[:limit]", "decoder.head[:limit].detach()"),
         ], """
         found, limit = [], decoder.vocab_limit
 
@@ -784,9 +716,6 @@ EXERCISES = [
             Mutant("a key that stands twice is accepted",
                    "Of two tensors of the same name, one is silently lost.",
                    ", object_pairs_hook=unique", ""),
-            Mutant("the shape is read backwards",
-                   "Square matrices come out scrambled, the others are refused.",
-                   ".view(shape)", ".view(shape[::-1])"),
         ], """
         content, tensors = Path(path).read_bytes(), {}
 
@@ -818,9 +747,6 @@ EXERCISES = [
          "weights": "The weights are in \"reward\" alone; the parts are listed without them.",
          "gold": "Without a target there is no accuracy, but the judge still sees the answer.",
          "nothing": "The judge sees no empty answer: the task's `penalty` stands for it."}, [
-            Mutant("accuracy is not weighted",
-                   "With --accuracy 0 the log still shows rewards near 3.",
-                   "accuracy * row[\"accuracy\"]", "row[\"accuracy\"]"),
             Mutant("format weighs as much as accuracy",
                    "Reward rises at once and stays: completions close their thoughts, no more.",
                    "format * row[\"format\"]", "row[\"format\"]"),
@@ -873,9 +799,6 @@ EXERCISES = [
             Mutant("the exponentials overflow",
                    "The loss is inf or nan once the scores have grown.",
                    "scores.logsumexp(1)", "scores.exp().sum(1).log()"),
-            Mutant("the opposite sign",
-                   "Pair accuracy falls below one half.",
-                   "scores.logsumexp(1) - scores[:, 0]", "scores[:, 0] - scores.logsumexp(1)"),
         ], """
         logits = torch.cat([negatives, positive[:, None]], 1) / temperature
         target = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
@@ -897,9 +820,6 @@ EXERCISES = [
                    "Training works, but a saved model scores otherwise in transformers.",
                    "encode_pair(q.strip(), a.strip(), self.limit)",
                    "encode_pair(a.strip(), q.strip(), self.limit)"),
-            Mutant("dropout while scoring",
-                   "The same pair scores differently each time.",
-                   ", self.training)", ", True)"),
         ], """
         scores = []
         for query, answer in zip(queries, answers, strict=True):
@@ -918,15 +838,9 @@ EXERCISES = [
             Mutant("every micro-batch counts as much as all pairs",
                    "A smaller budget acts like a larger learning rate.",
                    " * len(part) / len(pairs)", ""),
-            Mutant("the last micro-batch's loss",
-                   "The loss in the log jumps about, and is low when the last pairs are short.",
-                   "total += loss.item()", "total = loss.item()"),
             Mutant("the length of the texts is not counted",
                    "The GPU's memory is full as soon as texts are long.",
                    "(texts * longest)", "texts"),
-            Mutant("the last pairs are left out",
-                   "With a small budget the loss in the log is a little too low.",
-                   "range(0, len(pairs), count)", "range(0, len(pairs) - count + 1, count)"),
             Mutant("each micro-batch forgets the one before",
                    "With a small budget the model learns from a few pairs of each batch only.",
                    "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
@@ -963,9 +877,6 @@ EXERCISES = [
             Mutant("micro-batches lose the order",
                    "As soon as there is more than one batch, users earn what others should.",
                    "total[rows] = ", "total[: len(rows)] = "),
-            Mutant("the budget is not kept",
-                   "The GPU's memory is full as soon as prompts are long.",
-                   "(sizes, tokens_per_batch)", "(sizes, 10**9)"),
         ], """
         total = torch.zeros(len(answers), max(map(len, answers), default=0))
         for n, group in enumerate(answers):
@@ -995,10 +906,6 @@ EXERCISES = [
                    "zero_spread_groups stays 0, even when all completions earn the same.",
                    "centred.abs().amax(1, keepdim=True) <= rounding",
                    "centred.abs().amax(1, keepdim=True) <= 0"),
-            Mutant("the standard deviation over the batch",
-                   "One prompt with wide rewards makes the updates of all others small.",
-                   "centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)",
-                   "centred.square().sum() / (rewards.numel() - 1)"),
         ], """
         if scale not in ("std", "none"):
             raise ValueError(f"scale {scale!r} is neither std nor none")
@@ -1030,10 +937,6 @@ EXERCISES = [
                    "`kl` is right while it is small, then too large or too small.",
                    "difference.clamp(max=LARGEST).exp() - difference - 1",
                    "difference.square() / 2"),
-            Mutant("the sign of the KL",
-                   "`kl` is negative, and the policy is rewarded for leaving the reference.",
-                   "difference.clamp(max=LARGEST).exp() - difference - 1",
-                   "1 + difference - difference.exp()"),
         ], """
         ratio = torch.exp(ref_logprobs - logprobs)
         return (ratio - 1) - (ref_logprobs - logprobs)
@@ -1053,9 +956,6 @@ EXERCISES = [
             Mutant("zero divided by zero",
                    "With --mask-truncated, the first truncated completion ends the run.",
                    "mask.sum(-1, keepdim=True).clamp(min=1)", "mask.sum(-1, keepdim=True)"),
-            Mutant("padding is weighed",
-                   "The loss is right as long as all completions have one length.",
-                   "mask.float()", "torch.ones_like(mask, dtype=torch.float)"),
         ], """
         if normalizer not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"there is no normalizer {normalizer!r}")
@@ -1091,12 +991,6 @@ EXERCISES = [
             Mutant("the mask is multiplied in",
                    "With --beta the loss is NaN in some steps: zero times infinity.",
                    "ref_logprobs.masked_fill(outside, 0.0)", "ref_logprobs * mask"),
-            Mutant("the sign of the KL",
-                   "With --beta, `kl` grows without bound.",
-                   "loss + beta * k3", "loss - beta * k3"),
-            Mutant("the opposite sign",
-                   "The reward falls from the first step on.",
-                   "loss = -torch.min(", "loss = torch.min("),
         ], """
         if weights is None:
             weights = token_weights(mask, normalizer, max_new_tokens)
@@ -1130,9 +1024,6 @@ EXERCISES = [
             Mutant("the decay starts at step 0",
                    "The rate jumps down at the end of the warm-up.",
                    "(step - rising) / max(1, steps - 1 - rising)", "step / max(1, steps - 1)"),
-            Mutant("half a cosine",
-                   "In the middle of the run the rate is higher than it should be.",
-                   "(1 + math.cos(math.pi * passed)) / 2", "math.cos(math.pi * passed / 2)"),
         ], """
         rising = max(1, round(steps / 10))
         if step < rising:
@@ -1161,13 +1052,6 @@ EXERCISES = [
             Mutant("every item is quoted, not the best ones",
                    "With --k 10 the first completions are cut off before they answer.",
                    "min(o.k, EVIDENCE_ITEMS)", "o.k"),
-            Mutant("the quotation is not cut",
-                   "On LaMP-7 the first completions are cut off before they answer.",
-                   "tokenizer.cut(item[last_field].strip(), EVIDENCE_TOKENS)",
-                   "item[last_field].strip()"),
-            Mutant("reasoning although none was asked for",
-                   "With --no-reasoning, completions close a block that is closed already.",
-                   "if o.reasoning:", "if True:"),
         ], """
         best, found = make_ranker(o), []
         field = list(task_of(o.task).fields)[-1]
@@ -1227,9 +1111,15 @@ def blank(text: str, e: Exercise) -> str:
 def mutated(text: str, e: Exercise, mutant: Mutant) -> str:
     above, head, body, below = cut(text, e.function)
     if body.count(mutant.old) != 1 or mutant.new == mutant.old:
-        count = body.count(mutant.old)
-        raise ValueError(f"{e.file}: {e.function} holds {mutant.old!r} {count} times, not once")
+        raise ValueError(f"{e.file}: {e.function} does not hold {mutant.old!r} once")
     return above + head + body.replace(mutant.old, mutant.new) + below
+
+
+def bug_lines(e: Exercise, mutant: Mutant) -> set[str]:
+    """What stands on the lines that the mistake has changed, without their indentation."""
+    texts = reference(e), mutated(reference(e), e, mutant)
+    before, after = ({*map(str.strip, cut(text, e.function)[2].splitlines())} for text in texts)
+    return after - before
 
 
 def reference(e: Exercise) -> str:
@@ -1247,10 +1137,8 @@ def repository_files() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         names = []
     if "rl.py" not in names:
-        paths = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
-        skipped = {"runs", "venv", "__pycache__"}
-        hidden = (any(p in skipped or p[0] == "." for p in path.parts) for path in paths)
-        names = [path.as_posix() for path, out in zip(paths, hidden) if not out]
+        out, paths = {"runs", "venv", "__pycache__"}, [p.relative_to(ROOT) for p in ROOT.rglob("*")]
+        names = [p.as_posix() for p in paths if not any(x in out or x[0] == "." for x in p.parts)]
     return [name for name in names if name not in ANSWERS and (ROOT / name).is_file()]
 
 
@@ -1276,13 +1164,12 @@ def start(e: Exercise, target: Path, text: str, **more) -> None:
 
 def submitted(e: Exercise, directory: Path) -> tuple[dict[str, str], dict]:
     """(the modules that a directory holds, what `start` or `bug` has noted there or {})."""
-    paths = [directory / name for name in MODULES if (directory / name).is_file()]
+    paths = [directory / name for name in (*MODULES, MADE) if (directory / name).is_file()]
     found = {path.name: path.read_text(encoding="utf-8") for path in paths}
     if e.file not in found:
         problem = f"holds no {e.file}" if directory.is_dir() else "does not exist"
         raise ValueError(f"{directory} {problem}: exercise {e.number} is about {e.file}")
-    path = directory / MADE
-    made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made = json.loads(found.pop(MADE, "{}"))
     if made.get("exercise", e.number) != e.number:
         raise ValueError(f"{directory} is a copy for exercise {made['exercise']}, not {e.number}")
     return found, made
@@ -1307,57 +1194,24 @@ def explain(problem, e: Exercise) -> str:
     return said if len(said) <= 400 else said[:400] + " ..."
 
 
-def problem_of(e: Exercise, directory: Path, text: str, made: dict) -> str:
-    """Why there is nothing to be tested, or ""; ValueError for the work on another exercise."""
+def problem_of(e: Exercise, directory: Path) -> tuple[dict[str, str], str]:
+    """(the modules, why there is nothing to be tested or "")."""
+    modules, made = submitted(e, directory)
+    path, original = directory / e.file, reference(e)
     try:
-        body = cut(text, e.function)[2]
+        body = cut(modules[e.file], e.function)[2]
     except SyntaxError as error:
         line = (error.text or "").strip()
-        return f"{directory / e.file}:{error.lineno}: SyntaxError: {error.msg}: {line}"
+        return modules, f"{path}:{error.lineno}: SyntaxError: {error.msg}: {line}"
     except StopIteration:
-        return f"{directory / e.file} has no {e.function}"
-    if body == cut(blank(reference(e), e), e.function)[2]:
-        return f"still blank: {e.function} in {directory / e.file}"
-    files = [directory / name for name in MODULES if (directory / name).is_file()]
-    changed = [path.name for path in files if path.read_bytes() != (ROOT / path.name).read_bytes()]
-    if not made and changed and body == cut(reference(e), e.function)[2]:
+        return modules, f"{path} has no {e.function}"
+    if body == cut(blank(original, e), e.function)[2]:
+        return modules, f"still blank: {e.function} in {path}"
+    changed = [name for name, text in modules.items() if text != (ROOT / name).read_text("utf-8")]
+    if not made and changed and body == cut(original, e.function)[2]:
         problem = f"{e.function} is the original, and {', '.join(changed)} differ elsewhere"
         raise ValueError(f"{directory}: {problem}; is it for another exercise?")
-    return ""
-
-
-def grade(e: Exercise, directory: Path) -> dict:
-    """Gradescope's results: the exercise with its points, then every test of it, passed or not.
-
-    The tests are the reference's own, whatever the directory's are. The points are for all of
-    them: a constant may pass a test or two, and a function is right or it is not.
-    """
-    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
-    if missing:
-        needs = f"the tests need {', '.join(missing)}"
-        raise ValueError(f"{needs}: pip install -r {ROOT / 'tests' / 'requirements.txt'}")
-    modules, made = submitted(e, directory)
-    tests, passed, problem = {}, False, problem_of(e, directory, modules[e.file], made)
-    if not problem:
-        tests, passed, problem = run_tests(e, modules)
-    wrong = [(name, *one) for name, cases in tests.items() for one in cases if one[1]]
-    if modules[e.file] == reference(e):
-        problem = f"{directory / e.file} is the original: is it your own work?"
-    elif not passed:
-        name, case, said = wrong[0] if wrong else ("", "", "")
-        begin = f"begin with {name}{case and f', case {case}'}. " * bool(wrong)
-        hints = e.hints | HINTS
-        fitting = (key for key in hints if key and key in f"{name} {case} {said}")
-        hint = hints[next(fitting, "")]
-        problem = f"{problem}\n{begin}hint: {hint}".strip()
-    results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * passed}]
-    results[0] |= {"max_score": e.points, "output": problem}
-    for name, cases in tests.items():
-        bad = [f"{case}: {said}" if case else said for case, said in cases if said]
-        said = f"{len(cases) - len(bad)} of {len(cases)} cases passed. " * (len(cases) > 1)
-        one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if bad else "passed"}
-        results.append(one | {"output": (said + "".join(bad[:1])).strip()})
-    return {"score": e.points * passed, "tests": results}
+    return modules, ""
 
 
 def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
@@ -1371,7 +1225,7 @@ def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
         how = {"cwd": folder, "env": os.environ | PLAIN, "timeout": LIMIT}
         try:
             done = subprocess.run(run, capture_output=True, text=True, **how)
-            cases = list(xml.etree.ElementTree.parse(f"{folder}/results.xml").iter("testcase"))
+            cases = xml.etree.ElementTree.parse(f"{folder}/results.xml").iter("testcase")
         except subprocess.TimeoutExpired as stopped:
             lines = (stopped.stdout or b"").decode(errors="replace").split("\n")
             begun = [line.rpartition("::")[2].split() for line in lines if "::" in line]
@@ -1379,32 +1233,43 @@ def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
             return {}, False, f"no end after {LIMIT} seconds{where}: does a loop run for ever?"
         except (OSError, xml.etree.ElementTree.ParseError):
             return {}, False, "\n".join((done.stdout + done.stderr).strip().splitlines()[-4:])
-        for case in cases:
-            if case.find("skipped") is None:
-                problem, (name, _, id) = next(iter(case), None), case.get("name").partition("[")
-                said = "" if problem is None else explain(problem, e)
-                tests[name].append((id.removesuffix("]"), said))
+    for case in cases:
+        if case.find("skipped") is None:
+            problem, (name, _, id) = next(iter(case), None), case.get("name").partition("[")
+            said = "" if problem is None else explain(problem, e)
+            tests[name].append((id.removesuffix("]"), said))
     return tests, bool(tests) and done.returncode == 0, "" if tests else "no test ran"
 
 
-# ---- Find the bug ----------------------------------------------------------------------------
+def grade(e: Exercise, directory: Path) -> dict:
+    """Gradescope's results: the exercise with its points, then every test of it, passed or not.
 
-
-def bug_lines(e: Exercise, mutant: Mutant) -> set[str]:
-    """What stands on the lines that the mistake has changed, without their indentation."""
-    texts = reference(e), mutated(reference(e), e, mutant)
-    before, after = ({*map(str.strip, cut(text, e.function)[2].splitlines())} for text in texts)
-    return after - before
-
-
-def bug_in(e: Exercise, directory: Path, line: int) -> tuple[Mutant, bool]:
-    """The bug that `bug` has put into a directory, and whether it stands on this line there now."""
-    found, made = submitted(e, directory)
-    if "bug" not in made:
-        raise ValueError(f"{directory} was not made by `bug {e.number} {directory}`")
-    mutant = e.mutants[made["bug"] % len(e.mutants)]
-    said = "".join(found[e.file].splitlines()[line - 1 : line] if line > 0 else []).strip()
-    return mutant, any(map(said.startswith, bug_lines(e, mutant)))  # a comment may stand behind it
+    The tests are the reference's own. The points are for all of them: a constant may pass one or
+    two, and a function is right or it is not.
+    """
+    if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
+        install = f"pip install -r {ROOT / 'tests' / 'requirements.txt'}"
+        raise ValueError(f"the tests need {', '.join(missing)}: {install}")
+    tests, passed, (modules, problem) = {}, False, problem_of(e, directory)
+    if not problem:
+        tests, passed, problem = run_tests(e, modules)
+    if modules[e.file] == reference(e):
+        problem = f"{directory / e.file} is the original: is it your own work?"
+    elif not passed:
+        wrong = [(name, *one) for name, cases in tests.items() for one in cases if one[1]]
+        name, case, said = wrong[0] if wrong else ("", "", "")
+        begin = f"begin with {name}{case and f', case {case}'}. " * bool(wrong)
+        hints = e.hints | HINTS
+        hint = hints[next((key for key in hints if key and key in f"{name} {case} {said}"), "")]
+        problem = f"{problem}\n{begin}hint: {hint}".strip()
+    results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * passed}]
+    results[0] |= {"max_score": e.points, "output": problem}
+    for name, cases in tests.items():
+        bad = [f"{case}: {said}" if case else said for case, said in cases if said]
+        said = f"{len(cases) - len(bad)} of {len(cases)} cases passed. " * (len(cases) > 1)
+        one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if bad else "passed"}
+        results.append(one | {"output": (said + "".join(bad[:1])).strip()})
+    return {"score": e.points * passed, "tests": results}
 
 
 # ---- The graders, graded ---------------------------------------------------------------------
@@ -1436,8 +1301,8 @@ def cheat(owner, name: str, how: str) -> None:
         bound = signature.bind(*given, **named)
         bound.apply_defaults()
         if how in bound.arguments:
-            default, seen = signature.parameters[how].default, bound.arguments[how]
-            seen = first.setdefault("seen", seen)
+            default = signature.parameters[how].default
+            seen = first.setdefault("seen", bound.arguments[how])
             bound.arguments[how] = seen if default is inspect.Parameter.empty else default
         result = real(*bound.args, **bound.kwargs)
         answer = vars(given[0]) if result is None else result
@@ -1448,19 +1313,14 @@ def cheat(owner, name: str, how: str) -> None:
     setattr(owner, name, cheater)
 
 
-@dataclass
-class Variant:
-    """A version of an exercise's file that its tests have to pass, or to fail."""
+class Variant(NamedTuple):
+    """A version of an exercise's file that its tests have to pass (the first three), or to fail."""
 
     exercise: Exercise
     kind: str  # reference, second solution, differential, blank, mutant or cheat
     name: str
     text: str
     how: str = ""  # of a cheat
-
-    @property
-    def right(self) -> bool:
-        return self.kind in ("reference", "second solution", "differential")
 
 
 def variants(e: Exercise):
@@ -1472,9 +1332,8 @@ def variants(e: Exercise):
     for mutant in e.mutants:
         yield Variant(e, "mutant", mutant.name, mutated(text, e, mutant))
     given = [a.arg for a in path_to(text, e.function)[-1].args.args]
-    hows = {"0": "answers zero", "first": "repeats its first answer"}
-    for how in [*hows, *(name for name in given if name != "self")]:
-        yield Variant(e, "cheat", hows.get(how, f"ignores {how}"), text, how)
+    for how in ["0", "first", *(name for name in given if name != "self")]:
+        yield Variant(e, "cheat", how, text, how)
 
 
 def agree(e: Exercise) -> str:
@@ -1484,9 +1343,9 @@ def agree(e: Exercise) -> str:
     """
     compare, text = importlib.import_module("differentials").compare, reference(e)
     count, said = compare(e.file, e.function, text, with_body(text, e.function, e.solution))
-    differ = [compare(e.file, e.function, text, mutated(text, e, m))[1] != "" for m in e.mutants]
-    said = said or ("" if any(differ) else "no mutant differs: the random input is too tame")
-    return f"{count} cases, {sum(differ)} of {len(differ)} mutants differ\n{said}".strip()
+    if not any(compare(e.file, e.function, text, mutated(text, e, m))[1] for m in e.mutants):
+        said += "no mutant differs: the random input is too tame"
+    return f"{count} cases\n{said}".strip()
 
 
 def preload() -> None:
@@ -1508,8 +1367,7 @@ def preload() -> None:
 
 def fork(v: Variant, folder: Path) -> int:
     """The variant's tests in a child of this process: its id. It exits as pytest does."""
-    pid = os.fork()
-    if pid:
+    if pid := os.fork():
         return pid
     status = 70
     try:
@@ -1521,53 +1379,50 @@ def fork(v: Variant, folder: Path) -> int:
         sys.path.insert(0, str(folder))
         if v.kind == "differential":
             sys.path.insert(0, str(folder / "tests"))
-            try:
-                said = agree(v.exercise)
-            except Exception as error:
-                said = f"\n{error!r}"
+            said = agree(v.exercise)
             print(said, flush=True)
             os._exit("\n" in said)
         if v.how:
             owner, _, name = v.exercise.function.rpartition(".")
             module = importlib.import_module(Path(v.exercise.file).stem)
             cheat(getattr(module, owner) if owner else module, name, v.how)
-        run = [*FLAGS, "-x", "--assert=plain", *v.exercise.tests]
+        run = [*FLAGS, "-x", "--tb=native", "--assert=plain", *v.exercise.tests]
         status = int(sys.modules["pytest"].main(run))
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def selftest(exercises: list[Exercise], jobs: int, verbose: bool) -> bool:
+def selftest(exercises: list[Exercise], verbose: bool) -> bool:
     """Runs every variant of the exercises and prints the counts; whether all were as expected."""
     begun, running, expected, all_of, cases = time.perf_counter(), {}, Counter(), Counter(), 0
     waiting = [variant for e in exercises for variant in variants(e)]
+    right = {"reference": "pass", "second solution": "pass", "differential": "agree"}
     preload()
     with tempfile.TemporaryDirectory() as base:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < os.cpu_count():
                 v, folder = waiting.pop(0), Path(base, str(len(waiting)))
                 start(v.exercise, folder, v.text)
                 running[fork(v, folder)] = v, folder, time.perf_counter()
             pid, status = os.wait()
-            v, folder, since = running.pop(pid)
-            status, seconds = os.waitstatus_to_exitcode(status), time.perf_counter() - since
-            good = status == (0 if v.right else 1)  # 1: tests failed; any other: they did not run
+            (v, folder, since), status = running.pop(pid), os.waitstatus_to_exitcode(status)
+            good = status == (v.kind not in right)  # 1: tests failed; any other: they did not run
             expected[v.kind] += good
             all_of[v.kind] += 1
             said = (folder / "log").read_text()
-            if v.kind == "differential":  # "500 cases, 4 of 5 mutants differ"
-                cases += int(said.partition(" cases")[0]) if " cases" in said else 0
+            cases += int(said.split()[0]) if v.kind == "differential" and good else 0
             if verbose or not good:
-                how = "as expected" if good else f"NOT AS EXPECTED, pytest exits with {status}"
+                how = "as expected" if good else f"NOT AS EXPECTED, status {status}"
                 name = f"exercise {v.exercise.number}, {v.kind} {v.name}".strip()
-                print(f"{name}: {how} ({seconds:.1f} s)", flush=True)
+                print(f"{name}: {how} ({time.perf_counter() - since:.1f} s)", flush=True)
                 print("" if good else said[-2000:], end="", flush=True)
             shutil.rmtree(folder)
-    print(f"{len(exercises)} exercises in {time.perf_counter() - begun:.0f} s")
-    words = {"reference": "pass", "second solution": "pass"}
-    words |= {"differential": f"agree, on {cases:,} random cases"}
+    seconds = time.perf_counter() - begun
+    print(f"{len(exercises)} exercises, {cases:,} random cases, {seconds:.0f} s")
     for kind, count in all_of.items():
-        print(f"{kind}: {expected[kind]} of {count} {words.get(kind, 'caught')}")
+        print(f"{kind}: {expected[kind]} of {count} {right.get(kind, 'caught')}")
     return expected == all_of
 
 
@@ -1589,34 +1444,37 @@ def main() -> int:
         }.items()
     }
     for name in ("start", "check", "bug"):
-        parsers[name].add_argument("number", type=int, metavar="N", help="the exercise")
+        parsers[name].add_argument("numbers", type=int, nargs=1, metavar="N", help="the exercise")
         help = "of your answer" if name == "check" else "a new or an empty directory"
         parsers[name].add_argument("directory", type=Path, metavar="DIR", help=help)
+    parsers["list"].set_defaults(numbers=[])
     parsers["check"].add_argument("--json", action="store_true", help="in Gradescope's format")
     parsers["bug"].add_argument("--seed", type=int, default=0, help="another seed, another bug")
     parsers["bug"].add_argument("--line", type=int, help="is it this line of the file in DIR?")
-    parsers["selftest"].add_argument("number", type=int, nargs="*", metavar="N", help="all if none")
-    parsers["selftest"].add_argument("--jobs", type=int, default=2, help="variants at a time")
+    parsers["selftest"].add_argument("numbers", type=int, nargs="*", metavar="N", help="or all")
     parsers["selftest"].add_argument("--verbose", action="store_true", help="name every variant")
     for one in (parser, *parsers.values()):
         one.error = lambda text: parser.exit(2, f"error: {text} (--help lists what there is)\n")
     o = parser.parse_args()
-    known = {e.number: e for e in EXERCISES}
     try:
-        if o.command == "list":
-            for e in EXERCISES:
-                print(f"{e.number:2}  {e.points} points  {e.title} ({e.file}: {e.function})")
-            return 0
-        numbers = o.number if o.command == "selftest" else [o.number]
-        if unknown := [number for number in numbers if number not in known]:
+        known = {e.number: e for e in EXERCISES}
+        if unknown := [number for number in o.numbers if number not in known]:
             raise ValueError(f"there is no exercise {unknown[0]}: `list` shows them")
-        if o.command == "selftest":
-            chosen = [known[number] for number in numbers] or EXERCISES
-            return 0 if selftest(chosen, max(o.jobs, 1), o.verbose) else 1
-        run = {"start": run_start, "check": run_check, "bug": run_bug}[o.command]
-        return run(known[o.number], o)
-    except BrokenPipeError:
-        raise
+        chosen = [known[number] for number in o.numbers] or EXERCISES
+        if o.command == "list":
+            for e in chosen:
+                print(f"{e.number:2}  {e.points} points  {e.title} ({e.file}: {e.function})")
+            status = 0
+        elif o.command == "selftest":
+            status = 0 if selftest(chosen, o.verbose) else 1
+        else:
+            run = {"start": run_start, "check": run_check, "bug": run_bug}[o.command]
+            status = run(chosen[0], o.directory, o)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         if getattr(o, "json", False):  # Gradescope shows it to who has sent the wrong file
             print(json.dumps({"score": 0, "output": f"error: {error}"}))
@@ -1624,25 +1482,20 @@ def main() -> int:
         return 2
 
 
-def in_full(e: Exercise) -> str:
-    return " \\\n    ".join(["python -m pytest", *e.tests])
-
-
-def run_start(e: Exercise, o) -> int:
+def run_start(e: Exercise, directory: Path, o) -> int:
     text = blank(reference(e), e)
-    start(e, o.directory, text)
+    start(e, directory, text)
     line = 1 + text[: text.index('raise NotImplementedError("exercise')].count("\n")
     said = next(filter(None, map(ast.get_docstring, path_to(text, e.function)[::-1])))
     print(f"exercise {e.number}, {e.points} points: {e.title}")
-    print(f"write the body of {e.function} at {o.directory / e.file}:{line}\n")
+    print(f"write the body of {e.function} at {directory / e.file}:{line}\n")
     print(textwrap.indent(said, "  "))
-    print("\nAny way of computing it will do. Try it there with")
-    print(f"  cd {o.directory} && {in_full(e)}")
+    print(f"\nAny way of computing it will do. Try it there with\n  cd {directory} && {e.in_full}")
     return 0
 
 
-def run_check(e: Exercise, o) -> int:
-    results = grade(e, o.directory)
+def run_check(e: Exercise, directory: Path, o) -> int:
+    results = grade(e, directory)
     first, *tests = results["tests"]
     if o.json:
         print(json.dumps(results, indent=1))
@@ -1653,29 +1506,28 @@ def run_check(e: Exercise, o) -> int:
         print(f"{results['score']} of {e.points} points, which are for all of the tests")
         print(first["output"], end="\n" * bool(first["output"]))
         if not results["score"]:
-            print(f"in full: cd {o.directory} && {in_full(e)}")
+            print(f"in full: cd {directory} && {e.in_full}")
     return 0 if results["score"] == e.points else 1
 
 
-def run_bug(e: Exercise, o) -> int:
+def run_bug(e: Exercise, directory: Path, o) -> int:
     if o.line is None:
         mutant = e.mutants[o.seed % len(e.mutants)]
-        start(e, o.directory, mutated(reference(e), e, mutant), bug=o.seed)
-        print(f"{o.directory / e.file} has a bug in {e.function}. What one sees:")
-        print(f"  {mutant.symptom}")
-        how = f"bug {e.number} {o.directory} --line K (--seed {o.seed + 1}: another bug)"
+        start(e, directory, mutated(reference(e), e, mutant), bug=o.seed)
+        print(f"{directory / e.file} has a bug in {e.function}. What one sees:\n  {mutant.symptom}")
+        how = f"bug {e.number} {directory} --line K (--seed {o.seed + 1}: another bug)"
         print(f"Which line? {how}")
         return 0
-    mutant, there = bug_in(e, o.directory, o.line)
+    found, made = submitted(e, directory)
+    if "bug" not in made:
+        raise ValueError(f"{directory} was not made by `bug {e.number} {directory}`")
+    mutant = e.mutants[made["bug"] % len(e.mutants)]
+    lines = ["", *found[e.file].splitlines()]
+    said = "".join(lines[max(o.line, 0) :][:1]).strip()
+    there = any(map(said.startswith, bug_lines(e, mutant)))  # a comment may stand behind it
     print(f"line {o.line}: yes, {mutant.name}" if there else f"line {o.line} is not it")
     return 0 if there else 1
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
+    sys.exit(main())
