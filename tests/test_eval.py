@@ -98,22 +98,16 @@ def test_scores_of_any_two_texts(a, b):
 
 
 ANSWERS = [  # every way of writing "A Start" that counts
-    "{'title': 'A Start'}", '{"title": "A Start"}', """{'title': "A Start"}""",
-    "{ 'title' : 'A Start' }", "{\n 'title':\n 'A Start'\n}", "{'title': 'A Start",
-    "{title: A Start}", "title: A Start", '"title": A Start\n', "{'title': ' A Start '},",
-    "{'tweet': 'no', 'title': 'A Start'}", "Here it is:\n{'title': 'A Start'}\nI hope so.",
-    "{'subtitle': 'a', 'title': 'A Start'}", "{'title': ''}\n{'title': 'A Start'}",
+    "{'title': 'A Start'}", '{"TITLE": "A Start"}', "{\n 'title':\n 'A Start'\n}",
+    "{'title': 'A Start", "{title: A Start}", '"title": A Start\n', "{'title': ' A Start '},",
+    "{'subtitle': 'a', 'title': 'A Start'}", "Here it is:\n{'title': 'A Start'}\nI hope so.",
     "{'title': 'generated title'}\n{'title': 'A Start'}", "{'title': 'A Start'}\n{'title': 'B'}",
-    # capitals, Markdown, typographic quotes, keys on both sides
-    '{"TITLE": "A Start"}', "Title: 'A Start'", "**Title:** A Start", "**Title: A Start**",
-    "### Title: A Start", "> *Title*: A Start\n> So it is.", "**Title:**\n\nA Start\n\nI hope.",
-    "{“title”: “A Start”}", "‘Title’: 'A Start'", "'title': “A Start”, 'tweet': “no”",
-    '{\n  "id": 7,\n  "title": "A Start",\n  "first words": "no: a"\n}', "{'title': 'A Start',}",
+    "**Title:** A Start", "**Title: A Start**", "> *Title*: A Start\n> So it is.",
+    "**Title:**\n\nA Start\n\nI hope.", "{“title”: “A Start”}", "‘Title’: 'A Start'",
+    '{\n  "id": 7,\n  "title": "A Start",\n  "first words": "no: a"\n}',
     # a word without quotation marks is a key at the beginning of its line alone
-    "Sure! A title:\n```json\n{\n  \"title\": \"A Start\"\n}\n```\nIt is short.",
-    "The title: no\n'title': 'A Start'\nTitle: no", "As a title: no.\nTitle: A Start",
-    "{'title': {'title': 'A Start'}}", "So it's 'title': 'A Start'", "> # - Title: A Start",
-    "Title:\n```\n{'name': 'no'}\n```\nTitle: A Start",
+    "The title: no\n'title': 'A Start'\nTitle: no", "{'title': {'title': 'A Start'}}",
+    "Title:\n```\n{'name': 'no'}\n```\nTitle: A Start", "So it's 'title': 'A Start'",
 ]  # fmt: skip
 
 
@@ -131,14 +125,11 @@ class TestExtractAnswer:
 
     @pytest.mark.parametrize(("value", "expected"), [
         ("'It\\'s a start'", "It's a start"), ('"It\'s a start"', "It's a start"),
-        ("\"He said \\\"hi\\\"\"", 'He said "hi"'), ("'He said \"hi\"'", 'He said "hi"'),
-        ("'Job title: clerk'", "Job title: clerk"), ("'A {b} start'", "A {b} start"),
-        ("'a, b: c; d.'", "a, b: c; d."), ("'Rock 'n' Roll, baby'", "Rock 'n' Roll, baby"),
+        ("\"He said \\\"hi\\\"\"", 'He said "hi"'), ("'Job title: clerk'", "Job title: clerk"),
         ("'He said 'no', 'yes' and 'maybe''", "He said 'no', 'yes' and 'maybe'"),
-        ("'‘No’, they said'", "‘No’, they said"), ("“It’s “late””", "It’s “late”"),
-        ("'on $\\alpha$ and \\nu'", "on $\\alpha$ and \\nu"), ("'say \\'}'", "say '}"),
+        ("“It’s “late””", "It’s “late”"), ("'on $\\alpha$ and \\nu'", "on $\\alpha$ and \\nu"),
         ("'In the mayor's plan'\n'title':'no'\n'id': 'A", "In the mayor's plan"),
-        ("'A start', 'other words': 'x', \"year\": 'y'", "A start"), ("'A start'.", "A start"),
+        ("'A {b} start', 'other words': 'x', \"year\": 'y'", "A {b} start"), ("'a, b'.", "a, b"),
     ])  # fmt: skip
     def test_what_a_value_may_hold(self, value, expected):
         for form in ("{{'title': {}}}", "'title': {}", "<answer>'title': {}</answer>",
@@ -146,14 +137,12 @@ class TestExtractAnswer:
             assert extract_answer("hm</think>" + form.format(value), "LaMP-4") == expected
 
     @pytest.mark.parametrize("completion", [
-        "", "A Start", "the title", "{}", "{'title'}", "{'title': ''}", "'title':",
-        "{'tweet': 'no'}", "{'subtitle': 'no'}", "subtitle: no", "<think>", "<think>\n</think>\n",
+        "", "A Start", "{}", "{'title'}", "{'title': ''}", "'title':", "{'tweet': 'no'}",
+        "{'subtitle': 'no'}", "subtitle: no", "my_title: no", "{'titles': 'no'}", "1. Title: no",
         "<think>\n{'title': 'no'}", "<think>\n{'title': 'no'}\n</think>\nno idea", "a</think>",
-        "<think>a</think>\n<think>\n{'title': 'no'}", "sub-title: no", "my_title: no",
-        "<think>\nhm\n<answer>\n{'title': 'no'}\n</answer>", "**Title:** **", "'title': }'no'",
+        "<think>a</think>\n<think>\n{'title': 'no'}", "**Title:** **", "'title': }'no'",
         "<answer>\nA Start\n</answer>\n{'title': 'no'}", "I shorten the user's title:\n\nno",
-        "Title:\n{'name': 'no'}", "Title:\n```json\n{}\n```", "{'titles': 'no'}", "1. Title: no",
-        "The title: 'no'\nIt's short.", "{'title': 'no'}\n</think>",
+        "Title:\n```json\n{}\n```", "The title: 'no'\nIt's short.",
     ])  # fmt: skip
     def test_nothing_there(self, completion):
         """A thought is no answer, neither is one that never ends, and prose has no key."""
@@ -175,10 +164,8 @@ class TestExtractAnswer:
         assert extract_answer(completion, "LaMP-4") == expected
 
     def test_placeholder(self):
-        echo = extract_answer("{'title': 'generated title'}", "LaMP-4")
-        for answer in ("", " ", "generated title", "Generated Title: a start", echo):
+        for answer in ("", " ", "generated title", "Generated Title: a start"):
             assert module.is_placeholder(answer, "LaMP-4")
-        assert module.is_placeholder("generated tweet", "LaMP-7")
         assert not module.is_placeholder("generated tweet", "LaMP-4")
         with pytest.raises(ValueError, match="LaMP-6"):
             extract_answer("", "LaMP-6")
@@ -196,8 +183,7 @@ class TestExtractAnswer:
 
 def test_long_completions_take_no_longer_than_they_are_long():
     """A policy that repeats itself must not stop the training."""
-    pieces = ["'title': 'x", "'title': 'x', ", "title: {", "'title': '\n", "'title'*******", "- "]
-    for piece in [*pieces, "<answer>", "',,,,", "\\u00e9", "' a a ", "\n", "'title'"]:
+    for piece in ("'title': 'x', ", "'title'*******", "- ", "<answer>", "',,,,", "' a a ", "\n"):
         for start in ("", "'title': '"):
             begun = time.process_time()
             extract_answer(start + piece * (100_000 // len(piece)), "LaMP-4")
@@ -309,7 +295,7 @@ class TestEvaluate:
             logprobs, _ = prlm.token_logprobs(decoder, [prompt], completions, at)
             assert record["logprobs"] == pytest.approx(logprobs.flatten().tolist(), abs=1e-4)
 
-    def test_command(self, world, policy, tmp_path, capsys):
+    def test_command(self, world, policy, tmp_path):
         out = tmp_path / "a/b"
         given = {"model": str(world / "policy"), "data": str(world / "lamp"), "out": str(out)}
         given |= {"preset": "toy", "device": "cpu", "max_new_tokens": 9, "k": 2, "limit": 3}
@@ -320,10 +306,6 @@ class TestEvaluate:
         assert prlm.read_json(out / "predictions.json") == {"task": "LaMP_4", "golds": golds}
         assert prlm.read_lines(out / "samples.jsonl") == records
         assert prlm.read_json(out / "config.json") == asdict(o)
-        empty = sum(module.is_placeholder(record["answer"], "LaMP-4") for record in records)
-        cut = sum(not record["finished"] for record in records)
-        said = capsys.readouterr().out
-        assert f"{empty} of 3 answers are empty, {cut} cut off at --max-new-tokens" in said
 
 
 def test_doctests():
