@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +10,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import prlm
-import rl
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 RANK, ALPHA = 4, 6.0
 TOKENIZER = prlm.Tokenizer(Backend(models.WordLevel({str(n): n for n in range(97)}, unk_token="0")))
-COMPLETIONS = [[[1, 2, 3], [4]]] * 4
 
 
 def adapted(decoder, std=0.3):
@@ -128,8 +125,7 @@ class TestAdapters:
     def test_on_a_base_in_bfloat16_all_of_the_change_arrives(self, tmp_path):
         """BA is smaller than a step of bfloat16's grid, on which W lies.
 
-        What is sampled, trained and saved is W + BA none the less, measured against float32.
-        """
+        What is sampled, trained and saved is W + BA none the less, measured against float32."""
         base = small().bfloat16().float()
         exact = adapted(copy.deepcopy(base), std=1e-3)
         half = adapted(prlm.for_sampling(copy.deepcopy(base), torch.bfloat16), std=1e-3)
@@ -153,24 +149,11 @@ class TestAdapters:
             assert abs(share - 1) < most, share
 
     def test_gradients_on_a_base_in_bfloat16_are_those_of_float32_rounded(self):
-        exact, half = small(), prlm.for_sampling(small(), torch.bfloat16)
+        exact, half = adapted(small()), adapted(prlm.for_sampling(small(), torch.bfloat16))
         for decoder in (exact, half):
-            logprobs, mask = prlm.token_logprobs(adapted(decoder), ragged_prompts(), COMPLETIONS)
+            logprobs, mask = prlm.token_logprobs(decoder, ragged_prompts(), [[[1, 2, 3], [4]]] * 4)
             (logprobs * mask).sum().backward()
-        wanted = adapters(exact)
-        for name, parameter in adapters(half).items():
+        for parameter, wanted in zip(adapters(half).values(), adapters(exact).values()):
             assert parameter.dtype == parameter.grad.dtype == torch.float32
-            pair = parameter.grad.flatten(), wanted[name].grad.flatten()
-            assert torch.cosine_similarity(*pair, 0) > 0.9, name
-
-    def test_only_the_adapters_learn(self):
-        decoder, prompts = adapted(small()), ragged_prompts()
-        before = copy.deepcopy(decoder).state_dict()
-        optimizer = rl.make_optimizer(SimpleNamespace(decoder=decoder), 1e-2)
-        for _ in range(3):
-            logprobs, mask = prlm.token_logprobs(decoder, prompts, COMPLETIONS)
-            (-(logprobs * mask).sum()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        moved = {n for n, x in decoder.state_dict().items() if not torch.equal(x, before[n])}
-        assert moved == adapters(decoder).keys()
+            pair = parameter.grad.flatten(), wanted.grad.flatten()
+            assert torch.cosine_similarity(*pair, 0) > 0.9
