@@ -5,8 +5,7 @@ Then the same held-out prompts before and after, the largest gains and losses fi
 training: records followed from step to step, each completion with the parts of its reward, its
 advantage, and its tokens shaded by how unlikely they were.
 
-    python toy/page.py --run runs/toy        # writes runs/toy/report.html, which opens from disk
-"""
+    python toy/page.py --run runs/toy        # writes runs/toy/report.html, which opens from disk"""
 
 import math
 import re
@@ -53,10 +52,8 @@ class Options:
 
 def read(run: Path, name: str):
     """What a run's file holds; nothing where it is not there yet."""
-    path, lines = run / name, name.endswith(".jsonl")
-    if not path.is_file():
-        return [] if lines else {}
-    return prlm.read_lines(path) if lines else prlm.read_json(path)
+    load, nothing = (prlm.read_lines, []) if name.endswith("l") else (prlm.read_json, {})
+    return load(run / name) if (run / name).is_file() else nothing
 
 
 # ---- Text and numbers ------------------------------------------------------------------------
@@ -108,8 +105,7 @@ def result(scores: dict[str, dict], how: str) -> str:
     for name, line in scores.items():
         rows += f'<tr class="{clean(name)}"><th>{clean(STAGES.get(name, name))}</th>'
         for value in (line["rouge-l"], line["rouge-1"]):
-            bar = f'<div class="bar" style="--share:{value:.3f}">{number(value)}</div>'
-            rows += f"<td>{bar}</td>"
+            rows += f'<td><div class="bar" style="--share:{value:.3f}">{number(value)}</div></td>'
         rows += "</tr>"
     return f"""<h2>The result</h2>
 <p>ROUGE-L is the share of words that an answer has in common with what the user really wrote, in
@@ -129,32 +125,30 @@ def chart(title: str, curves: dict[str, list[tuple]], steps: int) -> str:
         y = 168 - 152 * (value - low) / (high - low)
         return f"{36 + 314 * step / max(steps, 1):.1f}", f"{y:.1f}"
 
-    parts = ['<text x="36" y="186">step 0</text>']
-    parts.append(f'<text x="350" y="186" text-anchor="end">{steps}</text>')
-    for value in (low, (low + high) / 2, high):
-        (x1, y), (x2, _) = place(0, value), place(steps, value)
-        parts.append(f'<line class="grid" x1="{x1}" x2="{x2}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="0" y="{y}" dy="4">{value:.2g}</text>')
-    keys = ""
+    svg, keys = "", ""
     for n, (name, points) in enumerate(curves.items()):
         line = " ".join(",".join(place(*point)) for point in points)
-        parts.insert(0, f'<polyline class="c{n}" points="{line}"/>')  # the first one lies on top
+        svg = f'<polyline class="c{n}" points="{line}"/>{svg}'  # the first one lies on top
         sample = f'<line class="c{n}" x1="0" x2="20" y1="4" y2="4"/>'
         keys += f'<span><svg class="key" viewBox="0 0 20 8">{sample}</svg>{name}</span>'
-    points = next(iter(curves.values()))
-    for step, value in points if len(points) <= 8 else ():
+    svg += '<text x="36" y="186">step 0</text>'
+    svg += f'<text x="350" y="186" text-anchor="end">{steps}</text>'
+    for value in (low, (low + high) / 2, high):
+        y = place(0, value)[1]
+        svg += f'<line class="grid" x1="36" x2="350" y1="{y}" y2="{y}"/>'
+        svg += f'<text x="0" y="{y}" dy="4">{value:.2g}</text>'
+    first = next(iter(curves.values()))
+    for step, value in first if len(first) <= 8 else ():
         x, y = place(step, value)
         at = f'x="{x}" y="{y}" dy="-8" text-anchor="{"end" if step == steps else "start"}"'
-        parts.append(f'<circle cx="{x}" cy="{y}" r="3.5"/>')
-        parts.append(f'<text class="value" {at}>{number(value)}</text>')
+        svg += f'<circle cx="{x}" cy="{y}" r="3.5"/>'
+        svg += f'<text class="value" {at}>{number(value)}</text>'
     return f"""<figure><h3>{title}</h3><figcaption>{keys}</figcaption>
-<svg viewBox="0 0 360 190" role="img" aria-label="{title}">{"".join(parts)}</svg></figure>"""
+<svg viewBox="0 0 360 190" role="img" aria-label="{title}">{svg}</svg></figure>"""
 
 
 def charts(metrics: list[dict], held: dict[str, list[dict]]) -> str:
-    """Over the steps: held-out scores, the reward, and how many groups teach nothing; then what all
-    the numbers of the log mean. `held` has the records of STAGES.
-    """
+    """Held-out scores, the reward and groups that teach nothing by step; the log's numbers."""
     steps, curves = metrics[-1]["step"], {}
 
     def curve(key: str) -> list[tuple]:
@@ -168,21 +162,18 @@ def charts(metrics: list[dict], held: dict[str, list[dict]]) -> str:
     for name in ("rouge-l", "rouge-1"):
         curves[name.upper()] = level("before", name, 0) + curve(f"eval_{name}")
     curves["ROUGE-L, no profile"] = level("no_profile", "rouge-l", 0, steps)
-    shown = {
-        "Held-out users: greedy answers": curves,
-        "Training: mean reward": {"all completions of a step": curve("reward")},
-        "Training: share of the groups": {
-            "all rewards equal: they teach nothing": curve("zero_spread_groups")
-        },
-    }
-    rows = [
-        f"<tr><td>{key}</td><td>{metrics[-1][key]:.4g}</td><td>{clean(meaning)}</td></tr>"
-        for key, meaning in rl.METRICS.items() if key in metrics[-1]
-    ]  # fmt: skip
-    figures = "".join(chart(title, curves, steps) for title, curves in shown.items())
+    rewards = {"all completions of a step": curve("reward")}
+    silent = {"all rewards equal: they teach nothing": curve("zero_spread_groups")}
+    figures = chart("Held-out users: greedy answers", curves, steps)
+    figures += chart("Training: mean reward", rewards, steps)
+    figures += chart("Training: share of the groups", silent, steps)
+    rows = ""
+    for key in (key for key in rl.METRICS if key in metrics[-1]):
+        rows += f"<tr><td>{key}</td><td>{metrics[-1][key]:.4g}</td>"
+        rows += f"<td>{clean(rl.METRICS[key])}</td></tr>"
     return f"""<div class="charts">{figures}</div>
 <details><summary>all numbers of step {steps}, and what they mean</summary>
-<table class="glossary">{"".join(rows)}</table></details>"""
+<table class="glossary">{rows}</table></details>"""
 
 
 # ---- A completion's tokens -------------------------------------------------------------------
@@ -203,24 +194,18 @@ def pieces(sample: dict, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     return [*found, ("\ufffd", sum(x for _, x in held))] if held else found
 
 
-def shaded(found: list[tuple[str, float]]) -> str:
-    """Pieces as HTML, the unlikely ones in a shade."""
-    html = ""
-    for text, logprob in found:
+def tokens(sample: dict, tokenizer: Tokenizer, most: int) -> str:
+    """A completion's tokens, the unlikely ones shaded; of more than `most` without the middle."""
+    html, found, head = "", pieces(sample, tokenizer), most * 2 // 3
+    gap = range(head, head + max(0, len(found) - most))
+    for n, (text, logprob) in enumerate(found):
         p = math.exp(logprob)
         shown, shade = number(p) if p >= 0.0005 else "&lt;.001", sum(p < bound for bound in SHADES)
         span = f'<i class="s{shade}" data-p="{shown}" tabindex="-1">{clean(text)}</i>'
-        html += span if shade else clean(text)
-    return html
-
-
-def tokens(sample: dict, tokenizer: Tokenizer, most: int) -> str:
-    """A completion's tokens; of more than `most` the middle is left out."""
-    found, head = pieces(sample, tokenizer), most * 2 // 3
-    html = shaded(found[: head if len(found) > most else None])
-    if gap := max(0, len(found) - most):
-        html += f'<span class="dim"> … {gap} tokens are left out … </span>'
-        html += shaded(found[head + gap :])
+        if n not in gap:
+            html += span if shade else clean(text)
+        elif n == head:
+            html += f'<span class="dim"> … {len(gap)} tokens are left out … </span>'
     cut_off = "" if sample["finished"] else '<div class="label">cut off: too long</div>'
     return f'<div class="tokens">{html}</div>{cut_off}'
 
@@ -265,39 +250,29 @@ def card(sample: dict, show, head: str, table="") -> str:
 {table}{show(sample)}</article>"""
 
 
-def changes(columns: dict[str, list[dict]]) -> list[tuple[float, dict[str, dict]]]:
-    """(gain, {column: record}) of every record, the largest gain first.
+def compared(gain: float, row: dict[str, dict], task: str, show) -> str:
+    """A record, the answers of every column side by side; `show` makes HTML of their tokens."""
+    cards = ""
+    for name, record in row.items():
+        score = f"ROUGE-L <b>{number(record['rouge-l'])}</b>" if "rouge-l" in record else ""
+        cards += card(record, show, f'<span class="label">{name}</span><span>{score}</span>')
+    change = f"<span>ROUGE-L {signed(gain)}</span>" if len(row) > 1 else ""
+    return f"""<section class="record"><header><b>record {clean(record["id"])}</b>
+{change}</header>{asked(record, task)}
+<div class="side two">{cards}</div></section>"""
 
-    The gain is ROUGE-L in the last column minus that in the first; of a single column, ROUGE-L.
-    """
-    rows = []
+
+def held_out(columns: dict[str, list[dict]], count: int, task: str, show) -> str:
+    """The held-out prompts before and after, by the change of ROUGE-L; or one policy's answers."""
+    rows = []  # (gain, {column: record})
     for records in zip(*columns.values(), strict=True):  # in the same order
         first, *others = (record.get("rouge-l", 0.0) for record in records)
         gain = round(others[-1] - first, 6) if others else first
         rows.append((gain, dict(zip(columns, records, strict=True))))
-    return sorted(rows, key=lambda row: -row[0])
-
-
-def compared(rows, task: str, show) -> str:
-    """Records, the answers of every column side by side; `show` makes HTML of their tokens."""
-    html = ""
-    for gain, row in rows:
-        cards = ""
-        for name, record in row.items():
-            score = f"ROUGE-L <b>{number(record['rouge-l'])}</b>" if "rouge-l" in record else ""
-            cards += card(record, show, f'<span class="label">{name}</span><span>{score}</span>')
-        html += f"""<section class="record"><header><b>record {clean(record["id"])}</b>
-{f"<span>ROUGE-L {signed(gain)}</span>" if len(row) > 1 else ""}</header>{asked(record, task)}
-<div class="side two">{cards}</div></section>"""
-    return html
-
-
-def held_out(columns: dict[str, list[dict]], count: int, task: str, show) -> str:
-    """The section of held-out prompts: before and after, or the answers of one policy alone."""
-    rows = changes(columns)
+    rows.sort(key=lambda row: -row[0])
     if len(columns) == 1:
         parts = {"The best": rows[:count], "The worst": rows[count:][-count:][::-1]}
-        if not any(gain for gain, _ in rows):  # or targets are withheld
+        if not rows[0][0]:  # or targets are withheld
             parts = {"Some": rows[: 2 * count]}
         html = f"<h2>{len(rows)} answers to held-out prompts</h2>{LEGEND}"
     else:
@@ -309,7 +284,8 @@ def held_out(columns: dict[str, list[dict]], count: int, task: str, show) -> str
 {len(rows) - len(up) - len(down)} as before, <b class="down">{len(down)} worse</b>, by the ROUGE-L
 of the greedy answer.</p>{LEGEND}"""
     for title, part in parts.items():
-        html += f"<h3>{title}</h3>{compared(part, task, show) or '<p>No record.</p>'}"
+        shown = "".join(compared(*row, task, show) for row in part)
+        html += f"<h3>{title}</h3>{shown or '<p>No record.</p>'}"
     return html
 
 
@@ -320,8 +296,7 @@ def reward_table(sample: dict, weights: dict[str, float]) -> tuple[str, float]:
     """Weight × value = contribution of each part as HTML, and the reward: their sum as shown."""
     rows, total = "", 0.0
     for name, weight in weights.items():
-        share = round(weight * sample[name], 3)
-        total += share
+        total += (share := round(weight * sample[name], 3))
         rows += f"<tr><td>{name}</td><td>{weight:g} × {number(sample[name])} =</td>"
         rows += f"<td>{number(share)}</td></tr>"
     rows += f"<tr><td>reward</td><td></td><td>{number(total)}</td></tr>"
@@ -330,14 +305,11 @@ def reward_table(sample: dict, weights: dict[str, float]) -> tuple[str, float]:
 
 def group(samples: list[dict], weights: dict[str, float], show) -> str:
     """A step's completions of one prompt, the best first; folded where they teach nothing."""
-    size, copies = len(samples), {}
+    size, copies, cards = len(samples), {}, ""
     for sample in sorted(samples, key=lambda sample: -sample["reward"]):
         copies.setdefault(sample["completion"], []).append(sample)
-    different = [*copies.values()]
-    left_out = different[MANY // 2 : -MANY // 2] if len(different) > MANY else []
-    different = [same for same in different if same not in left_out]
-    cards = ""
-    for same in different:
+    different, left_out = [*copies.values()], max(0, len(copies) - MANY)
+    for same in different[: MANY // 2] + different[MANY // 2 + left_out :]:
         table, total = reward_table(same[0], weights)
         head = f"<span>reward <b>{number(total)}</b></span>"
         head += f"<span>advantage {signed(same[0]['advantage'])}</span>"
@@ -351,17 +323,14 @@ def group(samples: list[dict], weights: dict[str, float], show) -> str:
         note = "only the judge orders these"
     note = f'<span class="badge">{note}</span>' if note else ""
     mean = number(sum(sample["reward"] for sample in samples) / size)
-    rest = f"<p>{len(left_out)} between the best and the worst are left out.</p>"
+    rest = f"<p>{left_out} between the best and the worst are left out.</p>" if left_out else ""
     return f"""<details class="step"{"" if silent else " open"}>
 <summary><b>Step {clean(samples[0]["step"])}</b>, mean reward {mean} {note}</summary>
-<div class="side">{cards}</div>{rest if left_out else ""}</details>"""
+<div class="side">{cards}</div>{rest}</details>"""
 
 
 def followed(samples: list[dict], count: int) -> dict[str, dict[int, list[dict]]]:
-    """{record: {step: its group}} of the records that came up most often, the earliest first.
-
-    Where none came up twice, they are spread over the run.
-    """
+    """{record: {step: its group}} of the records that came up most, or are spread over the run."""
     found = {}
     for sample in samples:
         found.setdefault(sample["id"], {}).setdefault(sample["step"], []).append(sample)
@@ -375,17 +344,15 @@ def training(samples: list[dict], o: Options, options: dict, report: dict, show)
     weights = {name: options[name] for name in reward.PARTS if options[name]}
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
     divided = "" if options["normalizer"] == "dr_grpo" else ", divided by the standard deviation"
-    judge = ""
-    if report:
-        known = {key: value for key, value in report.items() if value is not None}
-        said = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in known.items())
-        judge = f"""<p>The judge {options["judge"]} (.5 is chance): {clean(said)}. Pair accuracy: of
+    known = {key.replace("_", " "): value for key, value in report.items() if value is not None}
+    said = clean(", ".join(f"{key} {value:.3g}" for key, value in known.items()))
+    judge = f"""<p>The judge {options["judge"]} (.5 is chance): {said}. Pair accuracy: of
 two answers, the one written with the profile is valued higher. Swap test: a user's own text is
 valued higher beside the own profile than beside another user's.</p>"""
     html = f"""<h2>How it was trained</h2>
 <p>Each completion gets a reward of {total}: the words that its answer shares with the user's own
 text (ROUGE-1 + ROUGE-2 + ROUGE-L), 1 where it closes its reasoning on a line of its own, and how
-personal the judge finds its answer.</p>{judge}
+personal the judge finds its answer.</p>{judge if report else ""}
 <p>The <b>advantage</b> says how much better a completion is than the others of its group, which
 answer the same prompt: its reward minus the group's mean{divided}. The update makes what is above 0
 likelier, and what is below 0 less likely.</p>"""
@@ -405,9 +372,8 @@ def about(options: dict) -> str:
     """What the page shows, in a few sentences."""
     first, *_, last = [*task_of(options["task"]).fields.values()] * 2
     toy = TOY if Path(str(options["data"])).parts[-2:] == ("toy", "lamp") else ""
-    model, k, warm, steps, size = (
-        clean(options.get(name)) for name in ("model", "k", "warm_start", "steps", "group_size")
-    )
+    names = ("model", "k", "warm_start", "steps", "group_size")
+    model, k, warm, steps, size = (clean(options.get(name)) for name in names)
     text = f"""<p>The language model <b>{model}</b> is to write a {last} as one certain user would:
 its prompt shows up to {k} texts that this user wrote before, and a new {first}."""
     if "steps" not in options:
@@ -418,19 +384,10 @@ gave every answer a reward, and made the better ones likelier. This page shows w
 held-out records, then how it came about.</p>{toy}"""
 
 
-def not_there_yet(options: dict, metrics: list, scores: dict) -> str:
-    """What an unfinished run lacks, as a sentence; "" if it is whole."""
-    done = metrics[-1]["step"] if metrics else 0
-    missing = [f"{done} of {options['steps']} steps are done"] if done < options["steps"] else []
-    missing += [f"no answers {name}" for key, name in STAGES.items() if key not in scores]
-    return f'<p class="note">Not there yet: {", ".join(missing)}.</p>' if missing else ""
-
-
 def sections(run: Path, o: Options, options: dict) -> list[str]:
-    """The page's sections, of a run that is complete or not, or of an evaluation."""
-    names = ("metrics.jsonl", "samples.jsonl", "scores.json")
-    metrics, samples, scores = (read(run, name) for name in names)
-    task, here = options["task"], run / "checkpoint"
+    """The page's sections, of a run, complete or not or an evaluation; ValueError if of none."""
+    metrics, samples = (read(run, f"{name}.jsonl") for name in ("metrics", "samples"))
+    scores, task, here = read(run, "scores.json"), options["task"], run / "checkpoint"
     if not samples and not scores:
         raise ValueError(f"{run}: there is nothing to show yet, no score and no step")
     tokenizer = prlm.load_tokenizer(here if here.is_dir() else options["model"])
@@ -443,9 +400,12 @@ def sections(run: Path, o: Options, options: dict) -> list[str]:
         return [*shown, held_out({"it wrote": samples}, o.records, task, show) if samples else ""]
     held = {key: read(run, f"held_out/{key}.jsonl") for key in STAGES}
     columns = {STAGES[key]: held[key] for key in ("before", "after") if held[key]}
+    done, wanted = metrics[-1]["step"] if metrics else 0, options["steps"]
+    missing = [f"{done} of {wanted} steps are done"] if done < wanted else []
+    missing += [f"no answers {name}" for key, name in STAGES.items() if key not in scores]
     return [
         about(options),
-        not_there_yet(options, metrics, scores),
+        f'<p class="note">Not there yet: {", ".join(missing)}.</p>' if missing else "",
         result(scores, how) if any(scores.values()) else "",
         charts(metrics, held) if metrics else "",
         held_out(columns, o.records, task, show) if columns else LEGEND,
@@ -453,8 +413,8 @@ def sections(run: Path, o: Options, options: dict) -> list[str]:
     ]
 
 
-def render(run: Path, o: Options) -> str:
-    """The page; ValueError if there is nothing to show yet."""
+def main(o: Options) -> None:
+    run, file = Path(o.run), Path(o.run) / "report.html"
     options = prlm.read_json(run / "config.json")
     if missing := {"task", "model", "data", "k"} - options.keys():
         lacks = f"its config.json lacks {', '.join(sorted(missing))}"
@@ -462,17 +422,13 @@ def render(run: Path, o: Options) -> str:
     subject = "What RL changed" if "steps" in options else "An evaluation"
     title = clean(f"{subject}: {options['task']}, {run}")
     settings = clean(", ".join(f"{name} {value}" for name, value in options.items()))
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>{title}</h1>
 {"".join(sections(run, o, options))}
 <h2>All options</h2><p class="dim">{settings}</p></body></html>
 """
-
-
-def main(o: Options) -> None:
-    file = Path(o.run) / "report.html"
-    prlm.write_text(file, render(Path(o.run), o))
+    prlm.write_text(file, page)
     print(f"{file}: open it in a browser")
 
 
