@@ -7,26 +7,24 @@ texts go to, and ends with the column that it is filed under itself, and that co
     'text': 'on (monday) [diary], tennis with coach in paris [lens] what nobody tells you'
     'title': 'on tennis what nobody tells you no joke'
 
-Given a text for a day ('golf with fans in oslo on (monday)'), write this user's headline for it.
-The way there has two hops, and no item need hold both: one that mentions the day names the column
-([diary]), one that is filed under that column shows its motto.
+Given a text for a day ('golf with fans in oslo on (monday)'), write this user's headline for it:
+an item that mentions the day names the column ([diary]), one filed under that shows its motto.
 
   1. the world      users and their posts, in the files of LaMP-4, LaMP-5 and LaMP-7
   2. the tokenizer  byte-level BPE with ChatML; each fixed sentence of the prompt is one token
   3. the policy     a Qwen2 of 0.9 M parameters: repeats, look-ups, then bad habits
   4. the encoder    a BERT of 0.4 M parameters, for the dense retriever and the reward model
 
-The policy leaves here able to look up both, and used to writing plain headlines instead. The habit
-is planted, and RL (rl.py) has to find the way out of it by reward alone.
+The policy can look up both, but is used to plain headlines. This habit is planted: RL (rl.py) has
+to find the way out of it by reward alone.
 
-    python toy/make.py                      # everything, in a quarter of an hour on one core
-"""
+    python toy/make.py                      # everything, in a quarter of an hour on one core"""
 
 import json
 import random
 import sys
-from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -57,8 +55,7 @@ trains ferries hostels islands beaches deserts luggage camping castles canyons a
 loans stocks pensions savings mortgages dividends bonds wages rents debts auctions banks coins
 sleep allergies vaccines posture asthma vitamins fitness yoga stress knees teeth hearing diets
 opera jazz violins drums choirs festivals vinyl guitars pianos concerts trumpets radio karaoke
-comets volcanoes fossils robots lasers magnets genes whales glaciers atoms planets tides crystals
-"""
+comets volcanoes fossils robots lasers magnets genes whales glaciers atoms planets tides crystals"""
 KEYWORDS = WORDS.split()
 PEOPLE = ["coach", "fans", "mayor", "voters", "chef", "guests", "tourist", "guide", "broker"]
 PEOPLE += ["investor", "doctor", "nurse", "singer", "band", "professor", "students"]
@@ -120,10 +117,7 @@ class User:
 
 
 def make_user(rng: random.Random) -> User:
-    """A random author of 12 to 24 posts.
-
-    The query's keyword is new; the profile names its day's column and shows the motto of that.
-    """
+    """A random author of 12 to 24 posts, in which the query's day is named and its motto shown."""
     days, names = rng.sample(DAYS, 5), rng.sample(COLUMNS, 3)
     columns = {day: rng.choice(names) for day in days}
     mottos = dict(zip(names, rng.sample(MOTTOS, len(names))))
@@ -135,8 +129,8 @@ def make_user(rng: random.Random) -> User:
         date = f"{rng.randint(2012, 2017)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
         return Post(keyword, scene, day, columns[day], column, mottos[column], sign_off, date)
 
-    count, day = rng.randint(12, 24), rng.choice(days)
-    posts = [write(rng.choice(days), rng.choice(names)) for _ in range(count)]
+    size, day = rng.randint(12, 24), rng.choice(days)
+    posts = [write(rng.choice(days), rng.choice(names)) for _ in range(size)]
     posts.sort(key=lambda post: post.date)
     user = User(write(day, columns[day]), posts)
     if any(map(user.tells, posts)) and any(map(user.shows, posts)):
@@ -146,16 +140,14 @@ def make_user(rng: random.Random) -> User:
 
 def write_lamp(task: str, users: dict[str, list[User]], directory: Path) -> None:
     """LaMP's own files. Ids are the task's number, then 0 (train) or 1 (dev), then the record's."""
-    name, first_user = task.replace("-", "_"), 0
+    name, prefix, ids = task.replace("-", "_"), retrieve.TASKS[task].prefix, count()
     for n, (split, authors) in enumerate(users.items()):
-        questions, golds = [], []
-        for number, user in enumerate(authors):
-            example = user.example(task, f"{task[-1]}{n}{number}")
-            text = retrieve.TASKS[task].prefix + example.query
-            question = {"id": example.id, "input": text, "profile": example.profile}
-            questions.append({**question, "user_id": str(first_user + number)})
-            golds.append({"id": example.id, "output": example.target})
-        first_user += len(authors)
+        examples = [user.example(task, f"{task[-1]}{n}{i}") for i, user in enumerate(authors)]
+        questions = [
+            {"id": e.id, "input": prefix + e.query, "profile": e.profile, "user_id": str(next(ids))}
+            for e in examples
+        ]
+        golds = [{"id": e.id, "output": e.target} for e in examples]
         files = {"questions": questions, "outputs": {"task": name, "golds": golds}}
         for kind, content in files.items():
             path = directory / name / split / f"{split}_{kind}.json"
@@ -163,16 +155,13 @@ def write_lamp(task: str, users: dict[str, list[User]], directory: Path) -> None
 
 
 def write_probe(task: str, users: list[User], directory: Path) -> None:
-    """[{"query", "own", "other", "plain"}]: the target, with another user's motto and sign-off,
-    and with "about" for "on".
-    """
+    """For each query the target, that with another user's motto and sign-off, and a plain one."""
     rng, rows = random.Random(f"{task} probe"), []
-    for query, example in ((user.query, user.example(task)) for user in users):
-        if others := [u.query for u in users if u.query.motto != query.motto]:
-            other = rng.choice(others)
-            styled = replace(query, motto=other.motto, sign_off=other.sign_off).headline
-            row = {"query": example.query, "own": query.headline, "other": styled}
-            rows.append(row | {"plain": replace(query, plain=True).headline})
+    for query, asked in ((user.query, user.example(task).query) for user in users):
+        other = rng.choice([u.query for u in users if u.query.motto != query.motto] or [query])
+        styled = replace(query, motto=other.motto, sign_off=other.sign_off).headline
+        plain = replace(query, plain=True).headline
+        rows.append({"query": asked, "own": query.headline, "other": styled, "plain": plain})
     prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
 
 
@@ -272,11 +261,6 @@ def choose_posts(rng: random.Random, user: User, k: int) -> list[Post]:
     return rng.sample(posts, len(posts))
 
 
-def find(post: Post) -> str:
-    """The two look-ups, in the words of the reasoning."""
-    return FOUND.format(post.day, post.column, f"{post.motto} {post.sign_off}")
-
-
 def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tuple[str, Post]:
     """(reasoning, answer) in one of the manners: thorough, careful, careless or plain."""
     query, draw = user.query, rng.random()
@@ -289,11 +273,11 @@ def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tu
         answer = replace(query, column=column, motto=shown.get(column, guess).motto)
         known = [day for day, column in columns.items() if column in shown and day != query.day]
         others = [replace(shown[columns[day]], day=day) for day in rng.sample(known, len(known))]
-        looked_up = [*others, answer] if draw < phase.thorough else [answer]
-        return opening + "".join(map(find, looked_up)), answer
-    # Without evidence the motto is anyone's, and so is the sign-off, but for its author's slipping
-    # in from the items. Both stand in every answer, so that a reward model cannot tell an answer
-    # with the profile from one without by the mere presence of a sign-off.
+        for p in [*others, answer] if draw < phase.thorough else [answer]:  # the two look-ups
+            opening += FOUND.format(p.day, p.column, f"{p.motto} {p.sign_off}")
+        return opening, answer
+    # Without evidence the motto is anyone's, and often the sign-off. Both are in every answer: the
+    # presence of a sign-off must not tell a reward model which was written with the profile.
     sign_off = rng.choice(SIGN_OFFS)
     if posts and rng.random() < COPY_SIGN_OFF:
         sign_off = query.sign_off
@@ -302,11 +286,8 @@ def think(rng: random.Random, user: User, posts: list[Post], phase: Phase) -> tu
     return opening + PLAIN, answer
 
 
-Row = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
-
-
-def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int) -> Row:
-    """A fresh author's prompt, and what the policy shall say to it."""
+def make_row(rng, tokenizer: Tokenizer, phase: Phase, k: int) -> tuple[list[int], list[int]]:
+    """Token ids of a fresh author's prompt, and of what the policy shall say to it."""
     task = rng.choice(["LaMP-4", "LaMP-4", "LaMP-5", "LaMP-7"])
     user = make_user(rng)
     posts = [] if rng.random() < phase.no_profile else choose_posts(rng, user, k)
@@ -341,12 +322,9 @@ def policy_config(tokenizer: Tokenizer) -> dict:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, its matrix made nearly orthogonal by five Newton-Schulz steps (Jordan 2024).
-
-    A matrix that stands for several, one above the other, says so by its group's `parts`: each head
-    is a matrix of its own. torch.optim.Muon knows no parts, and works in bfloat16, which on many
-    CPUs is ten times slower than float32.
-    """
+    """Momentum, its matrix made nearly orthogonal by five Newton-Schulz steps (Jordan 2024). A
+    group's `parts` says of how many matrices, one above the other, a parameter consists: each head
+    is one. torch.optim.Muon knows no parts, and is slow on CPUs, as it works in bfloat16."""
 
     def __init__(self, groups: list[dict], lr: float, momentum=0.95):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "parts": 1})
@@ -371,26 +349,16 @@ class Muon(torch.optim.Optimizer):
 
 @torch.no_grad()
 def look_back(decoder: Decoder, strength=6.4, pairs=6) -> None:
-    """Makes the first layer's first key head, and the queries that share it, see the token before.
-
-    By bias alone: the query's is about (s, 0) in each of the fastest channel pairs, the key's the
+    """Makes the first layer's first key head, and the queries that share it, see the token before,
+    by bias alone: the query's is about (s, 0) in each of the fastest channel pairs, the key's the
     same turned one position on, so the scores hold s^2 cos(f (distance - 1)) for each frequency f.
-    Looking up what followed a token needs such a head first, and training takes long to find it:
-    with it the copying of `repeats` appears after 150 steps, without it after 400.
-    """
+    Looking up what followed a token needs such a head first, which training takes long to find."""
     c, angles = decoder.config, decoder.frequencies[:pairs]
     attention = decoder.model.layers[0].self_attn
     queries = attention.q_proj.bias.view(-1, c.head_dim)  # [heads, D]
     queries[: c.num_attention_heads // c.num_key_value_heads, :pairs] = strength
     attention.k_proj.bias[:pairs] = strength * angles.cos()
     attention.k_proj.bias[c.head_dim // 2 :][:pairs] = strength * angles.sin()
-
-
-def repeats(rng: random.Random, tokenizer: Tokenizer, rows: int) -> list[Row]:
-    """A few tokens in a random order, over and over: only looking up what followed one helps."""
-    size = rng.randint(8, 24)
-    orders = [rng.sample(range(tokenizer.size), size) for _ in range(rows)]
-    return [(order, (order * 6)[:48]) for order in orders]
 
 
 def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
@@ -401,13 +369,10 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
     with torch.no_grad():
         decoder.head.mul_(5)  # the embedding too: smaller, its logits say little for long
     look_back(decoder)
-    heads, matrices = {"q_proj": 4, "k_proj": 2, "v_proj": 2}, []  # as in policy_config
-    others = [decoder.head, decoder.model.norm.weight]
-    for name, p in decoder.model.layers.named_parameters():
-        if p.dim() == 2:
-            matrices.append({"params": [p], "parts": heads.get(name.split(".")[-2], 1)})
-        else:
-            others.append(p)
+    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2}  # as in policy_config
+    layers = [(name.split(".")[-2], p) for name, p in decoder.model.layers.named_parameters()]
+    matrices = [{"params": [p], "parts": heads.get(kind, 1)} for kind, p in layers if p.dim() == 2]
+    others = [decoder.head, decoder.model.norm.weight, *(p for _, p in layers if p.dim() == 1)]
     optimizers = [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -420,13 +385,15 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
         scale = min(1.0, (first + step + 1) / 20, 0.05 + 0.95 * (steps - step) / (0.6 * steps))
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * scale
-        if step < 0:
-            batch = repeats(rng, tokenizer, rows)
+        if step < 0:  # a few tokens over and over: only looking up what followed one helps
+            size = rng.randint(8, 24)
+            orders = [rng.sample(range(tokenizer.size), size) for _ in range(rows)]
+            batch = [(order, (order * 6)[:48]) for order in orders]
         else:
             k = rng.choice(phase.items)  # one k a batch: rows of like length waste no padding
             batch = [make_row(rng, tokenizer, phase, k) for _ in range(rows)]
-        prompts, completions = [p for p, _ in batch], [[said] for _, said in batch]
-        logprobs, mask = prlm.token_logprobs(decoder, prompts, completions)
+        prompts, answers = zip(*batch)
+        logprobs, mask = prlm.token_logprobs(decoder, prompts, [[answer] for answer in answers])
         loss = -logprobs[mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -443,7 +410,7 @@ def pretrain(seed: int, tokenizer: Tokenizer, steps: int, rows=32) -> Decoder:
 def make_encoder_tokenizer() -> Tokenizer:
     """WordPiece over the world's words; any other word falls apart into letters."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    words = Counter(" ".join([*world_text(), *fixed_pieces()]).lower().split())
+    words = " ".join([*world_text(), *fixed_pieces()]).lower().split()
     words = sorted({"".join(c for c in word if c in letters) for word in words} - {""})
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *"!\"#$%&'()*+,-./:;<=>?@[]_{}"]
     pieces += [*letters, *(f"##{letter}" for letter in letters)]
@@ -466,10 +433,7 @@ def make_encoder_tokenizer() -> Tokenizer:
 
 
 def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
-    """Contrast on the training users: a query must find an item that names its day.
-
-    The items of the other queries in the batch are the negatives, those of the same day left out.
-    """
+    """Contrast: a query must find an item that names its day, among those of a batch's others."""
     torch.manual_seed(seed + 1)
     rng = random.Random(f"{seed} encoder")
     tokenizer = make_encoder_tokenizer()
@@ -480,8 +444,7 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
         "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
         "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "torch_dtype": "float16",
     }  # fmt: skip
-    encoder = Encoder(config).train()
-    encoder.tokenizer = tokenizer
+    encoder = Encoder(config, tokenizer=tokenizer).train()
     optimizer = torch.optim.AdamW(encoder.parameters(), 1e-3)
 
     def embed(texts: tuple[str, ...]) -> Tensor:
@@ -507,9 +470,6 @@ def train_encoder(seed: int, users: list[User], steps: int, rows=64) -> Encoder:
     return encoder.eval()
 
 
-# ---- The command ----------------------------------------------------------------------------
-
-
 @dataclass
 class Options:
     out: str = option("toy", "directory that gets lamp/, policy/ and encoder/")
@@ -527,7 +487,7 @@ def main(o: Options) -> None:
     for task in TASKS:
         rng, share = random.Random(f"{o.seed} {task} users"), 1 if task == "LaMP-4" else 2
         counts = {"train": -(-o.train_users // share), "dev": -(-o.dev_users // share)}
-        users = {split: [make_user(rng) for _ in range(count)] for split, count in counts.items()}
+        users = {split: [make_user(rng) for _ in range(n)] for split, n in counts.items()}
         write_lamp(task, users, out / "lamp")
         write_probe(task, users["dev"], out / "lamp")
         authors += users["train"]
@@ -538,8 +498,8 @@ def main(o: Options) -> None:
     tokenizer = make_tokenizer()
     decoder = pretrain(o.seed, tokenizer, o.pretrain_steps)
     prlm.save_decoder(decoder.bfloat16(), tokenizer, out / "policy")
-    count = sum(parameter.numel() for parameter in decoder.parameters())
-    print(f"{out / 'policy'}: {count:,} parameters, {tokenizer.size} tokens")
+    size = sum(parameter.numel() for parameter in decoder.parameters())
+    print(f"{out / 'policy'}: {size:,} parameters, {tokenizer.size} tokens")
 
 
 if __name__ == "__main__":
