@@ -2,14 +2,13 @@
 
 Every author of a repository is a user. The body of a commit message is the query, its subject line
 is what this user really wrote; the profile holds the same author's earlier commits, with dates.
-Numbers of tickets are taken out of subjects: nobody could know them, and a model invents them.
+Ticket numbers are taken out of subjects: nobody could know them, and a model invents them.
 
     python toy/commits.py REPO [REPO ...] --out runs/commits
     python retrieve.py --data runs/commits --task commits
     python rl.py --model DIR --data runs/commits --task commits --out runs/mine
 
-Authors are hashed, but the texts are theirs: ask before you share them.
-"""
+Authors are hashed, but the texts are theirs: ask before you share them."""
 
 import argparse
 import hashlib
@@ -43,13 +42,9 @@ KINDS = {"none": "", "tag": "[A-Z][A-Z0-9,/ ]+", "type": TYPE, "place": ".+"}
 
 def manner(subject: str) -> tuple[str, bool, bool, str]:
     """How a subject line is written, which ROUGE does not see: (kind, capital, stop, prefix).
-
-    The prefix is one word of at most 30 characters, perhaps with a scope in brackets, before a
-    colon and a space; "" if there is none. Its kind: "none"; "tag", in capitals (BUG, "DOC, TST");
-    "type", of the Conventional Commits (fix, feat(core)!); or else "place" (http, lib/url).
-    capital: the text after it, and after any further prefix, begins with a capital letter.
-    stop: it ends with a full stop, not with three.
-    """
+    The prefix is a word, perhaps with a scope in brackets, before a colon and a space, or "". Its
+    kind: "none"; "tag", in capitals (BUG, "DOC, TST"); "type", of the Conventional Commits (fix,
+    feat(core)!); or "place" (http, lib/url). The rest begins with a capital, ends with a stop."""
     found = re.match(PREFIX, subject.strip())
     prefix = found[1] if found else ""
     text = re.sub(f"^(?:{PREFIX})+", "", subject.strip())
@@ -58,10 +53,8 @@ def manner(subject: str) -> tuple[str, bool, bool, str]:
 
 
 def same_manner(answer: str, target: str) -> dict[str, bool | None]:
-    """Whether two subjects share the "form" (kind, capital and stop), the "kind", the "prefix".
-
-    "prefix" is None where the target has none. An empty answer is like nothing.
-    """
+    """Whether two subjects share the "form" (kind, capital and stop), the "kind", the "prefix",
+    which is None where the target has none. An empty answer is like nothing."""
     a, b, said = manner(answer), manner(target), bool(answer.strip())
     prefix = said and a[3] == b[3] if b[3] else None
     return {"form": said and a[:3] == b[:3], "kind": said and a[0] == b[0], "prefix": prefix}
@@ -78,18 +71,9 @@ def run_git(repository: Path, *arguments: str) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def check_repository(repository: Path) -> None:
-    if run_git(repository, "rev-parse", "--show-prefix").strip():
-        raise ValueError(f"{repository} is no repository of its own, it lies in another")
-    if run_git(repository, "rev-parse", "--is-shallow-repository").strip() == "true":
-        raise ValueError(f"{repository} is a shallow clone: run `git fetch --unshallow` in it")
-
-
 def without_tickets(subject: str) -> str:
-    """A subject without "(#12)", "Fixed #12 -- ", "gh-12: ", "1234: " or ", closes #12".
-
-    "" where that leaves no sentence ("Regression in #12"), or a number ("Before #12 it failed").
-    """
+    """A subject without "(#12)", "Fixed #12 -- ", "gh-12: ", "1234: " or ", closes #12";
+    "" where that leaves no sentence ("Regression in #12"), or a number ("Before #12 it failed")."""
     text = re.sub(rf"(?i)\s*[(\[]{TICKETS}[)\]]", "", subject)
     mark = r"(?:[:.,–-]+(?:\s+|$)|(?-i:(?=[A-Z])))"  # "#12: text", "#12 -- text", "#12 Text"
     text = re.sub(rf"(?i)^(\S+: )?(?:{TICKETS}\s*{mark}|(?:fix\w* )?\d{{3,}}[a-z]?: )", r"\1", text)
@@ -100,13 +84,13 @@ def without_tickets(subject: str) -> str:
 
 def read_commits(repository: Path, least_words: int) -> dict[str, list[dict]]:
     """{author: profile items, oldest first}; the author is a hash of the name, as in .mailmap.
-
     Left out are merges, reverts, what bots wrote, bodies of fewer words or with the subject in
-    them, and subjects of more than 20 words, which are paragraphs. Trailers (Signed-off-by and the
-    like) and e-mail addresses are no part of a body. A subject that an author repeats counts once:
-    a profile never holds its query's target.
-    """
-    check_repository(repository)
+    them, and subjects of more than 20 words. Trailers (Signed-off-by and the
+    like) and e-mail addresses are no part of a body. An author's repeated subject counts once."""
+    if run_git(repository, "rev-parse", "--show-prefix").strip():
+        raise ValueError(f"{repository} is no repository of its own, it lies in another")
+    if run_git(repository, "rev-parse", "--is-shallow-repository").strip() == "true":
+        raise ValueError(f"{repository} is a shallow clone: run `git fetch --unshallow` in it")
     text = run_git(repository, "log", "--no-merges", *LOG, "--format=" + "%x00".join(FIELDS))
     values, commits = iter(text.split("\0")), {}
     for id, name, address, time, date, subject, body, trailers in zip(*[values] * len(FIELDS)):
@@ -115,10 +99,9 @@ def read_commits(repository: Path, least_words: int) -> dict[str, list[dict]]:
         body, subject = (" ".join(ADDRESS.sub("", part).split()) for part in (body, subject))
         subject = without_tickets(subject)
         bot = re.search(r"(?i)\bbot\b|dependabot", f"{name} {address}")
-        if bot or NOT_WRITTEN.match(subject) or subject.lower() in body.lower():
-            continue  # "" is in any body
+        unfit = bot or NOT_WRITTEN.match(subject) or subject.lower() in body.lower()  # as "" is
         enough = len(body.split()) >= least_words and len(subject.split()) <= 20
-        if enough and time.isdigit():  # a date can be broken
+        if enough and not unfit and time.isdigit():  # a date can be broken
             author = hashlib.sha256(name.casefold().encode()).hexdigest()[:12]
             item = {"id": id[:12], "body": body, "subject": subject, "date": date}
             commits[author, subject] = (int(time), id, author, item)  # the oldest stays
@@ -129,11 +112,8 @@ def read_commits(repository: Path, least_words: int) -> dict[str, list[dict]]:
 
 
 def choose_users(found: dict[str, dict], most: int, seed: int) -> dict[str, dict]:
-    """{repository: its users in an order drawn by lot}, at most `most` in all, in equal shares.
-
-    What a small repository leaves over is shared by the larger ones. Who writes in several is a
-    user of the smallest alone, so that nobody is held out in one and trained on in another.
-    """
+    """{repository: its users in an order drawn by lot}, at most `most`, in shares as equal as can
+    be. Who writes in several is a user of the smallest alone: nobody is trained on and held out."""
     chosen, taken = {}, set()
     for name in sorted(found, key=lambda name: (len(found[name]), name)):
         drawn = sorted(found[name].keys() - taken)
@@ -146,15 +126,12 @@ def choose_users(found: dict[str, dict], most: int, seed: int) -> dict[str, dict
 
 def make_records(chosen: dict[str, dict], least: int, queries: int, profile: int) -> list[dict]:
     """LaMP's questions, with "output", "date" and "repository" beside.
-
     A user's newest commits are queries, at most `queries` of them, each with `least` - 1 earlier
     ones or more; the newest `profile` of these are its profile, oldest first. Every user's newest
-    record comes first, then everybody's second newest: the first N records are of many users.
-    """
+    record comes first, then everybody's second newest: the first N records are of many users."""
     rounds = [[] for _ in range(queries)]  # [0]: the newest of each user
-    places = {user: name for name, users in chosen.items() for user in users}
-    for user, name in sorted(places.items()):  # by hash, which mixes the repositories
-        items = chosen[name][user]
+    rows = [(user, name, items) for name, users in chosen.items() for user, items in users.items()]
+    for user, name, items in sorted(rows):  # by hash, which mixes the repositories
         for n in range(max(least - 1, len(items) - queries), len(items)):
             record = {"id": items[n]["id"], "user_id": user, "repository": name}
             record["input"] = retrieve.TASKS[TASK].prefix + items[n]["body"]
@@ -165,9 +142,8 @@ def make_records(chosen: dict[str, dict], least: int, queries: int, profile: int
 
 
 def split_records(records: list[dict], chosen: dict[str, dict], by: str, share: float) -> dict:
-    """{"train", "dev"}: of each repository's users a share is held out, of two or more at least
-    one and never all; or by "time" a share of all records, the newest.
-    """
+    """{"train", "dev"}: held out are a share of each repository's users, of two or more at least
+    one and never all; or by "time" a share of all records, the newest."""
     held_out, key = set(), "id" if by == "time" else "user_id"
     if by == "time":
         ids = [id for _, id in sorted((record["date"], record["id"]) for record in records)]
@@ -175,31 +151,33 @@ def split_records(records: list[dict], chosen: dict[str, dict], by: str, share: 
     else:
         for users in chosen.values():
             count = min(max(round(len(users) * share), 1), len(users) - 1)
-            held_out.update(list(users)[:count])
+            held_out.update([*users][:count])
     parts = {"train": [], "dev": []}
     for record in records:
         parts["dev" if record[key] in held_out else "train"].append(record)
-    if empty := [split for split, part in parts.items() if not part]:
-        advice = "take --split time, more authors or another --share"
-        raise ValueError(f"{empty[0]} has none of the {len(records)} records: {advice}")
+    for split, part in parts.items():
+        if not part:
+            advice = "take --split time, more authors or another --share"
+            raise ValueError(f"{split} has none of the {len(records)} records: {advice}")
     return parts
 
 
-def write_split(directory: Path, split: str, records: list[dict]) -> None:
-    paths = {kind: directory / split / f"{split}_{kind}.json" for kind in ("questions", "outputs")}
-    if paths["outputs"].is_file() and prlm.read_json(paths["outputs"]).get("task") != TASK:
-        raise ValueError(f"{paths['outputs']} holds another task: choose another --out")
-    keys = ("id", "user_id", "repository", "input", "profile")
-    prlm.write_json(paths["questions"], [{key: record[key] for key in keys} for record in records])
-    golds = [{"id": record["id"], "output": record["output"]} for record in records]
-    prlm.write_json(paths["outputs"], {"task": TASK, "golds": golds})
+def write_split(folder: Path, records: list[dict]) -> None:
+    outputs = folder / f"{folder.name}_outputs.json"
+    if outputs.is_file() and prlm.read_json(outputs).get("task") != TASK:
+        raise ValueError(f"{outputs} holds another task: choose another --out")
+    asked = ("id", "user_id", "repository", "input", "profile")
+    questions = [{key: record[key] for key in asked} for record in records]
+    golds = [{key: record[key] for key in ("id", "output")} for record in records]
+    prlm.write_json(folder / f"{folder.name}_questions.json", questions)
+    prlm.write_json(outputs, {"task": TASK, "golds": golds})
     users = Counter({r["user_id"]: r["repository"] for r in records}.values())
-    print(f"{directory / split}: {len(records)} records of {users.total()} authors", dict(users))
+    print(f"{folder}: {len(records)} records of {users.total()} authors", dict(users))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    about, layout = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=layout)
+    layout = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=layout)
     parser.add_argument("repositories", metavar="REPO", nargs="+", type=Path)
     for name, default, help in (
         ("out", "runs/commits", "directory that gets train/ and dev/"),
@@ -234,7 +212,7 @@ def main(o: argparse.Namespace) -> None:
         what = f"no author has {o.least} commits whose bodies have {o.words} words"
         raise ValueError(f"{what}: lower --least or --words")
     for split, part in split_records(records, chosen, o.split, o.share).items():
-        write_split(Path(o.out), split, part)
+        write_split(Path(o.out, split), part)
 
 
 if __name__ == "__main__":
