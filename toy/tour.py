@@ -30,23 +30,20 @@ for item in example.profile[:6]:
 # %% 3. Retrieval: BM25 ranks the items by the words that they share with the query
 corpus = [retrieve.show(item, example.task).split() for item in example.profile]
 scores = retrieve.BM25(corpus).scores(example.query.split())
-items = retrieve.retrieve(example, k=o.k)
 print("best scores:", sorted(scores.round(2).tolist(), reverse=True)[:6])
-for item in items:
+for item in retrieve.retrieve(example, k=o.k):
     print(retrieve.show(item, example.task))
 
 # %% 4. The prompt: the retrieved items, the request, the query
 policy = rl.make_policy(o)
 (prompt,) = retrieve.make_prompts(o, policy.tokenizer, [example])
-print(policy.tokenizer.decode(prompt))
-print(f"[{len(prompt)} tokens]")
+print(policy.tokenizer.decode(prompt), f"[{len(prompt)} tokens]", sep="\n")
 
 # %% 5. A group: eight completions of the same prompt, each reasoning first
 sampling = (o.group_size, o.max_new_tokens, o.temperature, policy.tokenizer.eos_ids)
 (group,) = prlm.generate(policy.sampler, [prompt], *sampling, seed=1)
 texts = [policy.tokenizer.decode(completion.tokens) for completion in group]
-print(texts[0])
-print(texts[1])
+print(texts[0], texts[1], sep="\n")
 
 # %% 6. Rewards: ROUGE against what the user wrote, and a little for closing the reasoning
 rows = reward.rewards(texts, [example] * len(texts), personalization=0.0)

@@ -2,8 +2,7 @@
 
 pip install trl datasets
 python reward.py --out runs/reward
-python toy/trl_example.py --reward-model runs/reward --out runs/trl
-"""
+python toy/trl_example.py --reward-model runs/reward --out runs/trl"""
 
 import sys
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, **w
 
     def prlm_reward(completions, id, **_) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        parts = rewards(texts, [by_id[one] for one in id], judge, **weights)
-        return [part["reward"] for part in parts]
+        asked = [by_id[one] for one in id]
+        return [part["reward"] for part in rewards(texts, asked, judge, **weights)]
 
     return prlm_reward
 
