@@ -1,4 +1,4 @@
-"""What the scripts of toy/ share: commands as jobs, tables, and how sure a difference is."""
+"""What experiments.py and real.py share: commands as jobs, tables, how sure a difference is."""
 
 import os
 import shlex
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
 import prlm
 
@@ -32,16 +30,15 @@ def command(script: str, options: dict) -> list[str]:
     return words
 
 
-def is_done(out: Path, options: dict) -> bool:
-    """Whether a run of rl.py with these options is finished; ValueError if others made it."""
-    if not (out / "predictions.json").is_file():
-        return False
-    recorded = prlm.read_json(out / "config.json")
+def training(out: Path, options: dict) -> tuple[list[str], Path]:
+    """(a run of rl.py, the file that it leaves); ValueError if other options made that file."""
+    done = out / "predictions.json"
+    recorded = prlm.read_json(out / "config.json") if done.is_file() else options
     for name in {*options} - prlm.FREE | {"steps"}:
         if recorded.get(name) != options[name]:
             made = f"{out} was made with {name} {recorded.get(name)}, not {options[name]}"
             raise ValueError(f"{made}: choose another --out")
-    return True
+    return command("rl.py", {**options, "out": out, "resume": True}), done
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
@@ -56,67 +53,59 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
 
 def run_jobs(work: dict, jobs: int, logs: Path, needs: dict | None = None) -> list[str]:
     """Runs {job: [(command, the file that it leaves)]}, `jobs` jobs at a time; a job's commands
-    one after the other, those left out whose file is there. A finished run's saved state is
-    deleted: it is three times as large as the model.
-
-    `needs` names the job that must be done before, which stands further up. Returns what failed, a
-    sentence each. Ctrl-C and SIGTERM end the commands, which save their state; then ValueError.
-    """
-    needs, failed, running, stopped, futures = needs or {}, [], {}, [], {}
+    one after the other, those left out whose file is there. A finished run's saved state, three
+    times as large as the model, is deleted. `needs` names the job further up that must be done
+    before. Returns what failed, a sentence each; ValueError after Ctrl-C or SIGTERM."""
+    running, stopped, futures = {}, [], {}
 
     def stop(*_) -> None:
         stopped.append(True)
         for process in [*running.values()]:
             process.terminate()
 
-    def run(job) -> bool:
-        if job in needs and not futures[needs[job]].result():
-            failed.append(f"{job}: {needs[job]} is missing")
-            return False
+    def run(job) -> str:
+        """What failed, or ""."""
+        first = (needs or {}).get(job)
+        if first and futures[first].result():
+            return f"{job}: {first} is missing"
         for words, result in work[job]:
-            if stopped:
-                return False
             if result.is_file():
                 continue
+            if stopped:
+                return "stopped"
             tqdm.write(shlex.join(words))
             log = logs / f"{job.replace(' ', '_')}.txt"
             running[job] = process = start(words, log)
-            if stopped:  # just before
-                process.terminate()
             status = process.wait()
             if status or not result.is_file():
-                failed.append(f"{job}: {words[1]} ended with status {status}, see {log}")
-                return False
+                return f"{job}: {words[1]} ended with status {status}, see {log}"
             for file in result.parent.rglob("trainer.pt"):
                 file.unlink()
-        return True
+        return ""
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with ThreadPoolExecutor(jobs) as pool:
             for job in work:  # one by one, since a job looks for the future that it needs
                 futures[job] = pool.submit(run, job)
-            for future in tqdm(futures.values(), "jobs", disable=None):
-                future.result()
+            said = [future.result() for future in tqdm(futures.values(), "jobs", disable=None)]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
         raise ValueError("stopped; the same command goes on")
-    return failed
+    return [text for text in said if text]
 
 
-# ---- How sure a difference is ----------------------------------------------------------------
+# ---- Tables, and how sure a difference is ----------------------------------------------------
 
 
 def bootstrap(ours, theirs, draws=10_000) -> dict[str, tuple[float, float, float]]:
     """{what is redrawn: (p, low, high)} of mean(ours - theirs), arrays [seeds, users], paired.
 
-    "users": users are redrawn, the trained policies stay: what other users would say of them. A
-    paired bootstrap. "seeds": Student's t of the seeds' means, users stay: what other trainings
-    would give. (A bootstrap of three values would hardly be wider than the values.) "both": the two
-    deviations added, draw by draw. One seed: "users" alone. p is two-sided, the interval 95 %.
-    """
+    "users": a paired bootstrap, the policies stay: what other users would say of them. "seeds", if
+    there are several: Student's t of their means, users stay: what other trainings would give.
+    "both": the two deviations added, draw by draw. p is two-sided, the interval 95 %."""
     difference = np.atleast_2d(ours) - np.atleast_2d(theirs)  # [S, N]; one side may have one seed
     (S, N), rng, mean = difference.shape, np.random.default_rng(0), difference.mean()
     drawn = {"users": difference.mean(0)[rng.integers(0, N, (draws, N))].mean(1)}  # [draws]
@@ -132,19 +121,13 @@ def bootstrap(ours, theirs, draws=10_000) -> dict[str, tuple[float, float, float
     return result
 
 
-# ---- Tables and pictures ---------------------------------------------------------------------
-
-
 def markdown(columns: list[str], rows: list[list]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def mean(seeds) -> str:
-    """The mean of seeds, each a number or one for each user, ± the deviation between them.
-
-    NaN is a user of whom a metric says nothing.
-    """
+    """The mean of seeds, each a number or one for each user (NaN: none), ± their deviation."""
     rows = [np.ravel(row) for row in seeds]
     means = [row[~np.isnan(row)].mean() for row in rows if not np.isnan(row).all()]
     deviation = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
@@ -164,15 +147,3 @@ def against(ours, theirs) -> list[str]:
     found = bootstrap(difference, 0)
     cells = {u: f"{low:+.3f} … {high:+.3f}, p {p:.4f}" for u, (p, low, high) in found.items()}
     return [f"{difference.mean():+.3f}", *(cells.get(u, "") for u in ("users", "seeds", "both"))]
-
-
-def picture(draw, path: Path, *arguments) -> str:
-    """Draws into a figure of matplotlib and returns its Markdown, or why there is none."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "(no picture: matplotlib is not installed)\n"
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    draw(figure, *arguments)
-    figure.savefig(path, dpi=110)
-    return f"![]({path.name})\n"

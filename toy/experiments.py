@@ -3,22 +3,19 @@
   1. Does reasoning trained by RL beat plain personalized RAG?   (three tasks, six rows)
   2. What do the reasoning and the contrastive reward each contribute?   (one change at a time)
   3. Is it robust to how many items are retrieved, and by what?   (k by retriever)
-  4. What does the judge know, and what does a policy learn from it, alone too?
-     (pair accuracy, swap test, rivals, correlation with ROUGE; rewards without gold texts)
+  4. What does the judge know, and what does a policy learn from it, without gold texts too?
 
 Every training is a run of rl.py, whose command is printed; what is there already is not made again,
 so the same command goes on after a stop. The report states, it does not judge.
 
     python toy/experiments.py --quick        # one seed of the main table
-    python toy/experiments.py                # everything, three seeds: half an hour on two cores
-"""
+    python toy/experiments.py                # everything, three seeds: half an hour on two cores"""
 
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
 
@@ -32,8 +29,7 @@ from toy import common
 
 # ---- The arms: what each row of a table changes ---------------------------------------------
 
-# Form and judge alone: what the users really wrote is not rewarded.
-NO_GOLD = {"accuracy": 0.0, "personalization": 1.0}
+NO_GOLD = {"accuracy": 0.0, "personalization": 1.0}  # what the users wrote is not rewarded
 KL = {"beta": 0.3}  # stay near the base: a judge of style alone forgets what the query is about
 ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
     "base": ("RAG base", {"steps": 0, "personalization": 0.0}),
@@ -52,7 +48,6 @@ ARMS = {  # key: (its name in the tables, the options of rl.py that differ)
 MAIN = ["sft", "no_reasoning", "prlm"]
 WITHOUT_GOLD = [arm for arm in ARMS if "no_gold" in arm]
 ABLATIONS = [arm for arm in ARMS if arm not in ("base", "sft")]
-JUDGES = ["prlm", "untrained", "ratio"]  # arms whose judges differ
 ROBUST = ["base", "no_reasoning", "prlm"]  # what is asked with other prompts than in training
 RETRIEVERS, ITEMS = ["random", "recency", "bm25", "dense"], [1, 2, 4, 8]
 TASKS = ["LaMP-4", "LaMP-5", "LaMP-7"]
@@ -80,8 +75,8 @@ def seeds_of(o: Options, arm: str) -> range:
     return range(1 if o.quick or arm == "base" else o.seeds)
 
 
-def options_of(o: Options, task: str, arm: str, seed: int) -> dict:
-    """The options of an arm's training, as rl.py takes them."""
+def chain(o: Options, task: str, arm: str, seed: int) -> list[tuple[list[str], Path]]:
+    """The commands of an arm and seed, each with the file that shows it is done."""
     same = {"model": o.model, "encoder": o.encoder, "data": o.data, "preset": "toy"}
     same |= {"task": task, "seed": seed, "steps": o.steps, "device": "cpu"}
     same["eval_every"] = 5 if task == TASK else 0  # for the curves
@@ -89,18 +84,8 @@ def options_of(o: Options, task: str, arm: str, seed: int) -> dict:
         same["reward_model"] = str(place(o, task, "prlm", seed) / "reward")
     if arm == "sft":  # as many records as RL has prompts: 8 a step instead of 16
         same |= {"warm_start": 2 * o.steps, "warm_start_lr": 1e-3}
-    return same | ARMS[arm][1]
-
-
-# ---- Trainings, and answers to other prompts -------------------------------------------------
-
-
-def chain(o: Options, task: str, arm: str, seed: int) -> list[tuple[list[str], Path]]:
-    """The commands of an arm and seed, each with the file that shows it is done."""
-    out, options = place(o, task, arm, seed), options_of(o, task, arm, seed)
-    common.is_done(out, options)  # else ValueError
-    train = common.command("rl.py", {**options, "out": out, "resume": True})
-    commands = [(train, out / "predictions.json")]
+    out = place(o, task, arm, seed)
+    commands = [common.training(out, same | ARMS[arm][1])]
     if task == TASK and arm in ROBUST and not o.quick:
         grid = common.command("toy/experiments.py", {"grid": out})
         commands.append((grid, out / "grid.json"))
@@ -119,10 +104,10 @@ def answer_grid(run: Path) -> None:
     prlm.write_json(run / "grid.json", found)
 
 
-# ---- What comes out of it -------------------------------------------------------------------
+# ---- What the report says -------------------------------------------------------------------
 
 
-def scores_of(o: Options, task: str, arm: str, stage: str, metric: str) -> np.ndarray:
+def scores_of(o: Options, task: str, arm: str, stage: str, metric="rouge-l") -> np.ndarray:
     """A metric of each held-out user, for every seed of an arm. [seeds, users]"""
     files = [place(o, task, arm, s) / "held_out" / f"{stage}.jsonl" for s in seeds_of(o, arm)]
     return np.array([[record[metric] for record in prlm.read_lines(file)] for file in files])
@@ -130,39 +115,32 @@ def scores_of(o: Options, task: str, arm: str, stage: str, metric: str) -> np.nd
 
 def compare(o: Options, task: str, rows: dict[str, tuple[str, str]]) -> str:
     """A line for each of the rows {name: (arm, stage)}: its scores, and PrLM against it."""
-    ours, lines = scores_of(o, task, "prlm", "after", "rouge-l"), []
+    ours, lines = scores_of(o, task, "prlm", "after"), []
     for name, (arm, stage) in rows.items():
-        metrics = [scores_of(o, task, arm, stage, metric) for metric in scoring.METRICS]
-        theirs = scores_of(o, task, arm, stage, "rouge-l")
-        against = [""] * 4 if arm == "prlm" else common.against(ours, theirs)
-        lines.append([name, *map(common.mean, metrics), *against])
+        cells = [common.mean(scores_of(o, task, arm, stage, key)) for key in scoring.METRICS]
+        theirs = scores_of(o, task, arm, stage)
+        lines.append([name, *cells, *([""] * 4 if arm == "prlm" else common.against(ours, theirs))])
     return common.markdown(["", *scoring.METRICS, *common.AGAINST], lines)
 
 
 def correlation(path: Path) -> tuple[float, float]:
-    """Pearson's r of the judge's values and ROUGE over a run's samples: all, and within groups.
-
-    Within: both minus the mean of their prompt's group, which is all that advantages see.
-    """
+    """Pearson's r of the judge's values and ROUGE of a run's samples: of all, and within groups."""
     samples = [line for line in prlm.read_lines(path) if line["personalization"] > 0]
     pairs = np.array([[line["personalization"], line["accuracy"]] for line in samples])
     groups = np.unique([f"{line['step']} {line['id']}" for line in samples], return_inverse=True)[1]
     sums = np.stack([np.bincount(groups, column) for column in pairs.T], 1)
-    within = pairs - (sums / np.bincount(groups)[:, None])[groups]
+    within = pairs - (sums / np.bincount(groups)[:, None])[groups]  # all that advantages see
     return tuple(float(np.corrcoef(x.T)[0, 1]) if x.std(0).all() else 0.0 for x in (pairs, within))
 
 
-def prefers(judge, examples, better: list[str], worse: list[str]) -> float:
+def prefers(judge, examples, better, worse) -> float:
     """How often the judge values the better answer higher; ties are a half."""
     pairs = zip(judge(examples, better), judge(examples, worse), strict=True)
     return float(np.mean([(np.sign(a - b) + 1) / 2 for a, b in pairs]))
 
 
 def examine(o: Options, arm: str, seed: int) -> dict[str, float]:
-    """What an arm's judge knows, and the policy that it has trained.
-
-    Pairs are the held-out ones of the arm, or PrLM's for a judge that is not trained on any.
-    """
+    """What an arm's judge knows, of its held-out pairs or else PrLM's, and its policy's score."""
     run = place(o, TASK, arm, seed)
     how = prlm.resolve(rl.Options, {"resume": True, "out": str(run)})
     decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
@@ -171,15 +149,15 @@ def examine(o: Options, arm: str, seed: int) -> dict[str, float]:
     if arm == "ratio":
         pairs = prlm.read_json(place(o, TASK, "prlm", seed) / "reward" / "pairs.json", list)
         examples = {example.id: example for example in retrieve.load_examples(how, "train")}
-        rows = [(p, n) for p in reward.split_pairs(pairs, seed)[1] for n in p["negatives"]]
-        asked, better = [examples[p["id"]] for p, _ in rows], [p["positive"] for p, _ in rows]
-        found["pair_accuracy"] = prefers(judge, asked, better, [worse for _, worse in rows])
+        pairs = reward.split_pairs(pairs, seed)[1]
+        rows = [(examples[p["id"]], p["positive"], bad) for p in pairs for bad in p["negatives"]]
+        found["pair_accuracy"] = prefers(judge, *zip(*rows))
     probe = prlm.read_json(Path(o.data) / TASK.replace("-", "_") / "probe.json", list)
     rivals = {row["query"]: row for row in probe}
     held = [e for e in retrieve.load_examples(how, "dev") if e.query in rivals]
-    own, *others = ([rivals[e.query][key] for e in held] for key in ("own", "other", "plain"))
-    for rival, texts in zip(("other", "plain"), others, strict=True):
-        found[f"own_over_{rival}"] = prefers(judge, held, own, texts)
+    for rival in ("other", "plain"):
+        texts = ([rivals[e.query][key] for e in held] for key in ("own", rival))
+        found[f"own_over_{rival}"] = prefers(judge, held, *texts)
     found["r"], found["r_group"] = correlation(run / "samples.jsonl")
     return found | {"rouge-l": prlm.read_json(run / "scores.json")["after"]["rouge-l"]}
 
@@ -191,31 +169,34 @@ def judges(o: Options) -> str:
         "r": "r with ROUGE", "r_group": "r within a group", "rouge-l": "ROUGE-L after RL",
     }  # fmt: skip
     rows = []
-    for arm in JUDGES:
+    for arm in ("prlm", "untrained", "ratio"):  # whose judges differ
         found = [examine(o, arm, seed) for seed in seeds_of(o, arm)]
         rows.append([ARMS[arm][0], *(common.mean([line[key] for line in found]) for key in keys)])
     return common.markdown(["", *keys.values()], rows)
 
 
-def grids(o: Options) -> dict[str, np.ndarray]:
-    """{name of the policy: ROUGE-L [retrievers, k], the mean over seeds}."""
-    found = {}
+def grids(o: Options) -> str:
+    """A table of ROUGE-L by retriever and k for each policy, the mean over seeds."""
+    text = ""
     for arm in ROBUST:
         files = [place(o, TASK, arm, seed) / "grid.json" for seed in seeds_of(o, arm)]
-        found[ARMS[arm][0]] = np.mean([[*prlm.read_json(file).values()] for file in files], 0)
-    return found
+        table = np.mean([[*prlm.read_json(file).values()] for file in files], 0)
+        cells = [[f"{x:.3f} ({x - table.max():+.3f})" for x in row] for row in table]
+        lines = [[retriever, *row] for retriever, row in zip(RETRIEVERS, cells, strict=True)]
+        text += f"\n{ARMS[arm][0]} (in brackets: from its best cell)\n\n"
+        text += common.markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
+    return text
 
 
-# ---- The report -----------------------------------------------------------------------------
-
-
-def draw_curves(figure, o: Options, arms: list[str]) -> None:
-    """Held-out ROUGE-L, completion length and closed reasoning by step, the mean over seeds."""
-    panels = {
-        "eval_rouge-l": "ROUGE-L of 64 held-out users, greedy",
-        "completion_tokens": "tokens a completion",
-        "format": "reasoning closed",
-    }
+def curves(o: Options, arms: list[str], file: str) -> str:
+    """A picture by step, means over seeds, as Markdown; or why there is none."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "(no picture: matplotlib is not installed)\n"
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = {"eval_rouge-l": "ROUGE-L of 64 held-out users, greedy"}
+    panels |= {"completion_tokens": "tokens a completion", "format": "reasoning closed"}
     for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for n, arm in enumerate(arms):
             runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
@@ -223,52 +204,43 @@ def draw_curves(figure, o: Options, arms: list[str]) -> None:
             steps = [line["step"] for line in logs[0]]
             values = np.mean([[line[key] for line in log] for log in logs], 0).tolist()
             if key == "eval_rouge-l":
-                start = scores_of(o, TASK, arm, "before", "rouge-l")[:, :64].mean()
+                start = scores_of(o, TASK, arm, "before")[:, :64].mean()
                 steps, values = [0, *steps], [start, *values]
             axis.plot(steps, values, f"C{n}", label=ARMS[arm][0])
         axis.set(title=title, xlabel="step")
     figure.axes[0].legend(fontsize=7)
-
-
-HOW = """Greedy answers for held-out users; ± is the standard deviation over seeds. The differences
-are PrLM minus the row in ROUGE-L: over users, the trained policies stay (paired bootstrap); over
-seeds, the users stay (Student's t).
-"""
+    figure.savefig(Path(o.out) / file, dpi=110)
+    return f"![]({file})\n"
 
 
 def report(o: Options) -> str:
-    out, seeds = Path(o.out), len(seeds_of(o, "prlm"))
-    text = f"# The paper's questions, asked of the toy\n\n{seeds} seed(s), {o.steps} steps. {HOW}"
+    text = f"""# The paper's questions, asked of the toy
+
+{len(seeds_of(o, "prlm"))} seed(s), {o.steps} steps. Greedy answers for held-out users; ± is the
+standard deviation over seeds. The differences are PrLM minus the row in ROUGE-L: over users, the
+trained policies stay (paired bootstrap); over seeds, the users stay (Student's t).
+"""
     for task in TASKS:
         rows = {"no profile": ("base", "no_profile"), ARMS["base"][0]: ("base", "before")}
         rows["RAG base, reasoning closed"] = ("no_reasoning", "before")
         rows |= {ARMS[arm][0]: (arm, "after") for arm in MAIN}
-        users = scores_of(o, task, "base", "before", "rouge-l").shape[1]
+        users = scores_of(o, task, "base", "before").shape[1]
         text += f"\n## {task}: {users} held-out users\n\n{compare(o, task, rows)}"
     shown = ["no_reasoning", "prlm"]
     if not o.quick:
         rows = {ARMS[arm][0]: (arm, "after") for arm in ABLATIONS}
         text += f"\n## One change at a time, {TASK}\n\n{compare(o, TASK, rows)}"
-        text += f"\n## Other prompts than in training (k 4, bm25), {TASK}, ROUGE-L\n"
-        for name, table in grids(o).items():
-            cells = [[f"{x:.3f} ({x - table.max():+.3f})" for x in row] for row in table]
-            lines = [[retriever, *row] for retriever, row in zip(RETRIEVERS, cells, strict=True)]
-            text += f"\n{name} (in brackets: from its best cell)\n\n"
-            text += common.markdown(["", *(f"k = {k}" for k in ITEMS)], lines)
+        text += f"\n## Other prompts than in training (k 4, bm25), {TASK}, ROUGE-L\n{grids(o)}"
         text += f"\n## The judges (shares are .5 by chance)\n\n{judges(o)}"
         shown = [arm for arm in ABLATIONS if arm not in WITHOUT_GOLD]
-        text += f"\n## Learning curves without gold texts, {TASK}\n\n"
-        text += common.picture(draw_curves, out / "no_gold.png", o, WITHOUT_GOLD)
-    text += f"\n## Learning curves, {TASK}\n\n"
-    text += common.picture(draw_curves, out / "curves.png", o, shown)
-    return text
+        picture = curves(o, WITHOUT_GOLD, "no_gold.png")
+        text += f"\n## Learning curves without gold texts, {TASK}\n\n{picture}"
+    return text + f"\n## Learning curves, {TASK}\n\n{curves(o, shown, 'curves.png')}"
 
 
 def main(o: Options) -> None:
     if o.grid:
-        torch.set_num_threads(1)
-        answer_grid(Path(o.grid))
-        return
+        return answer_grid(Path(o.grid))
     work = {}
     for seed in range(o.seeds):  # a whole seed first: an early look at all rows
         for task in TASKS:

@@ -1,8 +1,8 @@
 """Does the policy use the profile, and does a judge make it use it more? Asked of real text.
 
 Every training is a run of rl.py, every further score one of eval.py or reward.py; the commands are
-printed, so that each can be pasted. What is there already is not made again: stopped at any moment,
-the same command goes on. The tables go to report.md in --out.
+printed. What is there already is not made again: stopped at any moment, the same command goes on.
+The tables go to --out.
 
     python tests/smollm2.py models/smollm2
     python toy/commits.py REPO [REPO ...] --out data
@@ -12,8 +12,7 @@ the same command goes on. The tables go to report.md in --out.
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
 the same policy scores without. Held-out authors are in two halves. Recipes are chosen on one; the
-other is looked at once, at the end, with --half report.
-"""
+other is looked at once, at the end, with --half report."""
 
 import shlex
 import sys
@@ -34,8 +33,7 @@ from prlm import option
 from toy import common
 from toy.commits import same_manner
 
-# ---- The arms: (name in the tables, options of rl.py). All but two start from the warm start of
-# their own seed; a run of its own, so that all of them have the same.
+# ---- The arms: (name, options of rl.py); all but FIRST start from their seed's warm start --------
 
 ACCURACY, RATIO = {"personalization": 0.0}, {"judge": "ratio"}
 NO_GOLD = {"accuracy": 0.0, "beta": 0.3}
@@ -72,9 +70,6 @@ class Options:
     out: str = option("runs/real", "what is there already is not made again")
 
 
-# ---- Commands --------------------------------------------------------------------------------
-
-
 def arms_of(o: Options) -> list[str]:
     wanted = o.arms.split(",")
     if unknown := {*wanted} - ARMS.keys():
@@ -86,13 +81,9 @@ def place(o: Options, arm: str, seed: int) -> Path:
     return Path(o.out) / o.task / f"{arm}_seed{seed}"
 
 
-def more_of(o: Options) -> dict:
-    return prlm.parse_flags(rl.Options, "", shlex.split(o.more))
-
-
 def items_of(o: Options, arm: str) -> tuple[int, int]:
     """How many profile items a prompt has with the profile, and on the side that rl.py scores."""
-    k = more_of(o).get("k", prlm.PRESETS["small"]["k"])
+    k = options_of(o, "warm", 0).get("k", prlm.PRESETS["small"]["k"])  # perhaps from --more
     return k, ARMS[arm][1].get("k", k)
 
 
@@ -100,35 +91,24 @@ def options_of(o: Options, arm: str, seed: int) -> dict:
     """The options of a training, as rl.py takes them."""
     same = {"model": o.model, "preset": "small", "data": o.data, "task": o.task, "limit": o.limit}
     same |= {"encoder": o.encoder, "seed": seed, "steps": o.steps, "eval_every": 0, "force": True}
-    if arm in FIRST:
-        same["warm_start"] = o.warm
-    else:
-        same["model"] = str(place(o, "warm", seed) / "checkpoint")
-    return {**same, "device": o.device, **more_of(o), **ARMS[arm][1]}
+    warm = str(place(o, "warm", seed) / "checkpoint")
+    same |= {"warm_start": o.warm} if arm in FIRST else {"model": warm}
+    more = prlm.parse_flags(rl.Options, "", shlex.split(o.more))
+    return {**same, "device": o.device, **more, **ARMS[arm][1]}
 
 
 def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     """The commands of an arm and seed, each with the file that shows it is done: the training, the
-    score of the side that rl.py does not ask, and the ratio's swap test under the trained policy.
-    """
-    out, options = place(o, arm, seed), options_of(o, arm, seed)
-    common.is_done(out, options)  # else ValueError, now and not after hours
-    train = common.command("rl.py", {**options, "out": out, "resume": True})
-    k, own = items_of(o, arm)
-    other = {
-        "run": out,
-        "k": 0 if own else k,
-        "limit": o.limit,
-        "device": o.device,
-        "temperature": 0.0,
-    }
-    other |= {"overwrite": True, "out": out / "other_side"}
+    score of the side that rl.py does not ask, the ratio's swap test under the trained policy."""
+    out, options, (k, own) = place(o, arm, seed), options_of(o, arm, seed), items_of(o, arm)
+    other = {"run": out, "k": 0 if own else k, "limit": o.limit, "device": o.device}
+    other |= {"temperature": 0.0, "overwrite": True, "out": out / "other_side"}
     known = {field.name for field in fields(reward.Options)}
     swap = {name: value for name, value in options.items() if name in known}
     swap |= {"model": out / "checkpoint", "judge": "ratio", "k": k}
     swap |= {"overwrite": True, "out": out / "swap_test"}
     return [
-        (train, out / "predictions.json"),
+        common.training(out, options),
         (common.command("eval.py", other), out / "other_side" / "scores.json"),
         (common.command("reward.py", swap), out / "swap_test" / "report.json"),
     ]
@@ -173,16 +153,12 @@ def answers_of(o: Options, arm: str, seed: int, side: str) -> dict[str, str] | N
 
 def collect(o: Options, authors: Authors) -> dict:
     """{arm: {metric: {side: [seeds, authors]}}}; NaN for what is not there yet."""
-    result = {}
-    for arm in arms_of(o):
-        found = {side: [answers_of(o, arm, n, side) for n in range(o.seeds)] for side in SIDES}
-        result[arm] = {
-            metric: {
-                side: np.stack([authors.means(answers, metric) for answers in seeds])
-                for side, seeds in found.items()
-            }
-            for metric in metrics_of(o.task)
-        }
+    result = {arm: {metric: {} for metric in metrics_of(o.task)} for arm in arms_of(o)}
+    for arm, metrics in result.items():
+        for side in SIDES:
+            seeds = [answers_of(o, arm, seed, side) for seed in range(o.seeds)]
+            for metric, sides in metrics.items():
+                sides[side] = np.stack([authors.means(answers, metric) for answers in seeds])
     return result
 
 
@@ -191,18 +167,15 @@ def share(found: dict, arm: str, metric: str) -> np.ndarray:
     return found[arm][metric]["with"] - found[arm][metric]["without"]
 
 
-def copied(o: Options, authors: Authors) -> dict[str, dict[str, str]]:
-    """Answers without any model: the query, and what the nearest item's answer was."""
-    rank = retrieve.make_ranker(retrieve.PromptOptions(data=o.data, task=o.task))
-    *_, field = retrieve.task_of(o.task).fields
-    nearest = {e.id: next((i[field] for i in rank(e, 1)), "") for e in authors.examples}
-    queries = {e.id: e.query for e in authors.examples}
-    return {"copying the query": queries, "copying the nearest item": nearest}
-
-
 def scores_table(o: Options, authors: Authors, found: dict) -> str:
-    metrics, rows = metrics_of(o.task), []
-    for name, answers in copied(o, authors).items():
+    """Every metric of what needs no model, the query and the nearest item, and of the arms."""
+    (*_, field), metrics, rows = retrieve.task_of(o.task).fields, metrics_of(o.task), []
+    nearest = {e.id: [i[field] for i in retrieve.retrieve(e, 1)] for e in authors.examples}
+    copied = {
+        "copying the query": {e.id: e.query for e in authors.examples},
+        "copying the nearest item": {id: (said or [""])[0] for id, said in nearest.items()},
+    }
+    for name, answers in copied.items():
         rows.append([name, *(common.mean([authors.means(answers, m)]) for m in metrics)])
     for arm, scores in found.items():
         cells = [" / ".join(common.mean(scores[m][side]) for side in SIDES) for m in metrics]
@@ -213,7 +186,7 @@ def scores_table(o: Options, authors: Authors, found: dict) -> str:
 def shares_table(o: Options, found: dict, metric: str, base: str | None = None) -> str:
     """Each arm's share of the profile, or by how much it is above that of the arm `base`."""
     rows = []
-    for arm in found.keys() - {base}:
+    for arm in (arm for arm in found if arm != base):
         ours, theirs = share(found, arm, metric), share(found, base, metric) if base else 0.0
         by_seed = [common.mean([row]) for row in ours - theirs]
         rows.append([ARMS[arm][0], *common.against(ours, theirs), " ".join(by_seed)])
@@ -227,30 +200,26 @@ def judges_table(o: Options, found: dict) -> str:
         "its swap test": ("reward", "swap_test"),
         "the ratio's swap test under the trained policy": ("swap_test", "swap_test"),
     }
-    rows = []
-    for arm in found:
-        cells = []
-        for folder, key in columns.values():  # of the seeds that have one
+    rows = [[ARMS[arm][0]] for arm in found]
+    for arm, row in zip(found, rows):
+        for folder, key in columns.values():
             files = [place(o, arm, seed) / folder / "report.json" for seed in range(o.seeds)]
             values = [prlm.read_json(file).get(key) for file in files if file.is_file()]
-            cells.append(common.mean([value for value in values if value is not None]))
-        rows.append([ARMS[arm][0], *cells])
+            row.append(common.mean([value for value in values if value is not None]))
     return common.markdown(["", *columns], rows)
-
-
-HOW = """Greedy answers. Each author is the mean of their records; ± is the deviation between seeds.
-Intervals over users hold the trained policies fixed; those over seeds (Student's t) hold the users
-fixed. The share is the score with the profile minus that of the same policy without.
-"""
 
 
 def report(o: Options) -> str:
     authors = Authors(o)
     found = collect(o, authors)
-    who = f"{len(authors.rows)} held-out authors ({o.half})"
-    text = f"# {o.task}: {Path(o.model).name}, {who}\n\n{HOW}\n{scores_table(o, authors, found)}"
-    shown = ("rouge-1", "form" if o.task == "commits" else "rouge-l")
-    for metric in shown:
+    text = f"""# {o.task}: {Path(o.model).name}, {len(authors.rows)} held-out authors ({o.half})
+
+Greedy answers. Each author is the mean of their records; ± is the deviation between seeds.
+Intervals over users hold the trained policies fixed; those over seeds (Student's t) hold the users
+fixed. The share is the score with the profile minus that of the same policy without.
+
+{scores_table(o, authors, found)}"""
+    for metric in ("rouge-1", "form" if o.task == "commits" else "rouge-l"):
         text += f"\n## The profile's share of {metric}\n\n{shares_table(o, found, metric)}"
         if "prlm" in found:
             text += f"\n… above that of {ARMS['prlm'][0]}\n\n"
