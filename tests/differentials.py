@@ -1,8 +1,8 @@
 """Random input on which an exercise's two solutions must agree: `exercises.py selftest` runs it.
 
-A case is a function of `m`, the module with one of the solutions, and `r`, a random.Random; what it
-returns is compared. Where the docstring leaves something open (which noise, what stands behind the
-mask), the case leaves it out.
+A case is named after its function. It takes `m`, the module with one of the solutions, and `r`, a
+random.Random; what it returns is compared. What the docstring leaves open (which noise, what stands
+behind the mask) the case leaves out.
 """
 
 import functools
@@ -23,16 +23,15 @@ from retrieve import Example
 
 CASES = 500  # of an exercise; fewer where they take longer than SECONDS
 SECONDS = 2
-FUNCTIONS = {}  # an exercise's function -> its case
 
 
-def of(function: str):
-    return lambda case: FUNCTIONS.setdefault(function, case)
+def case_of(function: str):
+    return globals()[function.replace(".", "_")]
 
 
 def compare(file: str, function: str, original: str, other: str) -> tuple[int, str]:
     """(cases, "" or the first that differs) of two texts of a module."""
-    case, modules = FUNCTIONS[function], [load(file, text) for text in (other, original)]
+    case, modules = case_of(function), [load(file, text) for text in (other, original)]
     for n in range(3):  # what is imported late or made once is not on the clock
         outcome(case, modules[1], n)
     end = time.perf_counter() + SECONDS
@@ -49,13 +48,8 @@ def load(file: str, text: str):
     module = types.ModuleType(f"differential_{Path(file).stem}")
     module.__file__ = str(Path(prlm.__file__).with_name(file))
     sys.modules[module.__name__] = module  # dataclasses look for their module there
-    exec(compile_text(text, file), module.__dict__)
+    exec(compile(text, file, "exec"), module.__dict__)
     return module
-
-
-@functools.cache
-def compile_text(text: str, file: str):
-    return compile(text, file, "exec")
 
 
 def outcome(case, module, n: int):
@@ -123,21 +117,18 @@ def tokenizer():
 # ---- retrieve.py and eval.py -----------------------------------------------------------------
 
 
-@of("BM25.__init__")
-def _(m, r):
+def BM25___init__(m, r):
     corpus = [words(r) for _ in range(r.randint(0, 8))]
     index = m.BM25(corpus, 2 * r.random(), r.random(), r.choice(["okapi", "lucene", "x"]))
     return index.scores(words(r)), index.norm, index.k1, dict(index.idf)
 
 
-@of("BM25.scores")
-def _(m, r):
+def BM25_scores(m, r):
     corpus = [words(r) for _ in range(r.randint(0, 8))]
     return m.BM25(corpus, 2 * r.random(), r.random()).scores([*words(r), "unknown"])
 
 
-@of("retrieve")
-def _(m, r):
+def retrieve(m, r):
     task = r.choice(["LaMP-4", "LaMP-5", "LaMP-7"])
     retriever = r.choice(["none", "random", "recency", "bm25", "lucene", "dense", "best"])
     items = [{key: phrase(r) for key in m.TASKS[task].fields} for _ in range(r.randint(0, 6))]
@@ -149,8 +140,7 @@ def _(m, r):
     return len(found) if retriever == "random" else found
 
 
-@of("build_messages")
-def _(m, r):
+def build_messages(m, r):
     task = r.choice(["LaMP-4", "LaMP-5", "LaMP-7"])
     items = [{key: phrase(r) for key in m.TASKS[task].fields} for _ in range(r.randint(0, 4))]
     example = m.Example("1", "u", task, phrase(r), items, None)
@@ -159,18 +149,15 @@ def _(m, r):
     return m.build_messages(example, items, tokenizer(), budget)
 
 
-@of("common")
-def _(m, r):
+def common(m, r):
     return m.common(words(r), words(r), r.randint(1, 3))
 
 
-@of("longest_common_subsequence")
-def _(m, r):
+def longest_common_subsequence(m, r):
     return m.longest_common_subsequence(words(r, 80), words(r, 80))
 
 
-@of("extract_answer")
-def _(m, r):
+def extract_answer(m, r):
     pieces = [*"{}'\"‘’“”:;.\n\t ,*#>-_\\", "\\'", "```", "a b", "it's", "title", "TITLE", "tweet"]
     pieces += ["<think>", "</think>", "<answer>", "</answer>", "'title': '", '"Title": "', "'}"]
     pieces += ["title: ", "generated title", ", 'tweet'", "“title”", "subtitle", "**Title:** "]
@@ -182,8 +169,7 @@ def _(m, r):
 # ---- prlm.py ---------------------------------------------------------------------------------
 
 
-@of("read_safetensors")
-def _(m, r):
+def read_safetensors(m, r):
     kinds, path = [torch.uint8, torch.int16, torch.float32, torch.bool], Path("weights")
     shapes = [[r.randint(0, 3) for _ in range(r.randint(0, 3))] for _ in range(r.randint(0, 3))]
     tensors = {str(n): normal(r, *shape).to(r.choice(kinds)) for n, shape in enumerate(shapes)}
@@ -194,24 +180,21 @@ def _(m, r):
     return {name: (str(x.dtype), x.double()) for name, x in m.read_safetensors(path).items()}
 
 
-@of("rope_frequencies")
-def _(m, r):
+def rope_frequencies(m, r):
     low, context = 3 * r.random(), 2.0 ** r.randint(5, 13)
     rope = dict(zip(m.LLAMA3_ROPE, [1 + 9 * r.random(), low, low + 0.1 + r.random(), context]))
     rope |= {"rope_theta": 10 ** (2 + 4 * r.random()), "rope_type": r.choice(["llama3", "default"])}
     return m.rope_frequencies(types.SimpleNamespace(head_dim=2 * r.randint(1, 64), rope=rope))
 
 
-@of("rotate")
-def _(m, r):
+def rotate(m, r):
     B, T, heads, half = sizes(r, 4)
     angles = normal(r, T, 1, half)
     cos, sin = angles.cos().repeat(1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
     return m.rotate(normal(r, B, T, heads, 2 * half), cos, sin)
 
 
-@of("Linear.forward")
-def _(m, r):
+def Linear_forward(m, r):
     linear = m.Linear(*sizes(r, 2), r.random() < 0.5)
     if r.random() < 0.8:
         rank, linear.scale = r.randint(1, 3), 1 + r.random()
@@ -223,8 +206,7 @@ def _(m, r):
     return out, torch.autograd.grad(out.square().sum(), [x, *linear.parameters()])
 
 
-@of("attention")
-def _(m, r):
+def attention(m, r):
     B, T, K, R, D = sizes(r, 5)
     S = T + r.choice([0, 2])
     visible = normal(r, B, T, S) > 0
@@ -233,9 +215,8 @@ def _(m, r):
     return m.attention(q, k, v, visible if S > T else r.choice([None, visible]))
 
 
-@of("Decoder.forward")
 @torch.no_grad()
-def _(m, r):
+def Decoder_forward(m, r):
     mask = mask_of(r, r.randint(1, 3), r.randint(1, 6))
     mask[:, 0] = True
     mask = r.choice([mask, mask.flip(1)])
@@ -243,9 +224,8 @@ def _(m, r):
     return one(tokens, mask.int()) * mask[..., None], one(tokens)
 
 
-@of("Cache.read_next")
 @torch.no_grad()
-def _(m, r):
+def Cache_read_next(m, r):
     K, G, C = r.choice([1, 2, 3, 6]), r.randint(1, 3), r.randint(1, 3)
     prompts = m.Ragged([[0] * length for length in sizes(r, r.randint(1, 3))])
     cache, found = m.Cache(decoder(m, r, K), prompts, G, C), []
@@ -259,8 +239,7 @@ def _(m, r):
     return found
 
 
-@of("sample")
-def _(m, r):
+def sample(m, r):
     logits, temperature = 9 * normal(r, *sizes(r, 2, 7)), r.choice([0, 0.3, 1, 2])
     if r.random() < 0.5:  # only one id of each row is possible
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True), -math.inf)
@@ -270,8 +249,7 @@ def _(m, r):
     return found if certain else None, (logprobs - expected).abs() < 1e-4
 
 
-@of("generate")
-def _(m, r):
+def generate(m, r):
     one, prompts = decoder(m, r), [ids(r, 5) or [1] for _ in range(r.randint(0, 4))]
     one.vocab_limit = r.randint(3, 9)
     group, longest, temperature = r.randint(0, 3), r.randint(0, 6), r.choice([0, 0, 0, 0, -1])
@@ -279,8 +257,7 @@ def _(m, r):
     return [[(c.tokens, torch.tensor(c.logprobs), c.finished) for c in row] for row in found]
 
 
-@of("head_logprobs")
-def _(m, r):
+def head_logprobs(m, r):
     one, n = decoder(m, r), r.choice([1, 5, 9, 150])
     one.vocab_limit, hidden = r.choice([9, 9, 7]), normal(r, n, 12).requires_grad_()
     targets = torch.tensor([r.randrange(9) for _ in range(n)])
@@ -289,8 +266,7 @@ def _(m, r):
     return logprobs, torch.autograd.grad(total, (hidden, one.head))
 
 
-@of("token_logprobs")
-def _(m, r):
+def token_logprobs(m, r):
     one, prompts = decoder(m, r), [ids(r, 5) or [1] for _ in range(r.randint(1, 3))]
     one.vocab_limit, G = r.choice([9, 9, 7]), r.randint(1, 3)
     answers = [[ids(r, 4) for _ in range(G)] for _ in prompts]
@@ -303,32 +279,28 @@ def _(m, r):
 # ---- reward.py and rl.py ---------------------------------------------------------------------
 
 
-@of("info_nce")
-def _(m, r):
+def info_nce(m, r):
     (B, N), size = sizes(r, 2), r.choice([1, 9, 3e4])
     positive, negatives = size * normal(r, B).double(), size * normal(r, B, N).double()
     negatives[0, 0] = r.choice([0.0, -math.inf])
     return 1 + m.info_nce(positive, negatives, 0.1 + r.random())
 
 
-@of("RewardModel.score")
 @torch.no_grad()
-def _(m, r):
+def RewardModel_score(m, r):
     model = fill(r, m.RewardModel(prlm.load_encoder(encoder_directory())))
     queries, answers = ([phrase(r, "golf", " oslo ", "no") * 6 for _ in range(3)] for _ in "qa")
     return model.score(queries, answers)
 
 
-@of("likelihood_ratio")
-def _(m, r):
+def likelihood_ratio(m, r):
     P, G = r.randint(0, 3), r.randint(1, 3)
     prompts = [[ids(r, 5) or [1] for _ in range(P)] for _ in "dq"]
     answers = [[ids(r, 4) for _ in range(G)] for _ in range(P)]
     return m.likelihood_ratio(decoder(prlm, r), *prompts, answers, r.choice([1, 20, 999]))
 
 
-@of("info_nce_backward")
-def _(m, r):
+def info_nce_backward(m, r):
     model = fill(r, m.RewardModel(prlm.load_encoder(encoder_directory())))
     o = m.RewardOptions(tokens_per_micro_batch=r.choice([1, 60, 9999]))
     pairs = []
@@ -339,8 +311,7 @@ def _(m, r):
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@of("rewards")
-def _(m, r):
+def rewards(m, r):
     names = {"LaMP-4": "title", "LaMP-5": "title", "LaMP-7": "tweet"}
     tasks = r.choices([*names], k=r.randint(0, 4))
     starts = r.choices(["", "<think>\nx\n</think>\n", "<think>\nx"], k=len(tasks))
@@ -355,15 +326,13 @@ def _(m, r):
     return m.rewards(texts, examples, r.choice([None, judge]), r.random(), r.random(), r.random())
 
 
-@of("group_advantages")
-def _(m, r):
+def group_advantages(m, r):
     (P, G), size = sizes(r, 2), r.choice([1, 0.1, 1e-6, 1e6])
     rewards = [[size * r.choice([0.0, 1.0, 3.0, 1.1]) for _ in range(G)] for _ in range(P)]
     return m.group_advantages(torch.tensor(rewards), r.choice(["std", "none", "x"]))
 
 
-@of("warm_start_targets")
-def _(m, r):
+def warm_start_targets(m, r):
     task = r.choice(["LaMP-4", "LaMP-5", "LaMP-7"])
     how = {"task": task, "reasoning": r.random() < 0.7, "k": r.randint(0, 3)}
     own = prlm.Tokenizer(byte_tokenizer(), {256, 258})
@@ -375,20 +344,17 @@ def _(m, r):
     return m.warm_start_targets(m.Options(**how), own, examples)
 
 
-@of("k3")
-def _(m, r):
+def k3(m, r):
     shape = sizes(r, 3)
     return m.k3(normal(r, *shape), normal(r, *shape))
 
 
-@of("token_weights")
-def _(m, r):
+def token_weights(m, r):
     mask, name = mask_of(r, *sizes(r, 3)), r.choice(["grpo", "dapo", "dr_grpo", "x"])
     return m.token_weights(mask, name, r.choice([None, 5, 9]))
 
 
-@of("grpo_loss")
-def _(m, r):
+def grpo_loss(m, r):
     shape = sizes(r, 3)
     new, old, ref = (normal(r, *shape) for _ in range(3))
     mask, gain = mask_of(r, *shape), normal(r, *shape[:2])
@@ -403,7 +369,6 @@ def _(m, r):
     return loss, torch.autograd.grad(loss, new)
 
 
-@of("learning_rate")
-def _(m, r):
+def learning_rate(m, r):
     steps = r.randint(1, 60)
     return m.learning_rate(r.randrange(steps), steps, r.random())

@@ -87,134 +87,100 @@ class Exercise(NamedTuple):
 
 EXERCISES = [
     # Retrieval
-    Exercise(
-        1, "BM25: the index and the weight of a word", "retrieve.py", "BM25.__init__", 4,
+    Exercise(1, "BM25: the index and the weight of a word", "retrieve.py", "BM25.__init__", 4,
         "TestBM25",
         {"": "Compute the idf of each word of [['a'], ['b', 'b', 'c'], ['b']] by hand: in how many "
              "documents does it stand? What happens to a word that stands in most of them?",
          "nothing": "What is the mean length of no documents, and the mean idf of no words?"}, [
-            Mutant("idf without + 0.5",
-                   "Scores are a little off from rank_bm25's, for rare words most of all.",
-                   "np.log(len(corpus) - held + 0.5) - np.log(held + 0.5)",
-                   "np.log(len(corpus) / held)"),
-            Mutant("a negative idf is kept",
-                   "Of two equal items, the one that also holds a frequent query word ranks lower.",
+            Mutant("idf without + 0.5", "Scores are off from rank_bm25's, most for rare words.",
+                   " - held + 0.5) - np.log(held + 0.5)", ") - np.log(held)"),
+            Mutant("a negative idf is kept", "A frequent query word lowers an item that holds it.",
                    "weights[weights < 0]", "weights[np.isnan(weights)]"),
-            Mutant("n(w) counts occurrences, not documents",
-                   "A word that a single item repeats ten times hardly counts for that item.",
+            Mutant("n(w) counts occurrences", "A word repeated by one item hardly counts there.",
                    "len(found) for found", "sum(found.values()) for found"),
-            Mutant("the two roles of b are swapped",
-                   "Raising b makes the length of an item matter less.",
+            Mutant("b and 1 - b are swapped", "Raising b makes an item's length matter less.",
                    "(1 - b + b *", "(b + (1 - b) *"),
         ], """
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
-        self.k1, self.counts, self.idf = k1, {}, {}
+        self.k1, self.counts, self.idf, N = k1, {}, {}, len(corpus)
         for number, text in enumerate(corpus):
             for word in text:
-                found = self.counts.setdefault(word, {})
-                found[number] = found.get(number, 0) + 1
+                self.counts.setdefault(word, {})[number] = text.count(word)
         for word, found in self.counts.items():
-            odds = (len(corpus) - len(found) + 0.5) / (len(found) + 0.5)
+            odds = (N - len(found) + 0.5) / (len(found) + 0.5)
             self.idf[word] = float(np.log(odds if idf == "okapi" else 1 + odds))
         mean = sum(self.idf.values()) / max(len(self.idf), 1)
         self.idf = {w: value if value >= 0 else mean / 4 for w, value in self.idf.items()}
-        total = sum(map(len, corpus))
-        shares = [len(text) * len(corpus) / total if total else 0.0 for text in corpus]
-        self.norm = np.array([k1 * (1 - b) + k1 * b * share for share in shares])
+        length = sum(map(len, corpus)) / max(N, 1) or 1.0
+        self.norm = np.array([k1 * (1 - b) + k1 * b * len(text) / length for text in corpus])
         """),
-    Exercise(
-        2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3, "TestBM25",
-        {"": "Score one document by hand, word by word. What does a query word that is asked twice "
-             "add, and what does one that no document holds?",
+    Exercise(2, "BM25: the score of a document", "retrieve.py", "BM25.scores", 3, "TestBM25",
+        {"": "Score one document by hand. What does a word add that is asked twice, or is unknown?",
          "nothing": "Without documents, words or a match the scores are zeros, one a document."}, [
-            Mutant("a repeated query word counts once",
-                   "Scores equal rank_bm25's, except for queries that repeat a word.",
+            Mutant("repeated words count once", "Queries that repeat a word are scored too low.",
                    "for word in query:", "for word in dict.fromkeys(query):"),
-            Mutant("the factor k1 + 1 is forgotten",
-                   "The ranking is right, but all scores are too small by the same factor.",
+            Mutant("k1 + 1 is forgotten", "The ranking is right, but all scores are too small.",
                    " * (self.k1 + 1)", ""),
-            Mutant("the count does not saturate",
-                   "An item that repeats one query word beats an item that holds all of them.",
+            Mutant("the count does not saturate", "One query word, repeated, beats all of them.",
                    "(count + self.norm[where])", "(1 + self.norm[where])"),
         ], """
-        def score(number: int, word: str) -> float:
-            count = self.counts[word].get(number, 0) if word in self.counts else 0
-            return count and self.idf[word] * count * (self.k1 + 1) / (count + self.norm[number])
-
-        documents = range(len(self.norm))
-        return np.array([sum(score(n, word) for word in query) for n in documents], dtype=float)
+        total = np.zeros(len(self.norm))
+        for n, norm in enumerate(self.norm):
+            for word in query:
+                count = self.counts.get(word, {}).get(n, 0)
+                total[n] += count and self.idf[word] * count * (self.k1 + 1) / (count + norm)
+        return total
         """),
-    Exercise(
-        3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
+    Exercise(3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
         "TestRetrieve TestDense::test_ranks_by_cosine",
         {"": "Rank a profile of three items by hand. Which texts are compared with which query?",
          "naive": "What ties keeps the profile's order, also where all scores are 0.",
          "random": "Does the draw depend on anything but the seed and the record's id?",
          "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."}, [
-            Mutant("ties go to the higher index",
-                   "Rankings equal rank_bm25's, except among items with equal scores.",
-                   "np.argsort(-scores, kind=\"stable\")",
-                   "np.argsort(scores, kind=\"stable\")[::-1]"),
-            Mutant("the oldest items come first",
-                   "Recency retrieves what the user wrote years ago.",
+            Mutant("ties go to the higher index", "Rankings are rank_bm25's, but for ties.",
+                   "-scores, kind=\"stable\")", "scores, kind=\"stable\")[::-1]"),
+            Mutant("the oldest items come first", "Recency shows what the user wrote years ago.",
                    ", reverse=True)", ")"),
-            Mutant("the same draw for every user",
-                   "Random retrieval takes the same places of every profile.",
+            Mutant("one draw for all users", "Random retrieval takes the same places everywhere.",
                    "random.Random(repr((seed, example.id)))", "random.Random(seed)"),
-            Mutant("the two kinds of idf are swapped",
-                   "`bm25` equals Lucene's ranking, and not that of rank_bm25.",
+            Mutant("the idfs are swapped", "`bm25` equals Lucene's ranking, not rank_bm25's.",
                    "\"okapi\" if retriever == \"bm25\"", "\"okapi\" if retriever != \"bm25\""),
         ], """
-        if k < 0:
-            raise ValueError(f"k must be at least 0, not {k}")
-        if retriever not in ("none", "random", "recency", "bm25", "lucene", "dense"):
-            raise ValueError(f"there is no retriever {retriever!r}")
+        if k < 0 or retriever not in ("none", "random", "recency", "bm25", "lucene", "dense"):
+            raise ValueError(f"no {retriever!r}, or not {k} items")
         profile = example.profile
         if not k or not profile or retriever == "none":
             return []
+        texts, query = [show(item, example.task) for item in profile], example.query
         if retriever == "random":
-            places = list(range(len(profile)))
-            random.Random(f"{example.id!r} {seed}").shuffle(places)
-            return [profile[place] for place in places[:k]]
-        if retriever == "recency":
+            noise = random.Random(f"{example.id!r} {seed}")
+            keys = [noise.random() for _ in profile]
+        elif retriever == "recency":
             keys = [parse_date(item, example) for item in profile]
-        else:
-            texts = [show(item, example.task) for item in profile]
-            if retriever == "dense" and dense is None:
+        elif retriever == "dense":
+            if dense is None:
                 raise ValueError("dense retrieval needs an encoder")
-            if retriever == "dense":
-                keys = dense.scores(example.query.strip(), texts).tolist()
-            else:
-                *corpus, query = [text.split() for text in (*texts, example.query)]
-                kind = {"bm25": "okapi", "lucene": "lucene"}[retriever]
-                keys = BM25(corpus, idf=kind).scores(query).tolist()
-        best = []
-        for place, key in enumerate(keys):  # insertion: behind all that are at least as good
-            at = next((n for n, other in enumerate(best) if keys[other] < key), len(best))
-            best.insert(at, place)
-        return [profile[place] for place in best[:k]]
+            keys = dense.scores(query.strip(), texts).tolist()
+        else:
+            idf = {"bm25": "okapi", "lucene": "lucene"}[retriever]
+            keys = BM25([*map(str.split, texts)], idf=idf).scores(query.split()).tolist()
+        places = sorted(range(len(profile)), key=keys.__getitem__, reverse=True)  # stable
+        return [profile[place] for place in places[:k]]
         """),
-    Exercise(
-        4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 5,
+    Exercise(4, "The personalized prompt under a token budget", "retrieve.py", "build_messages", 5,
         "TestPrompt",
-        {"": "`show`, `instruction` and `question` make the lines. With items the instruction "
-             "speaks of them, without it does not.",
-         "budget": "Count the tokens of the chat as it is sent, not of its parts. Is there a "
-                   "larger number of tokens a field that fits too?",
+        {"": "`show`, `instruction` and `question` make the lines. Are there items to speak of?",
+         "budget": "Count the tokens of the chat as it is sent. Would one more for each field fit?",
          "long": "The query is cut to the same number of tokens as any other field."}, [
-            Mutant("the chat format is not counted",
-                   "Prompts are over the budget by the same few tokens, whatever they hold.",
+            Mutant("the chat format is not counted", "Prompts are a few tokens over the budget.",
                    "len(tokenizer.chat(messages(most, items)))",
                    "sum(len(tokenizer.encode(m[\"content\"])) for m in messages(most, items))"),
-            Mutant("profiles are spoken of where there are none",
-                   "The baseline without a profile answers as if it had lost something.",
+            Mutant("a profile is always spoken of", "The baseline speaks of a profile it lacks.",
                    "bool(items)", "True"),
-            Mutant("what short fields leave is lost",
-                   "Prompts stay far under the budget whenever one item is short.",
+            Mutant("what short fields leave is lost", "A short item makes the whole prompt short.",
                    "range(1, most + 1)", "range(1, most // (1 + len(items) * len(fields)) + 1)"),
-            Mutant("the first items are left out",
-                   "On a small budget the best items are missing, the worst are there.",
+            Mutant("the first items are left out", "On a small budget the best items are missing.",
                    "items = items[: bisect(", "items = items[::-1][: bisect("),
         ], """
         keys = TASKS[example.task].fields
@@ -226,98 +192,77 @@ EXERCISES = [
             shown = [{key: cut(item[key]) for key in keys} for item in items[:count]]
             lines = [show(item, example.task) for item in shown]
             lines += [instruction(example.task, count > 0)]
-            lines += [question(example.task, cut(example.query))]
-            user = {"role": "user", "content": "\\n".join(lines)}
-            return [{"role": "system", "content": SYSTEM}, user]
+            text = "\\n".join([*lines, question(example.task, cut(example.query))])
+            return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
-        def size(most: int, count: int) -> int:
-            return len(tokenizer.chat(chat(most, count)))
+        def fits(most: int, count: int) -> bool:
+            return len(tokenizer.chat(chat(most, count))) <= max_prompt_tokens
 
         def largest(good) -> int:
-            found, step = 0, 1 << 20
-            while step := step // 2:  # bit by bit, from above
+            found = 0
+            for step in (1 << n for n in range(20, -1, -1)):  # bit by bit, from above
                 found += step * good(found + step)
             return found
 
         limit, count = max_prompt_tokens, len(items)
-        if tokenizer is None or limit is None or size(-1, count) <= limit:
+        if tokenizer is None or limit is None or fits(-1, count):
             return chat(-1, count)
-        if size(0, 0) > limit:
+        if not fits(0, 0):
             raise ValueError(f"the bare instruction takes more than {limit}")
-        items = [{k: tokenizer.cut(x.strip(), limit) for k, x in item.items() if k in keys}
-                 for item in items]
-        count = largest(lambda n: n <= len(items) and size(1, n) <= limit)
-        return chat(largest(lambda most: most <= limit and size(most, count) <= limit), count)
+        items = [{key: tokenizer.cut(item[key].strip(), limit) for key in keys} for item in items]
+        count = largest(lambda n: n <= len(items) and fits(1, n))
+        return chat(largest(lambda most: most <= limit and fits(most, count)), count)
         """),
     # Scores
-    Exercise(
-        5, "Matching n-grams", "eval.py", "common", 2, "TestRouge TestBleu",
+    Exercise(5, "Matching n-grams", "eval.py", "common", 2, "TestRouge TestBleu",
         {"": "How often do ['a', 'a'] and ['a', 'b'] match, how often ['a', 'a'] and itself?"}, [
-            Mutant("sets instead of counts",
-                   "Titles that repeat a word get another ROUGE than rouge_score gives them.",
+            Mutant("sets instead of counts", "ROUGE is off for titles that repeat a word.",
                    "(ngrams[0] & ngrams[1]).total()", "len(ngrams[0] & ngrams[1])"),
-            Mutant("counts are not clipped",
-                   "'the the the the' scores a perfect precision.",
+            Mutant("counts are not clipped", "'the the the the' scores a perfect precision.",
                    "(ngrams[0] & ngrams[1]).total()",
                    "sum(n for gram, n in ngrams[0].items() if gram in ngrams[1])"),
-            Mutant("n-grams do not overlap",
-                   "ROUGE-1 is right; ROUGE-2 of a text and itself is about a half.",
+            Mutant("n-grams do not overlap", "ROUGE-1 is right; ROUGE-2 of equal texts is a half.",
                    "tokens[i:] for i in range(n)", "tokens[i::n] for i in range(n)"),
         ], """
-        grams = [tuple(b[i : i + n]) for i in range(len(b) - n + 1)]
-        matches = 0
+        left = [tuple(b[i : i + n]) for i in range(len(b) - n + 1)]
+        count = len(left)
         for i in range(len(a) - n + 1):
-            if tuple(a[i : i + n]) in grams:
-                grams.remove(tuple(a[i : i + n]))  # each may be matched once
-                matches += 1
-        return matches
+            if tuple(a[i : i + n]) in left:
+                left.remove(tuple(a[i : i + n]))  # each may be matched once
+        return count - len(left)
         """),
-    Exercise(
-        6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence", 3,
-        "TestLongestCommonSubsequence TestRouge::test_golden_values",
-        {"": "A subsequence may leave words out but not change their order. The plain table is a "
-             "correct answer; the bits are only faster."}, [
-            Mutant("only the last occurrence of a word is known",
-                   "Headlines that repeat a word get too low a ROUGE-L.",
+    Exercise(6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence",
+        3, "TestLongestCommonSubsequence TestRouge::test_golden_values",
+        {"": "A subsequence may leave words out, not reorder them. A plain table is right too."}, [
+            Mutant("a word's other places are lost", "Repeated words lower a headline's ROUGE-L.",
                    "columns.get(token, 0) | 1 << j", "1 << j"),
-            Mutant("the carry beyond the last column is counted",
-                   "ROUGE-L is now and then too low, and can be negative.",
-                   "((row + matches) | (row - matches)) & all_columns",
-                   "(row + matches | row - matches)"),
-            Mutant("a substring, not a subsequence",
-                   "One word inserted in the middle of a headline halves its ROUGE-L.",
+            Mutant("the last carry is counted", "ROUGE-L is now and then too low, even negative.",
+                   "(row - matches)) & all_columns", "(row - matches))"),
+            Mutant("a substring, not a subsequence", "One inserted word halves a headline's ROUGE.",
                    "return len(b) - row.bit_count()",
                    "pieces = {tuple(b[i:j]) for j in range(len(b) + 1) for i in range(j)}\n"
                    "    return max((j - i for j in range(len(a) + 1) for i in range(j)\n"
                    "                if tuple(a[i:j]) in pieces), default=0)"),
         ], """
-        lengths = [0] * (len(b) + 1)
+        row = [0] * (len(b) + 1)
         for x in a:
-            before = 0  # the table's value above and to the left
-            for j, y in enumerate(b, 1):
-                above = lengths[j]
-                lengths[j] = before + 1 if x == y else max(above, lengths[j - 1])
-                before = above
-        return lengths[-1]
+            above = row[:]
+            for j, y in enumerate(b):
+                row[j + 1] = above[j] + 1 if x == y else max(above[j + 1], row[j])
+        return row[-1]
         """),
-    Exercise(
-        7, "The answer in a completion", "eval.py", "extract_answer", 5, "TestExtractAnswer",
-        {"": "Go through the docstring's rules one by one with the case that failed. `read_value` "
-             "reads a value and says where it ends.",
+    Exercise(7, "The answer in a completion", "eval.py", "extract_answer", 5, "TestExtractAnswer",
+        {"": "Take the case that failed through the docstring's rules. `read_value` has rule 3.",
          "nothing": "Rules 1 and 2: what counts at all, and what is no key?",
          "placeholder": "Rule 4: the first value that says something, else the placeholder.",
          "several": "Rule 4, and which of several answer tags rule 1 names."}, [
-            Mutant("a thought that never closes counts",
-                   "Completions cut off in the middle of a thought earn accuracy.",
+            Mutant("an unclosed thought counts", "Completions cut off in thought earn accuracy.",
                    "if \"<think>\" in text:", "if not text:"),
-            Mutant("the last value counts",
-                   "Afterthoughts and second attempts replace the answer.",
+            Mutant("the last value counts", "Afterthoughts and second attempts replace the answer.",
                    "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
-            Mutant("the placeholder counts",
-                   "A model that repeats the form before it fills it in earns nothing.",
+            Mutant("the placeholder counts", "A model that repeats the form first earns nothing.",
                    "if not is_placeholder(value, task)", "if value"),
-            Mutant("the key may be the end of another word",
-                   "'subtitle: ...' is read as an answer.",
+            Mutant("a key may end another word", "'subtitle: ...' is read as an answer.",
                    r"|^[ \t{{#>*-]*{word})", "|{word})"),
         ], r'''
         word, marks, values, at = task_of(task).answer, tuple("'\"‘’“”"), [], 0
@@ -325,50 +270,33 @@ EXERCISES = [
         if "<think>" in text:
             return ""
         text = text.split("</answer>")[0].split("<answer>")[-1]
-
-        def behind(at: int, these) -> int:
-            while at < len(text) and these(text[at]):
-                at += 1
-            return at
-
-        def blank(letter: str) -> bool:
-            return letter == "*" or letter.isspace()
-
         while at < len(text):
-            quoted, key = text[at] in marks, at
+            quoted, rest = text[at] in marks, ""
             if quoted:
-                key = at + 1
+                rest = text[at + 1 :]
             elif at == 0 or text[at - 1] == "\n":
-                key = behind(at, " \t{#>*-".__contains__)
-            else:
-                at += 1
-                continue
-            end = key + len(word)
-            good = text[key:end].lower() == word and (not quoted or text.startswith(marks, end))
-            colon = behind(end + quoted, blank)
-            if good and text.startswith(":", colon):
-                value, at = read_value(text, behind(colon + 1, blank))
+                rest = text[at:].lstrip(" \t{#>*-")
+            good = rest[: len(word)].lower() == word
+            good = good and (not quoted or rest.startswith(marks, len(word)))
+            rest = re.sub(r"\A[\s*]+", "", rest[len(word) + quoted :])
+            at += 1
+            if good and rest.startswith(":"):
+                rest = re.sub(r"\A[\s*]+", "", rest[1:])
+                value, at = read_value(text, len(text) - len(rest))
                 values.append(value)
-            else:
-                at += 1
         good = [value for value in values if not is_placeholder(value, task)]
         return next(iter(good), next(filter(None, values), ""))
         '''),
     # The language model
-    Exercise(
-        8, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
+    Exercise(8, "RoPE: the frequencies", "prlm.py", "rope_frequencies", 3,
         "TestRope::test_frequencies_equal_the_formula",
         {"": "The first frequency is 1 and the last is just above 1/theta. For llama3, how often "
              "does a pair turn within the original context, and which ones are left alone?"}, [
-            Mutant("the exponent runs twice as fast",
-                   "Logits are near those of transformers for the first tokens, then drift off.",
+            Mutant("the exponent runs twice as fast", "Logits are right at first, then drift off.",
                    ".float() / c.head_dim", ".float() / (c.head_dim / 2)"),
-            Mutant("the fast ones are slowed down instead of the slow ones",
-                   "Qwen2 is right; Llama 3.1 confuses neighbouring words.",
-                   "keep * frequencies + (1 - keep) * frequencies / factor",
-                   "(1 - keep) * frequencies + keep * frequencies / factor"),
-            Mutant("radians taken for turns",
-                   "Qwen2 is right; Llama 3.1 is slightly off on every prompt.",
+            Mutant("the fast ones are slowed down", "Llama 3.1 mixes up neighbouring words.",
+                   "keep * frequencies + (1 - keep) *", "(1 - keep) * frequencies + keep *"),
+            Mutant("radians taken for turns", "Qwen2 is right; Llama 3.1 is always slightly off.",
                    " / (2 * math.pi)", ""),
         ], """
         found = []
@@ -385,22 +313,16 @@ EXERCISES = [
             found.append(frequency)
         return torch.tensor(found)
         """),
-    Exercise(
-        9, "RoPE: the rotation", "prlm.py", "rotate", 2,
+    Exercise(9, "RoPE: the rotation", "prlm.py", "rotate", 2,
         "TestRope::test_channels_turn_as_complex_numbers "
         "TestRope::test_scores_depend_on_the_distance_alone",
-        {"": "Rotate (1, 0, 0, 0) by hand: which channel receives the sine? The minus sign is "
-             "already in `sin`.",
+        {"": "Rotate (1, 0, 0, 0) by hand: which channel gets the sine? `sin` has the minus sign.",
          "distance": "Queries and keys turn the same way, each by its own position."}, [
-            Mutant("neighbouring channels are paired",
-                   "The checkpoint loads, but every text it writes is word salad.",
-                   "x.roll(x.shape[-1] // 2, -1)",
-                   "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
-            Mutant("rotated backwards",
-                   "Short texts look plausible; order within the prompt is mixed up.",
+            Mutant("neighbouring channels are paired", "A checkpoint loads, and writes word salad.",
+                   "x.roll(x.shape[-1] // 2, -1)", "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
+            Mutant("rotated backwards", "Short texts look plausible; word order is mixed up.",
                    "+ x.roll", "- x.roll"),
-            Mutant("heads are rolled instead of channels",
-                   "A model with one head is right, all others are wrong.",
+            Mutant("heads are rolled", "With one head all is right, with more nothing is.",
                    "// 2, -1)", "// 2, -2)"),
         ], """
         half = x.shape[-1] // 2
@@ -408,148 +330,108 @@ EXERCISES = [
         cos, sin = cos[..., :half], sin[..., half:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
         """),
-    Exercise(
-        10, "Grouped-query attention", "prlm.py", "attention", 5,
+    Exercise(10, "Grouped-query attention", "prlm.py", "attention", 5,
         "TestAttention::test_equals_a_naive_loop",
-        {"": "Compare one query position of one head with a loop over the keys it may see. Which "
-             "key-value head belongs to query head 1?",
+        {"": "Loop over the keys that one query may see. Which of them belong to query head 1?",
          "True": "`visible` [B, T, S] is one for all heads, and True where a query may look."}, [
-            Mutant("not causal",
-                   "The training loss falls to almost nothing, samples are nonsense.",
+            Mutant("not causal", "The training loss falls to almost nothing, samples are nonsense.",
                    "{\"is_causal\": True}", "{}"),
-            Mutant("key-value heads are tiled, not repeated",
-                   "Right with as many key-value heads as heads, word salad with fewer.",
+            Mutant("key-value heads are tiled", "Word salad with fewer key-value heads than heads.",
                    "for x in (q, k, v))  # [B, heads, T, D]",
                    "for x in (q, k, v))\n"
                    "    k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))"),
-            Mutant("not scaled",
-                   "Every head looks at a single token; logits are far from transformers'.",
+            Mutant("not scaled", "Each head looks at one token; logits are far from transformers'.",
                    ", **how)", ", scale=1.0, **how)"),
         ], """
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
         if visible is None:
-            size = (q.shape[1], k.shape[1])
-            visible = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None]
+            visible = q.new_ones(1, q.shape[1], k.shape[1]).tril() > 0
         scores = scores.masked_fill(~visible[:, None], -math.inf)
         return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
         """),
-    Exercise(
-        11, "LoRA", "prlm.py", "Linear.forward", 3,
+    Exercise(11, "LoRA", "prlm.py", "Linear.forward", 3,
         "TestLinear TestDecoder::test_logits_equal_transformers",
-        {"": "x meets A first, then B. What is left of alpha where the rank is doubled? And in "
-             "which precision are the products taken?"}, [
-            Mutant("alpha is forgotten",
-                   "What is sampled and what the merged checkpoint says drift apart.",
+        {"": "x meets A, then B. What scales the result? In which precision are products taken?"}, [
+            Mutant("alpha is forgotten", "The sampled policy and the merged one drift apart.",
                    "change = self.scale * F", "change = F"),
-            Mutant("beside an adapter the bias is forgotten",
-                   "Llama is right, it has none; Qwen2 writes noise from the first step on.",
+            Mutant("an adapter replaces the bias", "Llama has none; Qwen2 writes noise at once.",
                    "else change + bias", "else change"),
-            Mutant("the precision of products is ignored",
-                   "--precision bfloat16 is no faster, and `gap` is as small as in float32.",
+            Mutant("`products` is ignored", "--precision bfloat16 is not faster than float32.",
                    "dtype = self.products or self.weight.dtype", "dtype = self.weight.dtype"),
         ], """
         kind = self.weight.dtype if self.products is None else self.products
         x = x.to(kind)
         out = torch.einsum("...i,oi->...o", x, self.weight.to(kind))
-        if self.bias is not None:
-            out = out + self.bias.to(kind)
+        out = out if self.bias is None else out + self.bias.to(kind)
         if self.scale:
             inner = torch.einsum("...i,ri->...r", x, self.lora_A.to(kind))
             out = out + torch.einsum("...r,or->...o", inner * self.scale, self.lora_B.to(kind))
         return out
         """),
-    Exercise(
-        12, "Causal masks and padding", "prlm.py", "Decoder.forward", 5,
+    Exercise(12, "Causal masks and padding", "prlm.py", "Decoder.forward", 5,
         "TestDecoder::test_padding_on_either_side_changes_nothing "
         "TestDecoder::test_logits_equal_transformers TestDecoder::test_no_token_sees_the_future",
         {"": "`run` hands q, k and v to attend(layer, q, k, v): what does `attention` need beside?",
          "padding": "Put the same prompt alone, left-padded and right-padded: from which position "
                     "do its logits differ? Which axis of the mask are queries, and which keys?",
          "future": "Token t sees the real tokens s <= t, with a mask as without one."}, [
-            Mutant("the causal mask is off by one",
-                   "In padded batches the loss is far too low: each token sees the next one.",
+            Mutant("the causal mask is off by one", "In padded batches the loss is far too low.",
                    "(positions <= positions[:, None])", "(positions <= positions[:, None] + 1)"),
-            Mutant("padding is attended",
-                   "A prompt answers differently when a longer one is in its batch.",
+            Mutant("padding is attended", "A prompt answers differently beside a longer one.",
                    "& mask[:, None]", "& torch.ones_like(mask)[:, None]"),
-            Mutant("queries are masked, not keys",
-                   "Left-padded batches are wrong, right-padded ones are right.",
+            Mutant("queries are masked, not keys", "Right-padded batches are right, others wrong.",
                    "& mask[:, None]", "& mask[:, :, None]"),
         ], """
-        T, device = tokens.shape[1], tokens.device
+        T = tokens.shape[1]
         mask = torch.ones_like(tokens) if mask is None else mask.long()
-        visible = torch.zeros(len(tokens), T, T, dtype=torch.bool, device=device)
-        for t in range(T):
-            visible[:, t, : t + 1] = mask[:, : t + 1] == 1
-            visible[:, t, t] = True
+        visible = torch.eye(T, dtype=torch.bool, device=tokens.device).repeat(len(tokens), 1, 1)
         places = torch.zeros_like(tokens)
-        for t in range(1, T):
+        for t in range(T):
+            visible[:, t, : t + 1] |= mask[:, : t + 1] == 1
             places[:, t] = mask[:, :t].sum(1) * mask[:, t]
         look = lambda layer, q, k, v: attention(q, k, v, visible)
         return self.logits(self.run(tokens * mask, places, look), self.head)
         """),
-    Exercise(
-        13, "Grouped-query attention with a cache", "prlm.py", "Cache.read_next", 6,
+    Exercise(13, "Grouped-query attention with a cache", "prlm.py", "Cache.read_next", 6,
         "TestCache TestTwins::test_sampler_and_trainer_agree "
         "TestDecoder::test_greedy_generate_equals_transformers",
-        {"": "Build the whole list of keys that one row sees, prompt and completion, and compare "
-             "with plain attention over it. Where does the new token's own key go? `next_slot` "
-             "has just counted it in `length` and put its number in `slot`; `hide` is 0 at the "
-             "prompt's tokens and the slots written so far, -inf elsewhere.",
+        {"": "Compare with plain attention over all keys that one row sees, prompt and completion. "
+             "`next_slot` has just counted the new token in `length` and put its place in `slot`; "
+             "`hide` is 0 at the prompt's tokens and the slots written so far, -inf elsewhere.",
          "rounded": "`exact_products` keeps float32; the weights of the values may be rounded."}, [
-            Mutant("the prompts' padding is attended",
-                   "A prompt answers well alone and badly beside a longer one.",
-                   "torch.add(self.hide[:, None, : T + n], both, alpha=self.scale)",
-                   "torch.add(F.pad(self.hide[:, None, T : T + n], (T, 0)), both, "
-                   "alpha=self.scale)"),
-            Mutant("products are rounded to the precision of the keys",
-                   "`gap` is small on a toy; on a real checkpoint in bfloat16 it is above 1.",
+            Mutant("prompts' padding is attended", "A prompt answers badly beside a longer one.",
+                   "self.hide[:, None, : T + n]", "F.pad(self.hide[:, None, T : T + n], (T, 0))"),
+            Mutant("products are rounded", "In bfloat16, `gap` is above 1 on a real checkpoint.",
                    "torch.cat([x.view(P", "torch.cat([x.to(k.dtype).view(P"),
-            Mutant("two softmaxes instead of one",
-                   "`gap` is large; completions lose the thread of the prompt.",
+            Mutant("two softmaxes", "`gap` is large; completions lose the thread of the prompt.",
                    "both.softmax(-1)",
                    "torch.cat([part.softmax(-1) for part in both.split([T, n], -1)], -1)"),
-            Mutant("query heads go to the wrong key-value head",
-                   "Right with a single key-value head, word salad with more.",
-                   "q.view(P, G, K, R, D).transpose(1, 2)",
-                   "q.view(P, G, R, K, D).permute(0, 3, 1, 2, 4)"),
+            Mutant("heads are paired wrongly", "Right with one key-value head, noise with more.",
+                   "q.view(P, G, K, R, D).transpose(1, 2)", "q.view(P, G, R, K, D).movedim(3, 1)"),
         ], """
         P, K, G, _, D = self.own.shape[2:]
-        for kind, new in ((0, k), (1, v)):
-            grid = new.view(P, G, K, D)
-            for g in range(G):
-                self.own[layer, kind, :, :, g, self.length - 1] = grid[:, g]
-        rows, n = [], self.length
+        n, real, rows = self.length, self.prompts.mask, []
+        for own, new in zip(self.own[layer], (k, v)):
+            own[:, :, :, n - 1] = new.view(P, G, K, D).transpose(1, 2)
         for p in range(P):
-            prompt = self.hide[p, : self.prompts.shape[1]]
-            seen = (prompt == 0).nonzero()[:, 0]  # the prompt's real tokens
             for g in range(G):
-                keys, values = (
-                    torch.cat([shared[p][:, seen], own[p, :, g, :n]], 1)  # [K, T+n, D]
-                    for shared, own in zip(self.shared[layer], self.own[layer])
-                )
-                one = q[p * G + g].view(K, -1, D)  # [K, R, D]
-                scores = one.float() @ keys.float().mT * self.scale
+                keys, values = (torch.cat([shared[p][:, real[p]], own[p, :, g, :n]], 1)
+                                for shared, own in zip(self.shared[layer], self.own[layer]))
+                scores = q[p * G + g].view(K, -1, D).float() @ keys.float().mT * self.scale
                 rows.append((scores.softmax(-1) @ values.float()).to(v.dtype).flatten(0, 1))
         return torch.stack(rows)
         """),
-    Exercise(
-        14, "One sampler step", "prlm.py", "sample", 3, "TestSample",
-        {"": "Draw 10,000 times from three logits and count. Whose probability is returned, and at "
-             "which temperature?",
+    Exercise(14, "One sampler step", "prlm.py", "sample", 3, "TestSample",
+        {"": "Draw 10,000 times from three logits and count. Whose probability is returned?",
          "rows": "Every row draws for itself, from its own logits.",
          "greedy": "At temperature 0 the likeliest id, with its log-probability at temperature 1.",
-         "impossible": "Can rounding at either end of the distribution return an id of "
-                       "probability 0?"}, [
-            Mutant("temperature forgotten",
-                   "--temperature changes nothing in the samples; `gap` is large unless it is 1.",
+         "impossible": "Can rounding at either end return an id of probability 0?"}, [
+            Mutant("temperature forgotten", "--temperature does nothing but make `gap` large.",
                    "(logits.float() / (temperature or 1.0))", "logits.float()"),
-            Mutant("one random number for all rows",
-                   "All completions of a group are equal; zero_spread_groups is 1.",
+            Mutant("one random number for all rows", "All completions of a group are equal.",
                    "torch.rand(len(sums), 1,", "torch.rand(1, 1,"),
-            Mutant("an id of probability 0 can be drawn",
-                   "Once in millions of tokens, an impossible token and a `gap` of 80 or more.",
+            Mutant("impossible ids can be drawn", "Once in millions of tokens `gap` is above 80.",
                    "right=True", "right=False"),
         ], """
         logprobs = (logits.float() / (temperature if temperature else 1.0)).log_softmax(-1)
@@ -559,8 +441,7 @@ EXERCISES = [
             ids = logits.max(-1).indices
         return ids, logprobs[torch.arange(len(ids), device=ids.device), ids]
         """),
-    Exercise(
-        15, "Sampling groups of completions", "prlm.py", "generate", 6,
+    Exercise(15, "Sampling groups of completions", "prlm.py", "generate", 6,
         "TestTwins::test_sampler_and_trainer_agree "
         "TestTwins::test_completions_without_an_end_are_as_long_as_they_may_be "
         "TestTwins::test_greedy_reports_log_probabilities_at_temperature_one "
@@ -568,84 +449,67 @@ EXERCISES = [
         "TestTwins::test_samples_follow_the_distribution "
         "TestTwins::test_rows_are_independent_and_seeds_repeat "
         "TestTwins::test_bad_calls_are_refused",
-        {"": "The prompt's last hidden state predicts the first token, which stands one place "
-             "behind the prompt. `cache.next_slot` makes place for the next token of every row "
-             "before it is run; `cache.length` counts what it holds of each completion.",
+        {"": "The prompt's last hidden state predicts the first token, which stands behind it. "
+             "`cache.next_slot` makes place for every row's next token before it is run.",
          "agree": "A completion ends with its first EOS id, which belongs to it. Each token stands "
                   "one place behind the one before it, and the first one behind its prompt.",
          "beyond": "Only the first `decoder.vocab_limit` rows of the head are ids."}, [
-            Mutant("prompts tiled instead of repeated",
-                   "Right with one prompt or one completion, `gap` is large otherwise.",
-                   "positions = laid.lengths.repeat_interleave(G)",
-                   "positions = laid.lengths.repeat(G)"),
-            Mutant("positions stand still",
-                   "The first two tokens are right, then `gap` grows.",
+            Mutant("prompts are tiled", "Right with one prompt; `gap` is large with more.",
+                   "laid.lengths.repeat_interleave(G)", "laid.lengths.repeat(G)"),
+            Mutant("positions stand still", "The first two tokens are right, then `gap` grows.",
                    "positions = positions + 1", "positions = positions.clone()"),
-            Mutant("only one of the end-of-sequence ids stops",
-                   "Some completions run past their end and make up the user's next turn.",
+            Mutant("only one EOS id stops", "Some completions make up the user's next turn.",
                    "{*eos.tolist()}", "{*eos.tolist()[:1]}"),
-            Mutant("rows that stay are written to the places of those that leave",
-                   "Once the first completions have ended, the others go on in their place.",
+            Mutant("rows that stay are misplaced", "Some completions go on in others' places.",
                    "positions[kept], writing[kept]", "positions[kept], writing[: len(kept)]"),
         ], """
-        fine = temperature == 0 or 1e-6 <= temperature < math.inf
-        if group_size < 1 or max_new_tokens < 1 or not fine:
-            raise ValueError("group_size and max_new_tokens are at least 1, temperature is not < 0")
-        if [] in prompts:
-            raise ValueError("an empty prompt")
+        fine = temperature == 0 or temperature >= 1e-6
+        if group_size < 1 or max_new_tokens < 1 or [] in prompts or not fine:
+            raise ValueError("a size, a prompt or the temperature is too small")
         if not prompts:
             return []
-        device, stop = decoder.head.device, set(eos_ids)
+        device, rows, G = decoder.head.device, Ragged(prompts, decoder.head.device), group_size
         noise = None if seed is None else torch.Generator(device).manual_seed(seed)
-        rows = Ragged(prompts, device)
-        cache = Cache(decoder, rows, group_size, max_new_tokens)
+        cache = Cache(decoder, rows, G, max_new_tokens)
         hidden = decoder.run(rows.tokens, rows.positions, cache.read_prompts)
         ends = (rows.starts + rows.lengths - 1).tolist()
-        hidden = torch.stack([hidden[end] for end in ends for _ in range(group_size)])
-        groups = [[Completion([], [], False) for _ in range(group_size)] for _ in prompts]
-        writing = [(p, g) for p in range(len(prompts)) for g in range(group_size)]
-        width = group_size
+        hidden = torch.stack([hidden[end] for end in ends for _ in range(G)])
+        writing = [(p, Completion([], [], False)) for p in range(len(prompts)) for _ in range(G)]
+        groups, width = [[one for q, one in writing if q == p] for p in range(len(prompts))], G
         while True:
             logits = decoder.logits(hidden, decoder.head[: decoder.vocab_limit])
             ids, chosen = sample(logits, temperature, noise)
-            for (p, g), token, logprob in zip(writing, ids.tolist(), chosen.tolist()):
-                one = groups[p][g]
+            for (_, one), token, logprob in zip(writing, ids.tolist(), chosen.tolist()):
                 if not one.finished:
                     one.tokens.append(token)
                     one.logprobs.append(logprob)
-                    one.finished = token in stop
-            done = [groups[p][g].finished for p, g in writing]
+                    one.finished = token in eos_ids
+            done = [one.finished for _, one in writing]
             if all(done) or cache.length + 1 == max_new_tokens:
                 return groups
-            done = torch.tensor(done, device=device).view(-1, width)
-            if stay := leave(cache, done, 0.75):
+            if stay := leave(cache, torch.tensor(done, device=device).view(-1, width), 0.75):
                 ids, width = ids[stay[0]], stay[1].shape[1]
                 writing = [writing[n] for n in stay[0].tolist()]
             behind = [len(prompts[p]) + cache.length for p, _ in writing]
             cache.next_slot(coarse=False)
             hidden = decoder.run(ids, torch.tensor(behind, device=device), cache.read_next)
         """),
-    Exercise(
-        16, "Token log-probabilities through the shared prompt", "prlm.py", "token_logprobs", 6,
-        "TestTwins::test_sampler_and_trainer_agree TestTwins::test_gradients_equal_the_naive_ones "
+    Exercise(16, "Token log-probabilities through the shared prompt", "prlm.py", "token_logprobs",
+        6, "TestTwins::test_sampler_and_trainer_agree "
+        "TestTwins::test_gradients_equal_the_naive_ones "
         "TestTwins::test_all_completions_of_one_token "
         "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled "
         "TestTwins::test_bad_calls_are_refused",
-        {"": "Compare with one row at a time, prompt and completion in full. At which position "
-             "does each token stand, and which may it see?",
+        {"": "Run one row at a time in full. Where does each token stand, and which may it see?",
          "one_token": "Which hidden state predicts the first token of a completion?",
          "gradients": "Every completion's gradient flows through the prompt's keys and values."}, [
-            Mutant("end-of-sequence not trained",
-                   "Over the training, completions grow until all of them are truncated.",
+            Mutant("EOS is not trained", "Completions grow until all of them are truncated.",
                    "target.mask.unflatten", "F.pad(target.mask[:, 1:], (0, 1)).unflatten"),
-            Mutant("the causal mask is off by one",
-                   "`gap` is large, and entropy falls although the reward does not rise.",
+            Mutant("the causal mask is off by one", "`gap` is large; entropy falls for nothing.",
                    ".tril()", ".tril(1)"),
-            Mutant("completions start at place 0",
-                   "`gap` is large from the second token on, more so behind long prompts.",
+            Mutant("completions start at place 0", "`gap` is large from the second token on.",
                    "offset + fed.positions", "fed.positions"),
-            Mutant("no gradient through the prompt's keys",
-                   "`gap` is 0, but the policy learns slowly to use what it retrieves.",
+            Mutant("prompts' keys are detached", "The policy hardly learns to use its profiles.",
                    "[prompt_k.repeat_interleave", "[prompt_k.detach().repeat_interleave"),
         ], """
         if not 1e-6 <= temperature < math.inf or [] in prompts:
@@ -667,22 +531,18 @@ EXERCISES = [
         shape = (len(prompts), max(sizes, default=0), width)
         return tuple(torch.stack(grids).view(shape) for grids in zip(*groups))
         """),
-    Exercise(
-        17, "Log-probabilities without a tensor of all logits", "prlm.py", "head_logprobs", 4,
+    Exercise(17, "Log-probabilities without a tensor of all logits", "prlm.py", "head_logprobs", 4,
         "TestTwins::test_chunked_head_equals_the_full_one "
         "TestTwins::test_gradients_equal_the_naive_ones "
         "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled",
         {"": "Let autograd differentiate log_softmax(hidden W^T / temperature) and compare entry "
              "by entry. Rows come in chunks, and each chunk's logits are computed twice.",
          "beyond": "The softmax is over the ids below `decoder.vocab_limit`; others have -inf."}, [
-            Mutant("the temperature is forgotten",
-                   "`gap` is 0 at --temperature 1 and large at any other.",
+            Mutant("temperature forgotten", "`gap` is 0 at --temperature 1 and large at any other.",
                    " / temperature", ""),
-            Mutant("no gradient through the normaliser",
-                   "What is sampled often becomes ever likelier, whatever it earns.",
+            Mutant("no gradient through the normaliser", "What is sampled becomes ever likelier.",
                    "- logits.logsumexp(-1)", "- logits.detach().logsumexp(-1)"),
-            Mutant("rows without a token take part in the softmax",
-                   "`gap` is above 0 on models whose vocabulary is padded, as Qwen's is.",
+            Mutant("rows without a token count", "`gap` is above 0 where the vocabulary is padded.",
                    "decoder.head[:limit]", "decoder.head"),
         ], """
         found, limit = [], decoder.vocab_limit
@@ -690,31 +550,25 @@ EXERCISES = [
         def some(x: Tensor, ids: Tensor) -> Tensor:
             logits = decoder.logits(x, decoder.head[:limit])
             logits = logits.double() if logits.dtype == torch.float64 else logits.float()
-            logprobs = (logits / temperature).log_softmax(-1)
-            return logprobs[range(len(ids)), ids.clamp(max=limit - 1)]
+            return (logits / temperature).log_softmax(-1)[range(len(ids)), ids]
 
         for start in range(0, max(len(targets), 1), 50):
             part = slice(start, start + 50)
-            found.append(checkpoint(some, hidden[part], targets[part], use_reentrant=False))
+            ids = targets[part].clamp(max=limit - 1)
+            found.append(checkpoint(some, hidden[part], ids, use_reentrant=False))
         return torch.cat(found).where(targets < limit, -math.inf)
         """),
-    Exercise(
-        18, "Reading safetensors", "prlm.py", "read_safetensors", 4,
+    Exercise(18, "Reading safetensors", "prlm.py", "read_safetensors", 4,
         "test_files.py::TestSafetensors",
-        {"": "Write a file with two small tensors with `write_safetensors` and look at its bytes. "
-             "From where are data_offsets counted?",
+        {"": "Look at the bytes of a small file. From where are data_offsets counted?",
          "refuses": "`check_header` checks the entries; the length, the JSON and repeated names "
                     "are left. Every error is a ValueError that names the file.",
          "accepts": "A range may begin at any byte, and a tensor may be empty."}, [
-            Mutant("offsets counted without the length field",
-                   "Weights load without a complaint, and the model writes noise.",
-                   "data[start + begin : start + end]",
-                   "data[start - 8 + begin : start - 8 + end]"),
-            Mutant("alignment checked without the header",
-                   "Some files of other libraries fail with an error about a storage offset.",
+            Mutant("offsets start at the header", "Weights load, and the model writes noise.",
+                   "data[start + begin : start + end]", "data[start - 8 :][begin:end]"),
+            Mutant("alignment without the header", "Some files fail, with a storage offset.",
                    "if (start + begin) % dtype.itemsize", "if begin % dtype.itemsize"),
-            Mutant("a key that stands twice is accepted",
-                   "Of two tensors of the same name, one is silently lost.",
+            Mutant("repeated keys are accepted", "Of two tensors of one name, one is lost.",
                    ", object_pairs_hook=unique", ""),
         ], """
         content, tensors = Path(path).read_bytes(), {}
@@ -725,157 +579,126 @@ EXERCISES = [
             return dict(pairs)
 
         try:
-            length = int.from_bytes(content[:8], "little")
-            if len(content) < 8 or length > min(len(content) - 8, 100_000_000):
+            begin = 8 + int.from_bytes(content[:8], "little")
+            if len(content) < 8 or begin > min(len(content), 100_000_008):
                 raise ValueError("there is no whole header")
-            text = str(content[8 : 8 + length], "utf-8")
-            header = json.loads(text, object_pairs_hook=once, parse_constant=int)
-            ranges = check_header(header, len(content) - 8 - length)
+            header, data = str(content[8:begin], "utf-8"), content[begin:]
+            header = json.loads(header, object_pairs_hook=once, parse_constant=int)
+            for name, (begin, end, dtype, shape) in check_header(header, len(data)).items():
+                flat = torch.tensor([*data[begin:end]], dtype=torch.uint8)
+                tensors[name] = flat.view(dtype).view(shape)
         except Exception as error:
             raise ValueError(f"{path}: {error}") from None
-        for name, (begin, end, dtype, shape) in ranges.items():
-            piece = bytearray(content[8 + length + begin : 8 + length + end])
-            empty = torch.empty(shape, dtype=dtype)
-            tensors[name] = torch.frombuffer(piece, dtype=dtype).view(shape) if piece else empty
         return tensors
         """),
     # The reward
-    Exercise(
-        19, "The reward of a completion", "reward.py", "rewards", 4, "TestRewards",
-        {"": "Take three completions, the second of them without an answer, and follow each of the "
-             "judge's values to its completion.",
+    Exercise(19, "The reward of a completion", "reward.py", "rewards", 4, "TestRewards",
+        {"": "Of three completions one has no answer. Follow the judge's values to the other two.",
          "weights": "The weights are in \"reward\" alone; the parts are listed without them.",
          "gold": "Without a target there is no accuracy, but the judge still sees the answer.",
          "nothing": "The judge sees no empty answer: the task's `penalty` stands for it."}, [
-            Mutant("format weighs as much as accuracy",
-                   "Reward rises at once and stays: completions close their thoughts, no more.",
+            Mutant("format is not weighted", "Completions close their thoughts, no more.",
                    "format * row[\"format\"]", "row[\"format\"]"),
-            Mutant("values go to the wrong completion",
-                   "After an empty answer, completions earn what their neighbours should.",
-                   "for (row, _), value in zip(judged, values, strict=True):",
-                   "for row, value in zip(rows, values, strict=False):"),
-            Mutant("the placeholder earns",
-                   "The policy learns to answer 'generated title'.",
+            Mutant("values go astray", "Behind an empty answer all earn what others should.",
+                   "(row, _), value in zip(judged, values, strict=True)",
+                   "row, value in zip(rows, values, strict=False)"),
+            Mutant("the placeholder earns", "The policy learns to answer 'generated title'.",
                    "if not is_placeholder(answer, example.task):", "if answer:"),
-            Mutant("the guard of LaMP-4 in every task",
-                   "On LaMP-5 and LaMP-7 a few rewards are -1, and `spread` is huge.",
+            Mutant("LaMP-4's penalty in all tasks", "On LaMP-5 and LaMP-7 a few rewards are -1.",
                    "task_of(example.task).penalty", "-10.0"),
         ], """
         answers = [extract_answer(c, e.task) for c, e in zip(completions, examples, strict=True)]
         real = [not is_placeholder(a, e.task) for a, e in zip(answers, examples)]
-        values = iter(())
+        rows, values = [], []
         if judge and any(real):
             asked = [[x for x, good in zip(all_of, real) if good] for all_of in (examples, answers)]
-            given = judge(*asked)
-            given = [] if given is None else [math.nan if x is None else float(x) for x in given]
-            if len(given) != sum(real) or not math.isfinite(sum(map(abs, given))):
-                raise ValueError(f"the judge gave {given}, not {sum(real)} finite numbers")
-            values = iter(given)
-        rows = []
+            values = [math.nan if x is None else float(x) for x in judge(*asked) or ()]
+            if len(values) != sum(real) or not math.isfinite(sum(map(abs, values))):
+                raise ValueError(f"the judge gave {values}, not {sum(real)} finite numbers")
         for text, answer, example, good in zip(completions, answers, examples, real):
             exact = personal = 0.0
             if good and example.target is not None:
                 exact = sum(rouge(answer, example.target).values())
             if judge:
-                personal = next(values) if good else -10.0 * (example.task == "LaMP-4")
+                personal = values.pop(0) if good else -10.0 * (example.task == "LaMP-4")
             shaped = format_reward(text)
             total = accuracy * exact + format * shaped + personalization * personal
             rows.append({"answer": answer, "accuracy": exact, "format": shaped,
                          "personalization": personal, "reward": total})
         return rows
         """),
-    Exercise(
-        20, "InfoNCE", "reward.py", "info_nce", 4, "TestInfoNCE",
+    Exercise(20, "InfoNCE", "reward.py", "info_nce", 4, "TestInfoNCE",
         {"": "-log exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t)), the mean over pairs. With "
              "one negative and t = 1 it is -log sigmoid(s+ - s-).",
          "missing": "A score of -inf adds exp(-inf) = 0 to the sum.",
          "large": "What does exp(30000) give? Exponentials have to be taken of differences."}, [
-            Mutant("the positive is missing in the denominator",
-                   "The loss falls below 0 and never stops falling.",
+            Mutant("no positive below the line", "The loss falls below 0 and never stops falling.",
                    "scores.logsumexp(1)", "scores[:, 1:].logsumexp(1)"),
-            Mutant("the sum over pairs instead of the mean",
-                   "A larger batch needs a smaller learning rate.",
+            Mutant("the sum over pairs", "A larger batch needs a smaller learning rate.",
                    ".mean()", ".sum()"),
-            Mutant("the exponentials overflow",
-                   "The loss is inf or nan once the scores have grown.",
+            Mutant("the exponentials overflow", "The loss is inf or nan once scores have grown.",
                    "scores.logsumexp(1)", "scores.exp().sum(1).log()"),
         ], """
         logits = torch.cat([negatives, positive[:, None]], 1) / temperature
         target = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
         return F.cross_entropy(logits, target)
         """),
-    Exercise(
-        21, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
+    Exercise(21, "A pair scored in a padded batch", "reward.py", "RewardModel.score", 5,
         "TestRewardModel",
         {"": "s(q, a) = w . tanh(pooler(BERT([CLS] q [SEP] a [SEP])_[CLS])) + b. BERT gets ids, a "
              "mask and segments: what belongs to which?",
          "alone": "Score a short pair alone and beside a long one: what tells BERT of padding?"}, [
-            Mutant("padding is attended",
-                   "A pair's score depends on what else is in its batch.",
+            Mutant("padding is attended", "A pair's score depends on what else is in its batch.",
                    ", ids.mask, segments)", ", None, segments)"),
-            Mutant("no segments",
-                   "Scores are close to transformers', but not equal.",
+            Mutant("no segments", "Scores are close to transformers', but not equal.",
                    ", ids.mask, segments)", ", ids.mask)"),
-            Mutant("query and answer swapped",
-                   "Training works, but a saved model scores otherwise in transformers.",
-                   "encode_pair(q.strip(), a.strip(), self.limit)",
-                   "encode_pair(a.strip(), q.strip(), self.limit)"),
+            Mutant("query and answer swapped", "transformers scores the saved model otherwise.",
+                   "(q.strip(), a.strip(),", "(a.strip(), q.strip(),"),
         ], """
-        scores = []
+        scores, device = [], self.classifier.weight.device
         for query, answer in zip(queries, answers, strict=True):
-            ids, kinds = self.tokenizer.encode_pair(query.strip(), answer.strip(), self.limit)
-            ids, kinds = (torch.tensor([x], device=self.classifier.weight.device)
-                          for x in (ids, kinds))
+            pair = self.tokenizer.encode_pair(query.strip(), answer.strip(), self.limit)
+            ids, kinds = (torch.tensor([x], device=device) for x in pair)
             first = self.bert.pooler.dense(self.bert(ids, segments=kinds)[:, 0]).tanh()
             first = F.dropout(first, self.bert.config.hidden_dropout_prob, self.training)
             scores.append(self.classifier(first).flatten().float())
         return torch.cat(scores)
         """),
-    Exercise(
-        22, "InfoNCE in micro-batches", "reward.py", "info_nce_backward", 5, "TestMicroBatches",
+    Exercise(22, "InfoNCE in micro-batches", "reward.py", "info_nce_backward",
+        5, "TestMicroBatches",
         {"": "Cut five pairs into batches of two, two and one: what does each batch's mean weigh "
              "in the mean of all five? How many tokens has a batch after padding?"}, [
-            Mutant("every micro-batch counts as much as all pairs",
-                   "A smaller budget acts like a larger learning rate.",
+            Mutant("each part counts in full", "A smaller budget acts like a larger learning rate.",
                    " * len(part) / len(pairs)", ""),
-            Mutant("the length of the texts is not counted",
-                   "The GPU's memory is full as soon as texts are long.",
+            Mutant("the texts' length is not counted", "Long texts fill the GPU's memory.",
                    "(texts * longest)", "texts"),
-            Mutant("each micro-batch forgets the one before",
-                   "With a small budget the model learns from a few pairs of each batch only.",
+            Mutant("only the last part counts", "A small budget teaches from a few pairs only.",
                    "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
         ], """
         def width(pair: dict) -> int:
-            texts = (pair["positive"], *pair["negatives"])
-            rows = (model.tokenizer.encode_pair(pair["query"], x, model.limit) for x in texts)
+            rows = (model.tokenizer.encode_pair(pair["query"], text, model.limit)
+                    for text in (pair["positive"], *pair["negatives"]))
             return max(len(ids) for ids, _ in rows)
 
         rest, loss = sorted(pairs, key=width), 0.0
         texts = 1 + max(len(pair["negatives"]) for pair in pairs)
-        while rest:
-            part = [rest.pop()]  # the longest that is left
-            most = o.tokens_per_micro_batch // (texts * width(part[0]))
-            while rest and len(part) < most:
-                part.append(rest.pop())
+        while rest:  # the longest that are left
+            count = max(1, o.tokens_per_micro_batch // (texts * width(rest[-1])))
+            part, rest = rest[-count:], rest[:-count]
             share = info_nce(*score_pairs(model, part)) * (len(part) / len(pairs))
             share.backward()
             loss += share.item()
         return loss
         """),
-    Exercise(
-        23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5, "TestLikelihoodRatio",
+    Exercise(23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5, "TestLikelihoodRatio",
         {"": "Score the answers after either prompt with `prlm.token_logprobs` and subtract. Which "
              "row of the result belongs to which prompt, once there are batches?",
          "budget": "`prlm.micro_batches` groups the prompts; no gradient is kept."}, [
-            Mutant("the mean over tokens",
-                   "Ratios depend on the longest answer of the batch.",
+            Mutant("the mean over tokens", "Ratios depend on the longest answer of the batch.",
                    "logprobs.sum(-1)", "logprobs.mean(-1)"),
-            Mutant("what is likely, not what the profile makes likelier",
-                   "The policy learns to give short answers that say nothing.",
-                   "return log_likelihood(with_profile) - log_likelihood(without)",
-                   "return log_likelihood(with_profile)"),
-            Mutant("micro-batches lose the order",
-                   "As soon as there is more than one batch, users earn what others should.",
+            Mutant("nothing is subtracted", "The policy learns short answers that say nothing.",
+                   " - log_likelihood(without)", ""),
+            Mutant("batches lose the order", "With several batches, users earn what others should.",
                    "total[rows] = ", "total[: len(rows)] = "),
         ], """
         total = torch.zeros(len(answers), max(map(len, answers), default=0))
@@ -886,34 +709,26 @@ EXERCISES = [
         return total
         """),
     # GRPO
-    Exercise(
-        24, "Group advantages", "rl.py", "group_advantages", 4, "TestAdvantages",
+    Exercise(24, "Group advantages", "rl.py", "group_advantages", 4, "TestAdvantages",
         {"": "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1.",
          "naive": "Two groups with very different rewards do not influence each other.",
-         "zero": "A group whose rewards are all 0.1, or differ in the last bit: every advantage "
-                 "is exactly 0, under either scale.",
+         "zero": "Rewards that differ in the last bit at most have advantages of exactly 0.",
          "damped": "What does 1e-4 do to a group whose rewards hardly differ?"}, [
-            Mutant("the mean over the batch",
-                   "Easy prompts push all of their completions up, hard ones all of theirs down.",
+            Mutant("the mean over the batch", "Easy prompts push all up, hard ones all down.",
                    "rewards.mean(1, keepdim=True)", "rewards.mean()"),
-            Mutant("no 1e-4 below the line",
-                   "Groups with almost equal rewards get advantages as large as the others'.",
+            Mutant("no 1e-4 below the line", "Groups with almost equal rewards count in full.",
                    "(std + 1e-4)", "std.clamp(min=1e-30)"),
-            Mutant("divided by G instead of G - 1",
-                   "All advantages are too large by the same factor, for G = 2 by 1.41.",
+            Mutant("divided by G instead of G - 1", "All advantages are too large by one factor.",
                    "(rewards.shape[1] - 1)", "rewards.shape[1]"),
-            Mutant("rounding counts as spread",
-                   "zero_spread_groups stays 0, even when all completions earn the same.",
-                   "centred.abs().amax(1, keepdim=True) <= rounding",
-                   "centred.abs().amax(1, keepdim=True) <= 0"),
+            Mutant("rounding counts as spread", "zero_spread_groups is 0 where all earn the same.",
+                   "keepdim=True) <= rounding", "keepdim=True) <= 0"),
         ], """
         if scale not in ("std", "none"):
             raise ValueError(f"scale {scale!r} is neither std nor none")
         rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
         rows, eps = [], torch.finfo(rewards.dtype).eps
         for row in rewards.tolist():
-            mean = math.fsum(row) / len(row)
-            gains = [r - mean for r in row]
+            gains = [r - math.fsum(row) / len(row) for r in row]
             if max(map(abs, gains)) <= 8 * eps * max(map(abs, row)):
                 gains = [0.0] * len(row)
             if scale == "std" and len(row) > 1:
@@ -922,74 +737,54 @@ EXERCISES = [
             rows.append(gains)
         return torch.tensor(rows, dtype=rewards.dtype, device=rewards.device)
         """),
-    Exercise(
-        25, "The k3 estimate of the KL divergence", "rl.py", "k3", 2, "TestK3",
+    Exercise(25, "The k3 estimate of the KL divergence", "rl.py", "k3", 2, "TestK3",
         {"": "exp(d) - d - 1: of which of the two log-probabilities is d how far above the other?",
-         "mean": "Its mean over tokens that the policy samples is the KL divergence, and no single "
-                 "token's value is below 0."}, [
-            Mutant("policy and reference swapped",
-                   "`kl` is off, and far too large where the policy has become sure.",
+         "mean": "The mean over the policy's samples is the KL divergence; no value is below 0."}, [
+            Mutant("policy and reference swap", "`kl` is far too large where the policy is sure.",
                    "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
-            Mutant("the plain difference",
-                   "`kl` is negative in some steps.",
+            Mutant("the plain difference", "`kl` is negative in some steps.",
                    "difference.clamp(max=LARGEST).exp() - difference - 1", "-difference"),
-            Mutant("half the square",
-                   "`kl` is right while it is small, then too large or too small.",
-                   "difference.clamp(max=LARGEST).exp() - difference - 1",
-                   "difference.square() / 2"),
+            Mutant("half the square", "`kl` is right where it is small, and nowhere else.",
+                   "difference.clamp(max=LARGEST).exp() - difference - 1", "difference**2 / 2"),
         ], """
         ratio = torch.exp(ref_logprobs - logprobs)
         return (ratio - 1) - (ref_logprobs - logprobs)
         """),
-    Exercise(
-        26, "The three normalisers", "rl.py", "token_weights", 3, "TestWeights",
+    Exercise(26, "The three normalisers", "rl.py", "token_weights", 3, "TestWeights",
         {"": "Which of the three depend on how long a completion is? None depends on padding."}, [
-            Mutant("prompts counted instead of completions",
-                   "The loss is larger by the factor --group-size.",
+            Mutant("prompts are counted", "The loss is larger by the factor --group-size.",
                    "mask.shape[0] * mask.shape[1]", "mask.shape[0]"),
-            Mutant("padding counts as tokens",
-                   "With dapo, the loss changes when one completion gets longer.",
+            Mutant("padding counts as tokens", "With dapo, a longer completion changes the loss.",
                    "mask.sum().clamp(min=1)", "mask.numel()"),
-            Mutant("the longest completion instead of max_new_tokens",
-                   "With dr_grpo, the loss changes when one completion gets longer.",
+            Mutant("the longest completion counts", "With dr_grpo, a longer one changes the loss.",
                    "completions * max_new_tokens", "completions * mask.shape[2]"),
-            Mutant("zero divided by zero",
-                   "With --mask-truncated, the first truncated completion ends the run.",
+            Mutant("zero divided by zero", "With --mask-truncated, the loss is NaN at times.",
                    "mask.sum(-1, keepdim=True).clamp(min=1)", "mask.sum(-1, keepdim=True)"),
         ], """
-        if normalizer not in ("grpo", "dapo", "dr_grpo"):
-            raise ValueError(f"there is no normalizer {normalizer!r}")
-        if normalizer == "dr_grpo" and not max_new_tokens:
-            raise ValueError("dr_grpo needs max_new_tokens")
-        weights, (P, G, _) = torch.zeros(mask.shape, device=mask.device), mask.shape
-        for p in range(P):
-            for g in range(G):
-                size = {"grpo": P * G * int(mask[p, g].sum()), "dapo": int(mask.sum())}
-                size["dr_grpo"] = P * G * (max_new_tokens or 0)
-                weights[p, g] = mask[p, g] / max(size[normalizer], 1)
+        P, G, _ = mask.shape
+        sizes = {"grpo": P * G * mask.sum(-1), "dapo": mask.sum().expand(P, G)}
+        if max_new_tokens:
+            sizes["dr_grpo"] = torch.full((P, G), P * G * max_new_tokens, device=mask.device)
+        if normalizer not in sizes:
+            raise ValueError(f"there is no normalizer {normalizer!r}, or it needs max_new_tokens")
+        weights = torch.zeros(mask.shape, device=mask.device)
+        for p, g, c in mask.nonzero().tolist():
+            weights[p, g, c] = 1 / sizes[normalizer][p, g]
         return weights
         """),
-    Exercise(
-        27, "The clipped surrogate", "rl.py", "grpo_loss", 6, "TestLoss",
-        {"": "Take one token, A = 1 and then A = -1, and let the ratio go from 0.5 to 1.5: where "
-             "is the loss flat?",
-         "nan": "Zero times infinity is NaN: what lies outside the mask is taken out before the "
-                "arithmetic, not after it.",
+    Exercise(27, "The clipped surrogate", "rl.py", "grpo_loss", 6, "TestLoss",
+        {"": "With A = 1, then A = -1, let the ratio go from 0.5 to 1.5: where is the loss flat?",
+         "nan": "Zero times infinity is NaN: take out what is outside the mask before you compute.",
          "one_update": "At ratio 1 the gradient of ratio A is A grad log pi, though the loss is 0.",
-         "far": "exp(100) is infinite in float32, and its gradient NaN even if it is clipped "
-                "later: bound the exponent by LARGEST.",
+         "far": "exp(100) is infinite in float32, its gradient NaN: bound the exponent by LARGEST.",
          "micro": "`weights` are those of the whole step: nothing else divides."}, [
-            Mutant("mean over tokens instead of sequences",
-                   "Long completions count more than short ones, as if dapo had been asked for.",
+            Mutant("mean over tokens", "Long completions count more, as with dapo.",
                    "token_weights(mask, normalizer,", "token_weights(mask, \"dapo\","),
-            Mutant("the larger of the two instead of the smaller",
-                   "With --updates-per-rollout above 1, training falls apart.",
+            Mutant("the larger of the two", "With --updates-per-rollout 2, training falls apart.",
                    "-torch.min(", "-torch.max("),
-            Mutant("clipped on both sides",
-                   "With --updates-per-rollout above 1, a step in the wrong direction stays.",
+            Mutant("clipped on both sides", "A step in the wrong direction is not taken back.",
                    "-torch.min(ratio * advantage, clipped * advantage)", "-clipped * advantage"),
-            Mutant("the mask is multiplied in",
-                   "With --beta the loss is NaN in some steps: zero times infinity.",
+            Mutant("the mask is multiplied in", "With --beta, some losses are NaN.",
                    "ref_logprobs.masked_fill(outside, 0.0)", "ref_logprobs * mask"),
         ], """
         if weights is None:
@@ -1009,20 +804,14 @@ EXERCISES = [
                 total = total + (terms * weights[p, g][real]).sum()
         return total
         """),
-    Exercise(
-        28, "The learning rate", "rl.py", "learning_rate", 1, "TestSchedule",
-        {"": "Plot it for 10 steps and for 40. What are the first rate, the rate right after the "
-             "warm-up and the last one?",
+    Exercise(28, "The learning rate", "rl.py", "learning_rate", 1, "TestSchedule",
+        {"": "Plot 10 steps, then 40. What are the first rate, the highest and the last one?",
          "few_steps": "A run of one step has the peak, and nothing is divided by 0."}, [
-            Mutant("the first step has rate 0",
-                   "The first rollout changes nothing.",
+            Mutant("the first step has rate 0", "The first rollout changes nothing.",
                    "peak * (step + 1) / rising", "peak * step / rising"),
-            Mutant("down to 0 instead of a tenth",
-                   "The last steps change almost nothing.",
-                   "(0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)",
-                   "((1 + math.cos(math.pi * passed)) / 2)"),
-            Mutant("the decay starts at step 0",
-                   "The rate jumps down at the end of the warm-up.",
+            Mutant("down to 0 instead of a tenth", "The last steps change almost nothing.",
+                   "(0.1 + 0.9 * (1 +", "(0.0 + 1.0 * (1 +"),
+            Mutant("the decay starts at step 0", "The rate jumps down at the end of the warm-up.",
                    "(step - rising) / max(1, steps - 1 - rising)", "step / max(1, steps - 1)"),
         ], """
         rising = max(1, round(steps / 10))
@@ -1032,25 +821,18 @@ EXERCISES = [
         low = peak / 10
         return low + (peak - low) * math.cos(math.pi * share / 2) ** 2
         """),
-    Exercise(
-        29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
+    Exercise(29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
         "TestWarmStartTargets",
-        {"": "Decode one target and read it as the continuation of its prompt: does it quote the "
-             "items that rank first, and where does the model learn to stop?",
+        {"": "Decode a target behind its prompt. Which items does it quote, and how does it end?",
          "without": "With the reasoning closed by the prompt, the answer block is all there is.",
          "<think>": "What the prompt has opened already is not said again."}, [
-            Mutant("no end of sequence",
-                   "After the warm start every completion runs on to the limit: `truncated` is 1.",
-                   "[*tokenizer.fill(form, *texts), tokenizer.end_id]",
-                   "tokenizer.fill(form, *texts)"),
-            Mutant("what the prompt has opened is said again",
-                   "Completions of R1-Distill begin with a second <think>.",
+            Mutant("no end of sequence", "After the warm start `truncated` is 1.",
+                   ", tokenizer.end_id])", "])"),
+            Mutant("<think> is said again", "R1-Distill's completions begin with a second one.",
                    ".removeprefix(tokenizer.opening)", ""),
-            Mutant("the query instead of what the user wrote",
-                   "The loss falls fast, and the policy answers with the query.",
+            Mutant("the query as the target", "The policy answers with the query.",
                    "one_line(example.target)", "one_line(example.query)"),
-            Mutant("every item is quoted, not the best ones",
-                   "With --k 10 the first completions are cut off before they answer.",
+            Mutant("every item is quoted", "With --k 10 completions are cut before they answer.",
                    "min(o.k, EVIDENCE_ITEMS)", "o.k"),
         ], """
         best, found = make_ranker(o), []
@@ -1058,10 +840,9 @@ EXERCISES = [
         for example in examples:
             form, said, opening = answer_block(o.task), [], tokenizer.opening
             if o.reasoning:
-                for item in best(example, o.k)[:EVIDENCE_ITEMS]:
-                    said.append(tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS))
-                evidence = "".join(EVIDENCE for _ in said) if said else "\\n"
-                form = "<think>\\n" + evidence + "</think>\\n" + form
+                items = best(example, o.k)[:EVIDENCE_ITEMS]
+                said = [tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS) for item in items]
+                form = "<think>\\n" + (EVIDENCE * len(said) or "\\n") + "</think>\\n" + form
                 form = form[len(opening) :] if form.startswith(opening) else form
             found.append(tokenizer.fill(form, *said, one_line(example.target)))
             found[-1].append(tokenizer.end_id)
@@ -1215,9 +996,7 @@ def problem_of(e: Exercise, directory: Path) -> tuple[dict[str, str], str]:
 
 
 def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
-    """({test: [(case, "" or what failed)]}, whether all is right, why nothing ran) in a fresh copy
-    with these modules.
-    """
+    """({test: [(case, "" or what failed)]}, whether all is right, why nothing ran) in a copy."""
     tests = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         copy_repository(Path(folder), modules)
@@ -1262,14 +1041,14 @@ def grade(e: Exercise, directory: Path) -> dict:
         hints = e.hints | HINTS
         hint = hints[next((key for key in hints if key and key in f"{name} {case} {said}"), "")]
         problem = f"{problem}\n{begin}hint: {hint}".strip()
-    results = [{"name": f"exercise {e.number}: {e.title}", "score": e.points * passed}]
-    results[0] |= {"max_score": e.points, "output": problem}
+    name, score = f"exercise {e.number}: {e.title}", e.points * passed
+    results = [{"name": name, "score": score, "max_score": e.points, "output": problem}]
     for name, cases in tests.items():
         bad = [f"{case}: {said}" if case else said for case, said in cases if said]
         said = f"{len(cases) - len(bad)} of {len(cases)} cases passed. " * (len(cases) > 1)
         one = {"name": name, "score": 0, "max_score": 0, "status": "failed" if bad else "passed"}
         results.append(one | {"output": (said + "".join(bad[:1])).strip()})
-    return {"score": e.points * passed, "tests": results}
+    return {"score": score, "tests": results}
 
 
 # ---- The graders, graded ---------------------------------------------------------------------
@@ -1430,8 +1209,8 @@ def selftest(exercises: list[Exercise], verbose: bool) -> bool:
 
 
 def main() -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
         name: commands.add_parser(name, help=text, description=text)
@@ -1515,8 +1294,7 @@ def run_bug(e: Exercise, directory: Path, o) -> int:
         mutant = e.mutants[o.seed % len(e.mutants)]
         start(e, directory, mutated(reference(e), e, mutant), bug=o.seed)
         print(f"{directory / e.file} has a bug in {e.function}. What one sees:\n  {mutant.symptom}")
-        how = f"bug {e.number} {directory} --line K (--seed {o.seed + 1}: another bug)"
-        print(f"Which line? {how}")
+        print(f"Which line? bug {e.number} {directory} --line K (--seed {o.seed + 1}: another bug)")
         return 0
     found, made = submitted(e, directory)
     if "bug" not in made:

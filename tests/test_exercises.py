@@ -27,7 +27,10 @@ def test_the_table():
     assert len({(e.file, e.function) for e in EXERCISES}) == len(EXERCISES) >= 15
     assert all(len(e.mutants) >= 3 and e.points > 0 and e.hints[""] for e in EXERCISES)
     assert {e.file for e in EXERCISES} == set(module.MODULES)
-    assert differentials.FUNCTIONS.keys() == {e.function for e in EXERCISES}
+    assert all(map(differentials.case_of, (e.function for e in EXERCISES)))
+    chapters = ["retrieve.py", "eval.py", "prlm.py", "reward.py", "rl.py"]
+    places = [(chapters.index(e.file), len(cut(reference(e), e.function)[0])) for e in EXERCISES]
+    assert places == sorted(places)
 
 
 @each
@@ -36,14 +39,6 @@ def test_every_grader_is_there_and_every_hint_has_its_case(e):
     for name, text in zip(e.tests, files):
         assert all(f" {part}" in text for part in name.split("::")[1:])
     assert all(any(key in text for text in files) for key in e.hints if key != "nan")
-
-
-def test_functions_stand_in_the_order_of_the_chapters():
-    places = []
-    for e in EXERCISES:
-        above = cut(reference(e), e.function)[0].count("\n")
-        places.append((["retrieve", "eval", "prlm", "reward", "rl"].index(e.file[:-3]), above))
-    assert places == sorted(places)
 
 
 def test_the_course_tells_of_every_exercise():
@@ -86,45 +81,37 @@ def test_a_copy_has_all_but_the_answers(tmp_path, monkeypatch, capsys):
 
 
 def test_without_git_the_same_files_are_copied(monkeypatch):
-    names = set(module.repository_files())
+    tracked = {name for name in module.repository_files() if not name.startswith(".")}
     monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(OSError()))
-    tracked = {name for name in names if not name.startswith(".")}
-    assert tracked <= set(module.repository_files())
+    names = set(module.repository_files())
+    assert tracked <= names
     assert not any("__pycache__" in name or ".git/" in name for name in names)
 
 
-@pytest.mark.parametrize("body, passed", [
-    (LCS.solution, True), ("return len(b)", False), ("import sys; sys.exit(0)", False),
-    ("return [][len(b)]", False), ("return len(b", None), ("while True: pass", None),
+@pytest.mark.parametrize("body, tests, said", [
+    (LCS.solution, 2, ""), ("return len(b)", 2, ": expected 0, got 1"),
+    ("import sys; sys.exit(0)", 2, "begin with test_"),
+    ("return [][len(b)]", 2, "IndexError: list index out of range (eval.py:{})"),
+    ("return len(b", 0, "eval.py:{}: SyntaxError: "), ("while True: pass", 0, "after 1 seconds"),
 ])  # fmt: skip
-def test_a_grade(tmp_path, monkeypatch, capsys, body, passed):
-    """One file is enough; `passed` None is where no test comes to its end."""
+def test_a_grade(tmp_path, monkeypatch, capsys, body, tests, said):
+    """One file is enough; an error is given with its line in that file."""
     if "while" in body:
         monkeypatch.setattr(module, "LIMIT", 1)
     text = module.with_body(reference(LCS), LCS.function, body)
     (tmp_path / LCS.file).write_text(text, encoding="utf-8")
-    assert command(monkeypatch, "check", LCS.number, tmp_path, "--json") == 1 - bool(passed)
+    assert command(monkeypatch, "check", LCS.number, tmp_path, "--json") == (said != "")
     results = json.loads(capsys.readouterr().out)
     first, *others = results["tests"]
-    assert results["score"] == first["score"] == LCS.points * bool(passed)
+    assert results["score"] == first["score"] == (0 if said else LCS.points)
     assert first["max_score"] == LCS.points and LCS.title in first["name"]
-    assert (LCS.hints[""] in first["output"]) == (not passed)
-    if passed is not None:
-        names = [test["name"] for test in others]
-        assert len(set(names)) == len(names) == 2 and "test_equals_the_table" in names
-        assert {test["status"] for test in others} >= {"passed" if passed else "failed"}
-        assert "begin with test_" in first["output"] or passed
-        if "[][" in body:  # the kind of error, and its line in the student's file
-            line = 1 + text[: text.index("return [][len(b)]")].count("\n")
-            assert any(f"IndexError: list index out of range ({LCS.file}:{line})" in test["output"]
-                       for test in others)  # fmt: skip
-        elif passed is False and "len(b)" in body:
-            assert any(": expected 0, got 1" in test["output"] for test in others)
-    elif "while" in body:
-        assert "no end after 1 seconds" in first["output"]
-    else:
-        line = 1 + text[: text.index("return len(b\n")].count("\n")
-        assert f"{LCS.file}:{line}: SyntaxError: " in first["output"]
+    assert (LCS.hints[""] in first["output"]) == (said != "")
+    line = 1 + "".join(cut(reference(LCS), LCS.function)[:2]).count("\n")
+    assert any(said.format(line) in test["output"] for test in results["tests"])
+    names = {test["name"] for test in others}
+    assert len(names) == len(others) == tests and ("test_equals_the_table" in names) == (tests > 0)
+    assert not others or {t["status"] for t in others} >= {"failed" if said else "passed"}
+    assert ("begin with test_" in first["output"]) == (said != "" and tests > 0)
 
 
 def test_an_endless_loop_names_its_test(monkeypatch):
@@ -158,9 +145,8 @@ def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
 def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "repository_files", lambda: [LCS.file, "tests/x"])
     monkeypatch.setattr(module, "ROOT", tmp_path / "checkout")
-    for name in (LCS.file, "tests/x"):
-        path = module.ROOT / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+    (module.ROOT / "tests").mkdir(parents=True)
+    for path in (module.ROOT / LCS.file, module.ROOT / "tests/x"):
         path.write_text("a")
         path.chmod(0o444)
     module.copy_repository(tmp_path / "copy", {LCS.file: "b"})
@@ -217,12 +203,7 @@ def test_find_the_bug(tmp_path, monkeypatch, capsys):
     assert mutant.symptom in said and mutant.name not in said
     wrong = (copy / LCS.file).read_text(encoding="utf-8").splitlines()
     line = next(n for n, text in enumerate(wrong, 1) if mutant.new in text)
-    edited = [
-        *wrong[: line - 1],
-        "        print(row)",
-        wrong[line - 1] + "  # here?",
-        *wrong[line:],
-    ]
+    edited = [*wrong[: line - 1], "        print(row)", wrong[line - 1] + "  # ?", *wrong[line:]]
     for lines, right in ((wrong, line), (edited, line + 1)):
         (copy / LCS.file).write_text("\n".join(lines), encoding="utf-8")
         for n in (0, line - 1, line, line + 1, line + 2, 10**6):
