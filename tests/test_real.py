@@ -14,7 +14,6 @@ import real
 from conftest import write_lamp, write_policy
 
 import prlm
-import retrieve
 import rl
 from toy import common
 
@@ -75,8 +74,6 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
     text = (Path(options.out) / "commits" / "report_choose.md").read_text()
     for arm in ("warm", "prlm"):  # scores, two shares, judges, training
         assert text.count(f"| {real.ARMS[arm][0]} |") >= 4
-    assert "| copying the query |" in text and "2 held-out authors (choose)" in text
-
     count = len(jobs.commands)
     real.main(options)
     assert len(jobs.commands) == count
@@ -126,14 +123,12 @@ def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path, capsy
 
 def test_other_tasks_and_judges():
     o = real.Options(model="my model", task="LaMP-7", encoder="e", more="--k 5", data="d")
-    assert real.metrics_of("LaMP-7") == ("rouge-1", "rouge-l") and "bert" in real.arms_of(o)
-    assert "bert" not in real.arms_of(replace(o, encoder=None))  # it needs an encoder
-    command = real.chain(o, "no_gold", 0)[0][0]
+    assert "bert" in real.arms_of(o) and "bert" not in real.arms_of(replace(o, encoder=None))
+    command = " ".join(real.chain(o, "no_gold", 0)[0][0])
     for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):
-        assert option in " ".join(command)
+        assert option in command
     for arm, k in (("warm", 0), ("none", 5)):  # rl.py scores the other side
         assert f"--k {k} " in " ".join(real.chain(o, arm, 0)[1][0])
-    assert real.chain(o, "none", 0)[0][0].count("--warm-start") == 1
 
 
 def test_sigterm_ends_the_commands_and_starts_no_more(jobs, monkeypatch, tmp_path):
@@ -160,8 +155,3 @@ def test_jobs_are_processes_with_a_log(tmp_path):
     (failed,) = common.run_jobs({"j": [(words, tmp_path / "none")]}, 1, tmp_path / "log")
     assert "ended with status 0" in failed  # but left no file
     assert (tmp_path / "log" / "j.txt").read_text() == "--a-b 1\n"
-
-
-def test_our_own_tweets_are_lamps():
-    examples = retrieve.load_lamp(Path(real.__file__).parent / "tweets", "LaMP-7", "dev")
-    assert len(examples) == 8 and all(len(e.profile) == 8 and e.target for e in examples)
