@@ -87,10 +87,8 @@ def bleu(prediction: str, reference: str) -> float:
     found = [common(a, b, n) for n in (1, 2, 3, 4)]
     if not found[0]:
         return 0.0
-    logs = []  # of p_1 .. p_4
-    for n, matches in enumerate(found, 1):
-        matches = matches or 0.5 ** found[:n].count(0)
-        logs.append(math.log(matches / max(len(a) - n + 1, 1)))
+    smooth = [matches or 0.5 ** found[: n + 1].count(0) for n, matches in enumerate(found)]
+    logs = [math.log(matches / max(len(a) - n, 1)) for n, matches in enumerate(smooth)]
     brevity = min(0.0, 1 - len(b) / len(a))
     return math.exp(brevity + math.fsum(logs) / 4)
 
@@ -174,13 +172,10 @@ def complete(
     size = max(1, batch // group_size)
     groups: dict[int, list[Completion]] = {}  # by the prompt's index
     starts = prlm.my_share(range(0, len(order), size))
+    how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
     for start in prlm.progress(starts, purpose[0], delay=1):
-        chosen = order[start : start + size]
-        asked = [prompts[n] for n in chosen]
-        seed = seed_of(o.seed, *purpose, start)
-        found = prlm.generate(
-            decoder, asked, group_size, o.max_new_tokens, temperature, tokenizer.eos_ids, seed
-        )
+        chosen, seed = order[start : start + size], seed_of(o.seed, *purpose, start)
+        found = prlm.generate(decoder, [prompts[n] for n in chosen], *how, seed)
         groups |= zip(chosen, found)
     for share in prlm.gather(groups):
         groups |= share

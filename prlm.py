@@ -72,8 +72,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
     `visible` is True where query t may look at key s. k and v [B, S, K, D] may have fewer heads
-    (grouped queries): R = heads / K of them share one, and query head h looks at key head h // R.
-    """
+    (grouped queries): R = heads / K of them share one, query head h looks at key head h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
@@ -155,11 +154,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """A causal language model. `raw` is its config.json; the weights start random."""
 
-    def __init__(self, raw: dict):
+    def __init__(self, raw: dict, tokenizer=None):
         super().__init__()
-        self.raw, self.config = raw, parse_config(raw)
-        c = self.config
-        self.vocab_limit = c.vocab_size  # ids from here on are rows without a token: never sampled
+        self.raw, self.config = raw, (c := parse_config(raw))
+        # Ids from here on are rows without a token: never sampled.
+        self.vocab_limit = tokenizer.size if tokenizer else c.vocab_size
         self.model = nn.Module()
         table = torch.empty(c.vocab_size, c.hidden_size)  # nn.Embedding(V, H) would fill it twice
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
@@ -189,8 +188,7 @@ class Decoder(nn.Module):
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
         The sum that runs through the layers is float32 even where products are bfloat16: so the
-        sampler, whose weights may be a bfloat16 copy, agrees with the trainer and its float32 ones.
-        """
+        sampler, whose weights may be a bfloat16 copy, agrees with the trainer's float32 ones."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
@@ -205,8 +203,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side, where
-        logits mean nothing. The plain definition, with which the tests compare all that is faster.
-        """
+        logits mean nothing. The plain definition: the tests compare all that is faster with it."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = None  # causal
         if mask is not None:
@@ -293,15 +290,13 @@ class Cache:
 
     G stands behind K, so that the G R queries of a group that share a key-value head meet the
     prompt's keys in one product; a cache that repeats the prompt would read it G times. A step
-    reads the first `window` slots: what is written, or a little more where shapes must not change.
-    """
+    reads the first `window` slots: what is written, or a little more where shapes must last."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
         self.prompts, self.shared, self.scale = prompts, [], c.head_dim**-0.5
-        groups = (P, c.num_key_value_heads, group_size)
-        shape = (c.num_hidden_layers, 2, *groups, max_new_tokens, c.head_dim)
-        self.own = torch.zeros(shape, dtype=decoder.products, device=device)
+        rows = (P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
+        self.own = torch.zeros(c.num_hidden_layers, 2, *rows, dtype=decoder.products, device=device)
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
@@ -326,8 +321,7 @@ class Cache:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
 
         One softmax over [products with the prompt, products with its own tokens] is exact:
-        attention does not care that its keys lie in two tensors. (einsum would be a tenth slower.)
-        """
+        attention does not care that its keys lie in two tensors."""
         P, K, G, _, D = self.own.shape[2:]
         n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
         for own, new in zip(self.own[layer], (k, v), strict=True):
@@ -348,8 +342,7 @@ class Cache:
 
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
     """One id per row of softmax(logits / temperature) [rows, V], never one of probability 0, with
-    its log-probability; at temperature 0 the id of the largest logit, with that at temperature 1.
-    """
+    its log-probability; at temperature 0 the largest logit's id, with that at temperature 1."""
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
         # A uniform number is looked up in the running sum of the probabilities. torch.multinomial
@@ -553,11 +546,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        H, self.heads, self.rate = (
-            c.hidden_size,
-            c.num_attention_heads,
-            c.attention_probs_dropout_prob,
-        )
+        H, self.heads = c.hidden_size, c.num_attention_heads
+        self.rate = c.attention_probs_dropout_prob
         qkv = nn.ModuleDict({name: Linear(H, H) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": qkv, "output": Block(H, c)})
         self.intermediate = nn.ModuleDict({"dense": Linear(H, c.intermediate_size)})
@@ -575,7 +565,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """BERT. `raw` is its config.json."""
 
-    def __init__(self, raw: dict, pooler: bool = True, tokenizer=None):
+    def __init__(self, raw: dict, tokenizer=None):
         super().__init__()
         self.raw = BERT | raw
         if any(self.raw[name] != BERT[name] for name in [*BERT][:4]):
@@ -590,7 +580,7 @@ class Encoder(nn.Module):
         self.embeddings["LayerNorm"] = nn.LayerNorm(H, c.layer_norm_eps)
         layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
-        self.pooler = nn.ModuleDict({"dense": Linear(H, H)}) if pooler else None
+        self.pooler = nn.ModuleDict({"dense": Linear(H, H)})
         start_random(self)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
@@ -748,6 +738,8 @@ class Tokenizer:
 # ==== Below: not the method =====================================================================
 
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
+# For CUDA alone, elsewhere: a line in `attention` and in `processes`, bfloat16 in
+# `device_and_dtype`, the fused AdamW in `rl.py: make_optimizer`.
 
 
 class Pace(NamedTuple):
@@ -881,33 +873,20 @@ def parse_config(raw: dict) -> SimpleNamespace:
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-
-    def make(raw: dict, weights: dict, tokenizer) -> Decoder:
-        decoder = Decoder(raw)
-        head = weights.pop("lm_head.weight", None) if decoder.config.tie_word_embeddings else None
-        if head is not None and not head.equal(weights["model.embed_tokens.weight"]):
-            raise ValueError("lm_head is tied to the embedding, but the two differ")
-        decoder.vocab_limit = tokenizer.size if tokenizer else decoder.vocab_limit
-        return decoder
-
     names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # a buffer of old exports
-    return load_module(directory, make, names, device, dtype)
+    return load_module(directory, Decoder, names, device, dtype)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-
-    def make(raw: dict, weights: dict, tokenizer) -> Encoder:
-        return Encoder(raw, "pooler.dense.weight" in weights, tokenizer)
-
     names = {r"^bert\.": "", r"Norm\.gamma$": "Norm.weight", r"Norm\.beta$": "Norm.bias"}
     names[r"^(cls|classifier|qa_outputs)\..*|.*position_ids"] = ""  # heads of other tasks, a buffer
-    return load_module(directory, make, names, device, dtype)
+    return load_module(directory, Encoder, names, device, dtype)
 
 
-def load_module(directory, make, names: dict[str, str], device, dtype) -> nn.Module:
-    """make(config.json, weights, tokenizer) with the weights of one file or of shards, all of them
-    and no others. `names` says what is replaced in their names; an empty one is left out."""
+def load_module(directory, kind: type, names: dict[str, str], device, dtype) -> nn.Module:
+    """kind(config.json, tokenizer) with the weights of one file or of shards, all of them and no
+    others. `names` says what is replaced in their names; an empty one is left out."""
     directory, weights = Path(directory), {}
     if not directory.is_dir():
         hub = f"hf download {directory} --local-dir DIR"
@@ -929,7 +908,13 @@ def load_module(directory, make, names: dict[str, str], device, dtype) -> nn.Mod
         if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
             raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model fewer")
         with torch.device("meta"):  # no memory yet
-            module = make(raw, weights, tokenizer)
+            module = kind(raw, tokenizer)
+        if raw.get("tie_word_embeddings") and "lm_head.weight" in weights:
+            head, table = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
+            if not head.equal(table):
+                raise ValueError("lm_head is tied to the embedding, but the two differ")
+        if "pooler.dense.weight" not in weights:
+            module.pooler = None  # an encoder's
         weights = {name: x.to(device, dtype, copy=True) for name, x in weights.items()}
         module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(True)
@@ -1019,16 +1004,14 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     tensors = dict(sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])))
     for name, x in tensors.items():
         begin, end = end, end + x.numel() * x.element_size()
-        entry = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
-        header[name] = entry
+        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
             if x.numel():  # an empty tensor cannot be viewed as bytes
-                flat = x.detach().cpu().contiguous().view(-1)
-                file.write(flat.view(torch.uint8).numpy())
+                file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 # ---- Files: never half-written, never trusted ------------------------------------------------
@@ -1040,10 +1023,10 @@ def faults_in(path):
     try:
         yield
     except Exception as error:  # not only ours: json's, torch's, tokenizers'
-        named = isinstance(error, ValueError) and str(path) in str(error)
+        named = isinstance(error, ValueError) and str(error).startswith(str(path))
         if named or isinstance(error, OSError):
             raise
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -1259,7 +1242,7 @@ def run_directory(o, record="config.json") -> Path:
 
 
 def device_and_dtype(o) -> tuple[str, torch.dtype]:
-    """--device and the type of products; `auto` is what the machine has, and bfloat16 on CUDA."""
+    """--device and the type of products; `auto` is CUDA in bfloat16, else the CPU in float32."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = best if o.device == "auto" else o.device
     low = o.precision == "bfloat16" or (o.precision == "auto" and device.startswith("cuda"))

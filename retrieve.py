@@ -203,16 +203,14 @@ SYSTEM = (
 )
 CLOSED = "<think>\n\n</think>\n\n"  # reasoning that is over before it began: answer at once
 WITH_PROFILE = "Based on the historical profiles provided, "
-ANSWER_FORMAT = (
-    " Answer in English as {{'{0.answer}': '{0.placeholder}'}}, without any explanation."
-)
+ANSWER_FORMAT = "Answer in English as {{'{0.answer}': '{0.placeholder}'}}, without any explanation."
 
 
 def instruction(task: str, personal: bool) -> str:
     """The request of a task; `personal`: profile items come before it."""
     request = TASKS[task].request
     start = WITH_PROFILE + request if personal else request[0].upper() + request[1:]
-    return start + ANSWER_FORMAT.format(TASKS[task])
+    return f"{start} {ANSWER_FORMAT.format(TASKS[task])}"
 
 
 def question(task: str, query: str) -> str:
@@ -295,8 +293,14 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{directory}: no {name}, there or in {folder}, or in its {split}")
-    records = enumerate(prlm.read_json(path, list))
-    examples = [read_record(record, f"{path}: record {n}", task) for n, record in records]
+    examples = []
+    for n, record in enumerate(prlm.read_json(path, list)):
+        with prlm.faults_in(f"{path}: record {n}"):
+            for item in record["profile"]:
+                show(item, task)  # an error, if it lacks a field
+            id, query = record["id"], record["input"].removeprefix(TASKS[task].prefix)
+            user = id if record.get("user_id") is None else record["user_id"]
+            examples.append(Example(str(id), str(user), task, query, record["profile"], None))
     outputs = path.with_name(f"{split}_outputs.json")
     if split == "test" and not outputs.is_file():
         return examples
@@ -311,16 +315,6 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
         raise ValueError(f"{path}: record {odd[0]!r} {wrong} ({len(odd)} such records)")
     targets = dict(golds)
     return [replace(example, target=targets[example.id]) for example in examples]
-
-
-def read_record(record: dict, where: str, task: str) -> Example:
-    """The record as an Example without a target; ValueError says where it lacks what."""
-    with prlm.faults_in(where):
-        for item in record["profile"]:
-            show(item, task)  # an error, if it lacks a field
-        id, query = record["id"], record["input"].removeprefix(TASKS[task].prefix)
-        user = id if record.get("user_id") is None else record["user_id"]
-        return Example(str(id), str(user), task, query, record["profile"], None)
 
 
 def load_examples(o, split: str) -> list[Example]:
@@ -375,9 +369,8 @@ load_dense = cache(lambda directory, device: Dense(prlm.load_encoder(directory, 
 
 def make_ranker(o: "PromptOptions"):
     """rank(example, k) with the retriever that the options ask for."""
-    dense = None
-    if o.retriever == "dense" and o.encoder:
-        dense = load_dense(o.encoder, prlm.device_and_dtype(o)[0])
+    wanted = o.retriever == "dense" and o.encoder
+    dense = load_dense(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
     return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense)
 
 

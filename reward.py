@@ -74,9 +74,8 @@ def rewards(
     rows, judged = [], []  # `judged`: (row, example) of what the judge will see
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
-        row = {"answer": answer, "accuracy": 0.0, "format": format_reward(completion)}
-        row["personalization"] = 0.0
-        rows.append(row)
+        rows.append(row := {"answer": answer} | dict.fromkeys(PARTS, 0.0))
+        row["format"] = format_reward(completion)
         if not is_placeholder(answer, example.task):
             if example.target is not None:
                 row["accuracy"] = sum(rouge(answer, example.target).values())
@@ -318,11 +317,10 @@ def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     own, swapped = [], []
     for n, e in enumerate(examples):
-        for other in (*examples[n + 1 :], *examples[:n]):
-            if other.user_id != e.user_id and not items[id(e)] & items[id(other)]:
-                own.append(e)
-                swapped.append(replace(e, profile=other.profile))
-                break
+        others = (x for x in (*examples[n + 1 :], *examples[:n]) if x.user_id != e.user_id)
+        if other := next((x for x in others if not items[id(e)] & items[id(x)]), None):
+            own.append(e)
+            swapped.append(replace(e, profile=other.profile))
     if not own:
         return None
     texts = [e.target for e in own]
@@ -345,10 +343,8 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
     model, part = RewardModel(prlm.load_encoder(directory, device)), "classifier."
     tensors = prlm.read_safetensors(Path(directory) / "model.safetensors")
     head = {n.removeprefix(part): x for n, x in tensors.items() if n.startswith(part)}
-    try:
+    with prlm.faults_in(directory):
         model.classifier.load_state_dict(head)
-    except RuntimeError as error:
-        raise ValueError(f"{directory} holds no reward model of one label: {error}") from None
     return model
 
 
@@ -369,22 +365,20 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     check_judge(o)
     file = Path(directory) / "report.json"  # written last: it says that all is there
     report = prlm.read_json(file) if file.is_file() else {}
+    device, dtype = prlm.device_and_dtype(o)
     if o.judge == "ratio":
         judge = ratio_judge(o, decoder, tokenizer)
+    elif source := o.reward_model or (report and directory):
+        judge = prlm.multiply_in(load_reward_model(source, device), dtype).judge
     else:
-        device, dtype = prlm.device_and_dtype(o)
-        if source := o.reward_model or (report and directory):
-            model = prlm.multiply_in(load_reward_model(source, device), dtype)
-        else:
-            torch.manual_seed(o.seed)  # the classifier's first weights
-            model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
-            pairs = Path(directory) / "pairs.json"
-            if not pairs.is_file():
-                prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-            prlm.gather()  # the others wait for the first process
-            report = train_reward_model(o, model, prlm.read_json(pairs, list))
-            save_reward_model(model, directory)
-        judge = model.judge
+        torch.manual_seed(o.seed)  # the classifier's first weights
+        model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
+        pairs, judge = Path(directory) / "pairs.json", model.judge
+        if not pairs.is_file():
+            prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
+        prlm.gather()  # the others wait for the first process
+        report = train_reward_model(o, model, prlm.read_json(pairs, list))
+        save_reward_model(model, directory)
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)

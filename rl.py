@@ -76,8 +76,7 @@ LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would o
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Paper: optimization. Each token's KL(policy | reference) as exp(d) - d - 1, d = ref - policy:
-    unbiased on tokens that the policy sampled, never negative (Schulman 2020, "Approximating KL").
-    """
+    unbiased on tokens that the policy sampled, never negative (Schulman 2020)."""
     difference = ref_logprobs - logprobs
     return difference.clamp(max=LARGEST).exp() - difference - 1
 
@@ -188,12 +187,15 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
     """Paper: optimization, step 4. `updates_per_rollout` optimizer steps on one rollout; returns
     `update_metrics` of the last. All log-probabilities are at the sampling temperature. pi_old is
-    the decoder at its first pass over the rollout, not the sampler, which may be a bfloat16 copy.
-    """
+    the decoder at its first pass over the rollout, not the sampler, perhaps a bfloat16 copy."""
     completions = in_groups(o, [row["tokens"] for row in rows])  # [P][G]
     device = policy.decoder.head.device
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
-    mask = trained_tokens(o, rows).to(device)  # [P, G, C]
+    # From lengths, never from ids: padding may have that of the end, which counts as a token.
+    mask = [torch.ones(len(row["tokens"]), dtype=torch.bool, device=device) for row in rows]
+    mask = pad_sequence(mask, batch_first=True).unflatten(0, (-1, o.group_size))  # [P, G, C]
+    if o.mask_truncated:
+        mask &= by_group(o, rows, "finished").bool()[..., None].to(device)
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
@@ -224,14 +226,6 @@ def in_groups(o: Options, rows: list) -> list[list]:
 def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
     """One number of each completion's line. [P, G]"""
     return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)
-
-
-def trained_tokens(o: Options, rows: list[dict]) -> Tensor:
-    """True at the tokens that the loss counts, the end-of-sequence token among them. [P, G, C]
-    From lengths, never from token values: padding may have the id of the end of a sequence."""
-    lengths = torch.tensor([len(row["tokens"]) for row in rows]).view(-1, o.group_size)
-    mask = torch.arange(int(lengths.max())) < lengths[..., None]
-    return mask & by_group(o, rows, "finished").bool()[..., None] if o.mask_truncated else mask
 
 
 def my_batches(o: Options, prompts, completions) -> list[tuple]:
@@ -289,7 +283,8 @@ def main(o: Options, judge=None) -> None:
         policy = make_policy(o)  # what is faulty is said before anything is written
         make_prompts(o, policy.tokenizer, train[:1])
         out = prlm.gather(prlm.run_directory(o) if prlm.world()[0] == 0 else None)[0]
-        if is_finished(o, out):
+        done = (out / "predictions.json").is_file()
+        if done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps:  # as many as asked now
             print(f"{out} was finished before")
         else:
             run(o, out, policy, train, held, judge)
@@ -298,8 +293,10 @@ def main(o: Options, judge=None) -> None:
 
 
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
-    """The stages; each keeps its result in the run directory, and is skipped if it is there."""
-    policy = warm_start(o, out, policy, train)
+    """The stages; each is skipped if its result is in the run directory: warm_start/'s weights,
+    look.json, reward/report.json, held_out/'s files, the steps of trainer.pt."""
+    (out / "predictions.json").unlink(missing_ok=True)  # of fewer steps
+    warm_start(o, out, policy, train)
     first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
@@ -368,12 +365,12 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
     return targets
 
 
-def warm_start(o: Options, out: Path, policy: Policy, train) -> Policy:
-    """The policy that RL begins with: after --warm-start steps it is a checkpoint of its own.
+def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
+    """Makes the policy, in place, that of a checkpoint of its own after --warm-start steps.
     A step is cross-entropy on 8 whole completions, in nats per token."""
     folder = out / "warm_start"
     if not o.warm_start:
-        return policy
+        return
     if not (folder / "model.safetensors").is_file():
         prompts = make_prompts(o, policy.tokenizer, train)
         targets = warm_start_targets(o, policy.tokenizer, train)
@@ -397,7 +394,8 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> Policy:
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.gather()  # the others wait for the first process
-    return make_policy(replace(o, model=str(folder)))
+    # In place: a second policy would keep the memory of the first one taken.
+    vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 
 def first_look(o: Options, out: Path, policy: Policy, train) -> None:
@@ -445,8 +443,7 @@ def make_policy(o: Options) -> Policy:
         sampler, reference = decoder, prlm.without_lora(decoder)
     else:
         reference = prlm.for_sampling(copy.deepcopy(decoder), decoder.products)
-        low = decoder.products != torch.float32
-        sampler = copy.deepcopy(reference) if low else decoder
+        sampler = decoder if decoder.products == torch.float32 else copy.deepcopy(reference)
     decoder.checkpointing = o.checkpointing
     return Policy(decoder, sampler, tokenizer, reference)
 
@@ -639,12 +636,6 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=Non
     prlm.write_json(file, (prlm.read_json(file) if file.is_file() else {}) | {name: scores})
     prlm.write_text(lines, "".join(f"{json.dumps(record)}\n" for record in greedy))
     return greedy
-
-
-def is_finished(o: Options, out: Path) -> bool:
-    """Whether all is there, and of as many steps as the options ask for by now."""
-    done = (out / "predictions.json").is_file()
-    return done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps
 
 
 def report(out: Path) -> None:

@@ -345,7 +345,7 @@ def training(samples: list[dict], o: Options, options: dict, report: dict, show)
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
     divided = "" if options["normalizer"] == "dr_grpo" else ", divided by the standard deviation"
     known = {key.replace("_", " "): value for key, value in report.items() if value is not None}
-    said = clean(", ".join(f"{key} {value:.3g}" for key, value in known.items()))
+    said = clean(", ".join(f"{key} {round(value, 3)}" for key, value in known.items()))
     judge = f"""<p>The judge {options["judge"]} (.5 is chance): {said}. Pair accuracy: of
 two answers, the one written with the profile is valued higher. Swap test: a user's own text is
 valued higher beside the own profile than beside another user's.</p>"""
