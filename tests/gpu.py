@@ -16,14 +16,11 @@
 
 Each part is a process of its own with a time limit, so that what fails or hangs in one does not
 reach the next. Each result is printed, and appended to results.jsonl, as soon as it is there.
-Models have the shapes of DeepSeek-R1-Distill-Qwen-1.5B and Qwen2.5-0.5B and random weights.
-transformers is compared with if it is installed.
-"""
+Models are random, shaped as R1-Distill-Qwen-1.5B and Qwen2.5-0.5B. transformers may be missing."""
 
 import argparse
 import contextlib
 import gc
-import json
 import os
 import random
 import statistics
@@ -33,12 +30,14 @@ import tempfile
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import benchmark as bench
 import torch
-from benchmark import ROOT, SHAPES, full_forward_loss, machine, matrices, seconds, shape_of
+from benchmark import full_forward_loss, random_ids, seconds, step_floor
 
 import prlm
 import retrieve
@@ -57,9 +56,6 @@ HERE = SimpleNamespace(dry=False, tiny={}, device="cuda", out=Path(), part="", f
 TOY, BF16 = prlm.SHIPPED / "policy", torch.bfloat16
 
 
-# ---- Measuring ---------------------------------------------------------------------------------
-
-
 def measure(name: str, function, *arguments, **named) -> None:
     """Prints and appends the dictionary that the function returns, or how it failed."""
     begun, line = time.perf_counter(), {"part": HERE.part, "name": name}
@@ -68,7 +64,6 @@ def measure(name: str, function, *arguments, **named) -> None:
         if found is None:  # a part, whose measurements stand above
             return
         line |= found
-        json.dumps(line)
     except ModuleNotFoundError as error:
         line["skipped"] = str(error)
     except Exception as error:
@@ -90,28 +85,19 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
-def peak(function) -> float:
-    """The most memory, in GiB, that was in use during a call."""
-    if HERE.device != "cuda":
-        function()
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def speed(function, tokens: int, runs: int = 1) -> dict:
-    """Of a call that has been made once before."""
+    """Of a call that has been made once before; GiB: the most that was in use meanwhile."""
     function()
-    memory = []
-    each = seconds(lambda: memory.append(peak(function)), runs)
-    return {"seconds": each, "tokens/s": tokens / each, "GiB": max(memory)}
+    if HERE.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    each = seconds(function, runs)
+    most = torch.cuda.max_memory_allocated() if HERE.device == "cuda" else 0
+    return {"seconds": each, "tokens/s": tokens / each, "GiB": most / 2**30}
 
 
 def card() -> tuple[float, float]:
     """(operations a second of a product in bfloat16, bytes a second that a sum reads)"""
-    return machine(BF16, HERE.device, *((64, 2**16) if HERE.dry else (8192, 2**30)))
+    return bench.machine(BF16, HERE.device, *((64, 2**16) if HERE.dry else (8192, 2**30)))
 
 
 def pace(**changes):
@@ -124,7 +110,7 @@ def build(shape: str, **changes) -> prlm.Decoder:
     """Random float32 weights on the grid of bfloat16, as published ones are."""
     torch.manual_seed(0)
     with torch.device(HERE.device):
-        decoder = prlm.Decoder(shape_of(shape) | HERE.tiny | changes)
+        decoder = prlm.Decoder(bench.shape_of(shape) | HERE.tiny | changes)
     for parameter in decoder.parameters():
         parameter.data.copy_(parameter.data.bfloat16())
     return decoder
@@ -133,35 +119,14 @@ def build(shape: str, **changes) -> prlm.Decoder:
 def make_policy(shape: str, precision="bfloat16", lora: int = 0) -> rl.Policy:
     """rl.make_policy, of the toy or of random weights."""
     o = rl.Options(device=HERE.device, precision=precision, lora_rank=lora)
-    make = (lambda *_: build(shape)) if shape in SHAPES else prlm.load_decoder
+    make = (lambda *_: build(shape)) if shape in bench.SHAPES else prlm.load_decoder
     with mock.patch.object(prlm, "load_decoder", make):
         return rl.make_policy(o)
-
-
-def peer(dtype):
-    """transformers' model of the larger shape, random."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    raw = shape_of("1.5B") | HERE.tiny
-    config = Qwen2Config(**{k: v for k, v in raw.items() if k != "model_type"})
-    with torch.device(HERE.device):
-        make = AutoModelForCausalLM.from_config
-        return make(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def sizes(T: int = 512, C: int = 256) -> tuple[int, int]:
     """(prompt tokens, new tokens)"""
     return (12, 6) if HERE.dry else (T, C)
-
-
-def random_ids(rows: int, length: int, vocabulary: int, least=None) -> list[list[int]]:
-    """Rows of `length` ids, or of `least` to `length`."""
-    rng = random.Random(f"{rows} {length}")
-    lengths = [rng.randint(least or length, length) for _ in range(rows)]
-    return [[rng.randrange(vocabulary) for _ in range(n)] for n in lengths]
-
-
-# ---- right -------------------------------------------------------------------------------------
 
 
 def right() -> None:
@@ -216,8 +181,7 @@ def toy_is_the_cpus() -> dict:
 
 def sampling_is_right(shape: str, precision: str, lora: int = 0) -> dict:
     """The same completions with and without CUDA graphs, where rows leave and the cache's window
-    grows beyond 128; and nearly the log-probabilities that the trainer has at equal weights. Those
-    of the reference are exactly the trainer's."""
+    grows beyond 128; nearly the trainer's log-probabilities, which the reference's are exactly."""
     policy = make_policy(shape, precision, lora)
     for name, parameter in policy.decoder.named_parameters():
         if "lora_B" in name:  # which is 0 at first
@@ -237,12 +201,12 @@ def sampling_is_right(shape: str, precision: str, lora: int = 0) -> dict:
     sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
     gap = (logprobs.detach()[mask].cpu() - sampled).abs()
     same = [a == [c.tokens for c in b] for a, b in zip(tokens, plain)]  # by prompt
+    kl = rl.k3(logprobs.detach(), reference)[mask].abs().max().item()
     found = {"same": statistics.mean(same), "again": groups == again, "gap": gap.max().item()}
-    found |= {"gap_mean": gap.mean().item()}
-    found["kl"] = rl.k3(logprobs.detach(), reference)[mask].abs().max().item()
-    fine = all(same) and found["again"] and (bool(lora) or found["kl"] == 0)
+    fine = all(same) and groups == again and (bool(lora) or kl == 0)
     fine &= found["gap"] < (5e-4 if precision == "float32" else 0.5)
-    return found | {"ok": bool(fine and (HERE.dry or prlm.Recorded.newest))}
+    fine &= HERE.dry or prlm.Recorded.newest is not None
+    return found | {"gap_mean": gap.mean().item(), "kl": kl, "ok": fine}
 
 
 def judge_is_the_cpus() -> dict:
@@ -294,35 +258,28 @@ def run_resumes() -> dict:
     return {"apart_by_step": apart, "ok": len(parts) == 6 and max(apart[:4]) < 0.05}
 
 
-# ---- toy ---------------------------------------------------------------------------------------
-
-
 def toy() -> dict:
     """The default run, and the same on the CPU at the same time, if that ends before the limit."""
-    few = "--steps 1 --group-size 2 --prompts-per-step 2 --limit 2 --max-new-tokens 8 --force"
-    few += " --personalization 0 --eval-every 0 --k 1"
-    env = os.environ | {"OMP_NUM_THREADS": "1" if HERE.dry else "4"}
-    found, runs, begun = {}, {}, time.perf_counter()
-    for device in dict.fromkeys((HERE.device, "cpu")):
-        line = [sys.executable, "rl.py", "--device", device, "--overwrite"]
-        line += ["--out", HERE.out / f"toy_{device}", *few.split() * HERE.dry]
-        with open(HERE.out / f"toy_{device}.log", "w") as log:
-            runs[device] = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
-    for device, process in runs.items():
-        try:
-            status = process.wait(begun + LIMITS["toy"] - 5 - time.perf_counter())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            continue
-        out, found[f"{device}_seconds"] = HERE.out / f"toy_{device}", time.perf_counter() - begun
-        if status:
-            raise RuntimeError(out.with_suffix(".log").read_text()[-2000:])
-        scores = prlm.read_json(out / "scores.json")
-        found |= {f"{device}_{name}": s["rouge-l"] for name, s in scores.items()}
+    found = {}
+
+    def run(device: str) -> None:
+        few = "--steps 1 --group-size 2 --prompts-per-step 2 --limit 2 --max-new-tokens 8 --force"
+        few += " --personalization 0 --eval-every 0 --k 1"
+        env = os.environ | {"OMP_NUM_THREADS": "1" if HERE.dry else "4"}
+        out, begun = HERE.out / f"toy_{device}", time.perf_counter()
+        line = [sys.executable, "rl.py", "--device", device, "--overwrite", "--out", out]
+        line += few.split() * HERE.dry
+        how = dict(cwd=prlm.SHIPPED.parent, env=env, timeout=LIMITS["toy"] - 5, check=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            with open(f"{out}.log", "w") as log:
+                subprocess.run(line, stdout=log, stderr=log, **how)
+            found[f"{device}_seconds"] = time.perf_counter() - begun
+            scores = prlm.read_json(out / "scores.json")
+            found.update({f"{device}_{name}": s["rouge-l"] for name, s in scores.items()})
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, {HERE.device, "cpu"}))
     return found | {"ok": f"{HERE.device}_after" in found}
-
-
-# ---- decode, static ----------------------------------------------------------------------------
 
 
 def decode() -> None:
@@ -346,7 +303,7 @@ def static() -> None:
 
 def decode_speed(decoder, P: int, G: int, rates) -> dict:
     """Of a step: the time, and the time that reading weights and cache once would take."""
-    (T, C), c = sizes(), decoder.config
+    T, C = sizes()
     prompts = random_ids(P, T, decoder.vocab_limit)
 
     def run(new):
@@ -356,10 +313,8 @@ def decode_speed(decoder, P: int, G: int, rates) -> dict:
     with pace(record=False):
         run(2)
         plain = (seconds(lambda: run(C // 4 + 1)) - first) / (C // 4)
-    step, weights = (found["seconds"] - first) / (C - 1), matrices(decoder) + decoder.head.numel()
-    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # its keys and values
-    read = 2 * (weights + token * (P * T + P * G * C / 2))
-    floor = max(read / rates[1], 2 * P * G * weights / rates[0])
+    step = (found["seconds"] - first) / (C - 1)
+    floor = step_floor(decoder, P * T, P * G, C, *rates)
     found |= {"prompt_s": first, "step_ms": 1e3 * step, "plain_step_ms": 1e3 * plain}
     return found | {"floor_ms": 1e3 * floor, "share": floor / step}
 
@@ -367,7 +322,8 @@ def decode_speed(decoder, P: int, G: int, rates) -> dict:
 def peer_decode(P: int, G: int, cache: str | None = None) -> dict:
     from transformers import GenerationConfig
 
-    (T, C), model = sizes(), peer(BF16)
+    T, C = sizes()
+    model = bench.make_peer(bench.shape_of("1.5B") | HERE.tiny, BF16, HERE.device)
     prompts = torch.tensor(random_ids(P, T, model.config.vocab_size), device=HERE.device)
     how = GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None,
@@ -375,9 +331,6 @@ def peer_decode(P: int, G: int, cache: str | None = None) -> dict:
     )  # fmt: skip
     asked = {"attention_mask": torch.ones_like(prompts), "generation_config": how}
     return speed(lambda: model.generate(prompts, **asked), P * G * C)
-
-
-# ---- update ------------------------------------------------------------------------------------
 
 
 def update() -> None:
@@ -408,14 +361,15 @@ def update_speed(policy, rate: float, saving: bool, P: int, G: int, T: int, C: i
     found = speed(lambda: rl.update(o, policy, optimizer, *asked), P * (T + G * C), 2)
     # A product with W costs 2 operations a weight and token, its gradients twice that; a frozen W
     # has no gradient of its own.
-    operations = matrices(decoder) * P * (T + G * C) + decoder.head.numel() * P * G * C
+    operations = bench.matrices(decoder) * P * (T + G * C) + decoder.head.numel() * P * G * C
     operations *= 6 if decoder.head.requires_grad else 4
     return found | {"share": operations / rate / found["seconds"]}
 
 
 def peer_update(P: int, G: int, T: int, C: int) -> dict:
     """The same step in transformers as it comes: each row with its prompt, a group at a time."""
-    (T, C), model = sizes(T, C), peer(torch.float32)
+    T, C = sizes(T, C)
+    model = bench.make_peer(bench.shape_of("1.5B") | HERE.tiny, torch.float32, HERE.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=HERE.device == "cuda")
     prompts, rows = (random_ids(n, m, model.config.vocab_size) for n, m in ((P, T), (P * G, C)))
     advantages = torch.randn(1, G, device=HERE.device)
@@ -432,9 +386,6 @@ def peer_update(P: int, G: int, T: int, C: int) -> dict:
     return speed(step, P * (T + G * C))  # counted as ours: a prompt once
 
 
-# ---- judge, memory, head -----------------------------------------------------------------------
-
-
 def judge() -> dict:
     """Of BERT-base, pairs of 512 tokens."""
     with torch.device(HERE.device):
@@ -445,11 +396,9 @@ def judge() -> dict:
     o, rng = reward.RewardOptions(reward_epochs=1, reward_lr=5e-5), random.Random(0)
 
     def texts(length, count):
-        length = 10 if HERE.dry else length
-        return [" ".join(rng.choices(words, k=length)) for _ in range(count)]
+        return [" ".join(rng.choices(words, k=10 if HERE.dry else length)) for _ in range(count)]
 
-    count = 6 if HERE.dry else 512
-    rows = zip(texts(400, count), texts(200, count), texts(200, count))
+    rows = zip(*(texts(length, 6 if HERE.dry else 512) for length in (400, 200, 200)))
     pairs = [
         {"id": str(n), "query": query, "positive": good, "negatives": [bad]}
         for n, (query, good, bad) in enumerate(rows)
@@ -464,9 +413,8 @@ def judge() -> dict:
 def memory() -> None:
     kinds = {"full": {}, "beta": {"beta": 0.04}, "LoRA": {"lora_rank": 16}}
     with tempfile.TemporaryDirectory() as folder:
-        decoder = prlm.for_sampling(build("0.5B"), BF16)
-        prlm.save_decoder(decoder, prlm.load_tokenizer(TOY), folder)
-        del decoder
+        tokenizer = prlm.load_tokenizer(TOY)
+        prlm.save_decoder(prlm.for_sampling(build("0.5B"), BF16), tokenizer, folder)
         for name, options in kinds.items():
             measure(f"0.5B, {name}", bytes_of_a_weight, folder, **options)
 
@@ -480,7 +428,7 @@ def bytes_of_a_weight(folder, **options) -> dict:
     o, *asked = rollout(policy, 1, 2, 8, 8, **options)
     rl.update(o, policy, optimizer, *asked)
     found["between"] = allocated()
-    found["update"] = peak(lambda: rl.update(o, policy, optimizer, *asked)) * 2**30
+    found["update"] = speed(lambda: rl.update(o, policy, optimizer, *asked), 1)["GiB"] * 2**30
     count = sum(p.numel() for n, p in policy.decoder.named_parameters() if "lora" not in n)
     return {name: (x - start) / count for name, x in found.items()} | {"weights": count}
 
@@ -507,9 +455,6 @@ def head() -> None:
     for power in (24, 27, 28):
         with pace(logits=2**power):
             measure(f"chunks of 2**{power}", head_speed)
-
-
-# ---- All of it ---------------------------------------------------------------------------------
 
 
 def main() -> None:
