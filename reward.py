@@ -84,7 +84,8 @@ def rewards(
             row["personalization"] = task_of(example.task).penalty
     if judge and judged:
         values = judge([example for _, example in judged], [row["answer"] for row, _ in judged])
-        values = [float("nan" if value is None else value) for value in values or ()]
+        values = () if values is None else values  # which may be an array or a tensor
+        values = [float("nan" if value is None else value) for value in values]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
         for (row, _), value in zip(judged, values, strict=True):
