@@ -15,17 +15,10 @@ from conftest import tiny, without_clock
 
 import prlm
 import rl
+from toy import common
 
 FORK = multiprocessing.get_context("fork")  # such a child need not load torch again
 torch.optim.SGD([torch.zeros(1)])  # nor what the first optimizer imports
-
-
-def flags_of(options) -> list[str]:
-    """The options as they are written behind a command."""
-    flags = {"--" + name.replace("_", "-"): value for name, value in vars(options).items()}
-    pairs = ([flag] if value is True else [flag, str(value)] for flag, value in flags.items()
-             if value is not None and value is not False)  # fmt: skip
-    return [word for pair in pairs for word in pair]
 
 
 def forked(o, dies_at: int) -> None:
@@ -46,7 +39,7 @@ def forked(o, dies_at: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(f"{o.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout, sys.stderr = (open(os.dup2(log, number), "w") for number in (1, 2))  # noqa: SIM115
-    sys.argv = ["rl.py", *flags_of(o)]
+    sys.argv = common.command("rl.py", vars(o))[1:]
     prlm.command(rl.main, rl.Options, "")
 
 
@@ -105,19 +98,15 @@ def whole(world, out, **changes):
 
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
-    """(the run's directory, what the command printed and complained)"""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert finish(start(whole(world, out))) == 0
-    return out, (out.parent / "run.log").read_text()
+    return out
 
 
 def test_without_a_terminal_the_log_is_plain_lines(undisturbed):
-    printed = undisturbed[1]
+    printed = (undisturbed.parent / "run.log").read_text()
     assert printed.endswith("\n") and not {"\r", "\x1b"} & {*printed}
-    said = [line for line in printed.splitlines() if line.startswith(("warm start, step", "step "))]
-    assert [line.split(":")[0] for line in said] == [
-        *(f"warm start, step {n}" for n in range(1, 7)), *(f"step {n} of 8" for n in range(1, 9)),
-    ]  # fmt: skip
+    assert "step 8 of 8" in printed
 
 
 def test_killed_anywhere_it_ends_bit_equal(world, undisturbed, tmp_path):
@@ -137,7 +126,7 @@ def test_killed_anywhere_it_ends_bit_equal(world, undisturbed, tmp_path):
             file.write('{"step": 4, "rew')  # a line cut short
     assert {*places} >= {"nothing", "warm start", "judge", "GRPO"} and len(places) > 8
     assert finish(start(o)) == 0
-    same_state(out, undisturbed[0])
+    same_state(out, undisturbed)
 
 
 @pytest.mark.parametrize("number, reader", [(signal.SIGTERM, "alive"), (signal.SIGINT, "dead")])
@@ -159,15 +148,13 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(world, undisturbed, tmp_pa
         assert "stopping after this step" in said and "Traceback" not in said
         assert finish(start(whole(world, out))) == 0
         assert f"GRPO: on after step {done}\n" in log.read_text()
-        same_state(out, undisturbed[0])
+        same_state(out, undisturbed)
 
 
 @pytest.mark.parametrize("slow, asked, status", [
-    ("update", 2, -signal.SIGINT), ("make_judge", 1, 130),
+    ("update", 2, -signal.SIGINT), ("make_judge", 1, 130),  # the second one; outside of the steps
 ])  # fmt: skip
-def test_the_second_signal_and_one_outside_of_the_steps_end_at_once(
-    world, tmp_path, monkeypatch, slow, asked, status
-):
+def test_some_signals_end_it_at_once(world, tmp_path, monkeypatch, slow, asked, status):
     here, log = tmp_path / "here", tmp_path / "run.log"
 
     def nap(*_):
