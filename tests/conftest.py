@@ -133,27 +133,36 @@ def write_policy(folder, seed=0, answers=ANSWERS):
             size, embeddings = backend.get_vocab_size(), decoder.model.embed_tokens.weight
             embeddings[:, 0] = 0.06  # a direction that every hidden state has, these rows most
             embeddings[size - 4 : size - 1] *= 25
-    files = {
-        "tokenizer.json": backend.to_str(),
-        "tokenizer_config.json": json.dumps(
-            {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-        ),
-    }
+    settings = json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": settings}
     prlm.save_decoder(decoder, prlm.Tokenizer(backend, {258}, files), folder)
+
+
+WORDS = ["tennis", "golf", "paris", "oslo", "wins", "today", "zebra"]  # the last is unknown
+
+
+def random_texts(count, longest=20, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(0, longest))) for _ in range(count)]
+
+
+def shake(module, scale=0.3):
+    """The module with every weight away from its default, so that its outputs differ widely."""
+    noise = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=noise)
+    return module
 
 
 def write_encoder(folder, seed=0):
     """A random BERT over whole words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "tennis", "golf", "paris", "oslo", "wins", "today"]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
-    )
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS[:-1]]
+    known = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
+    pair, special = "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    frame = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", pair, special)
+    backend.post_processor = frame
     torch.manual_seed(seed)
     raw = dict(
         model_type="bert", vocab_size=len(words), hidden_size=16, num_hidden_layers=1,
@@ -188,12 +197,8 @@ def tiny(world, out, **changes):
     return rl.Options(**settings | changes)
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def without_clock(path):
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines(path)]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in prlm.read_lines(path)]
 
 
 def small_policy(o) -> rl.Policy:

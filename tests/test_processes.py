@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import lines, same, small_step, tiny, trained, without_clock
+from conftest import same, small_step, tiny, trained, without_clock
 from test_rl import NORMALIZERS
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -61,7 +61,7 @@ def test_the_update_is_that_of_one_process():
 def test_more_processes_than_prompts(world, tmp_path):
     """One of them has no share of the step, and no gradient of its own."""
     torchrun(rl.main, tiny(world, tmp_path / "run", prompts_per_step=1, personalization=0.0))
-    assert len(lines(tmp_path / "run/metrics.jsonl")) == 4
+    assert len(prlm.read_lines(tmp_path / "run/metrics.jsonl")) == 4
 
 
 def test_stopped_and_resumed_they_end_like_one_process(world, tmp_path, monkeypatch, capfd):
@@ -83,13 +83,15 @@ def test_stopped_and_resumed_they_end_like_one_process(world, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(ChildFailedError):
         patch.setattr(rl, "update", update)
         torchrun(rl.main, o)
-    assert len(lines(two / "metrics.jsonl")) == 2
+    assert len(prlm.read_lines(two / "metrics.jsonl")) == 2
     assert torch.load(two / "trainer.pt", weights_only=True)["step"] == 2
     torchrun(rl.main, replace(o, resume=True))
     assert capfd.readouterr().out.count("is complete") == 1
     logs = [without_clock(out / "metrics.jsonl") for out in (one, two)]
     same(logs[1], logs[0], "metrics.jsonl", 1e-3, 1e-5)
-    for mine, other in zip(*(lines(out / "samples.jsonl") for out in (one, two)), strict=True):
+    for mine, other in zip(
+        *(prlm.read_lines(out / "samples.jsonl") for out in (one, two)), strict=True
+    ):
         for key in ("step", "id", "completion", "reward", "finished", "prompt"):
             assert mine[key] == other[key]
     assert prlm.read_json(one / "scores.json") == prlm.read_json(two / "scores.json")

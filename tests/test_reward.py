@@ -4,28 +4,20 @@ import copy
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import close, same
+from conftest import WORDS, close, random_texts, same, shake
 
 import prlm
 import retrieve
 import reward
 from retrieve import Example, load_lamp
 
-TOY = Path(__file__).parent.parent / "toy"
-WORDS = ["tennis", "golf", "paris", "oslo", "wins", "today", "zebra"]  # the last is unknown
-
 
 def make_model(directory, scale=0.3):
-    """A reward model with every weight away from its default, so that scores differ widely."""
     torch.manual_seed(0)
-    model = reward.RewardModel(prlm.load_encoder(directory))
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) * scale
-    return model
+    return shake(reward.RewardModel(prlm.load_encoder(directory)), scale)
 
 
 @pytest.fixture
@@ -35,12 +27,7 @@ def model(world):
 
 @pytest.fixture(scope="session")
 def toy():
-    return prlm.load_decoder(TOY / "policy"), prlm.load_tokenizer(TOY / "policy")
-
-
-def random_texts(count, longest=20, seed=0):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
+    return prlm.load_decoder(prlm.SHIPPED / "policy"), prlm.load_tokenizer(prlm.SHIPPED / "policy")
 
 
 def example(task="LaMP-4", target="tennis wins", query="golf today"):
@@ -293,28 +280,25 @@ class TestMicroBatches:
 
 
 class TestPairs:
-    """From the policy's answers to a trained reward model."""
-
     def test_pairs_are_with_against_without_the_profile(self, world, monkeypatch):
         """Each kind sampled with noise of its own; a pair with an empty answer is dropped."""
-        examples = load_lamp(world / "lamp", "LaMP-4", "train")
-        tokenizer, asked = prlm.load_tokenizer(world / "policy"), []
+        examples, asked = load_lamp(world / "lamp", "LaMP-4", "train"), []
+        tokenizer = prlm.load_tokenizer(world / "policy")
 
         def fake(o, decoder, tokenizer, prompts, group_size, temperature, purpose):
-            groups, kind = [], "without"
-            for e, prompt in zip(examples, map(tokenizer.decode, prompts), strict=True):
-                kind = "with" if any(item["title"] in prompt for item in e.profile) else "without"
-                answers = [f"{kind} {e.id} {n}" for n in range(group_size)]
-                answers[kind == "with"] = ""
-                ids = [tokenizer.encode(f"{{'title': '{a}'}}") for a in answers]
-                groups.append([prlm.Completion(x, [], True) for x in ids])
+            text = tokenizer.decode(prompts[0])
+            shown = any(item["title"] in text for item in examples[0].profile)
+            kind = "with" if shown else "without"
             asked.append((kind, group_size, temperature, *purpose))
-            return groups
+            groups = [[f"{kind} {e.id} {n}" for n in range(group_size)] for e in examples]
+            for group in groups:
+                group[shown] = ""
+            said = [[f"{{'title': '{answer}'}}" for answer in group] for group in groups]
+            return [[prlm.Completion(tokenizer.encode(x), [], True) for x in row] for row in said]
 
         monkeypatch.setattr(reward, "complete", fake)
         o = reward.RewardOptions(pairs_per_query=4, k=2)
-        pairs = reward.build_pairs(o, None, tokenizer, examples)
-        assert pairs == [
+        assert reward.build_pairs(o, None, tokenizer, examples) == [
             {"id": e.id, "query": e.query.strip(), "positive": f"with {e.id} {n}",
              "negatives": [f"without {e.id} {n}"]}
             for e in examples for n in (2, 3)
@@ -350,32 +334,26 @@ class TestPairs:
         assert not torch.equal(heads[0], heads[2]) and not models[0].training
 
     def test_the_report_is_of_queries_that_were_never_trained_on(self, model, monkeypatch):
-        """The last epoch's loss, the held-out accuracy."""
-        rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-        bert = prlm.Encoder(model.bert.raw | rates)
-        bert.tokenizer = model.tokenizer
-        model, seen = reward.RewardModel(bert), {True: set(), False: set()}
         pairs, score = [p | {"query": f"query {p['id']}"} for p in contrast(100)], model.score
+        seen, o = {True: set(), False: set()}, reward.RewardOptions(reward_epochs=2)
 
         def spy(queries, answers):
             seen[torch.is_grad_enabled()] |= {*queries}
             assert model.training == torch.is_grad_enabled()
             return score(queries, answers)
 
-        o = reward.RewardOptions(reward_lr=1e-12, reward_epochs=2)
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "score", spy)
-            report = reward.train_reward_model(o, model, pairs)
+        monkeypatch.setattr(model, "score", spy)
+        report = reward.train_reward_model(o, model, pairs)
         assert len(seen[True]) == 45 and len(seen[False]) == 5 and not seen[True] & seen[False]
         assert (report["held_out_pairs"], report["held_out_queries"]) == (10, 5)
-        kept, held = reward.split_pairs(pairs, o.seed)
-        assert len(kept) == 90 and report["pair_accuracy"] == reward.pair_accuracy(model, held)
-        with torch.no_grad():  # at this learning rate the model has stayed what it was
-            losses = [reward.info_nce(*reward.score_pairs(model, [pair])) for pair in kept]
-        close(torch.tensor(report["loss"]), sum(losses) / len(losses))
+        held = reward.split_pairs(pairs, o.seed)[1]
+        assert report["pair_accuracy"] == reward.pair_accuracy(model, held)
+        losses = iter([7.0, 7.0, 3.0, 1.0, math.nan, math.nan])  # of two batches, 64 and 26 pairs
+        monkeypatch.setattr(reward, "info_nce_backward", lambda *_: next(losses))
+        report = reward.train_reward_model(o, model, pairs)  # the last epoch's mean
+        assert report["loss"] == pytest.approx((64 * 3 + 26 * 1) / 90)
         with pytest.raises(ValueError, match="lower --reward-lr"):
-            monkeypatch.setattr(reward, "info_nce_backward", lambda *_: math.nan)
-            reward.train_reward_model(o, model, pairs)
+            reward.train_reward_model(replace(o, reward_epochs=1), model, pairs)
 
 
 def users(count=4):
@@ -422,7 +400,7 @@ class TestRatioJudge:
     def test_equals_one_answer_at_a_time(self, toy):
         """Answers of several users in any order, each beside its own two prompts; and of records
         that differ in their profile alone, as in the swap test."""
-        one, two = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:2]
+        one, two = load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev")[:2]
         asked = [one, two, one, replace(one, profile=two.profile), one]
         answers = ["on golf no joke", "why", one.target, one.target, "on\n\n and on"]
         o = reward.RewardOptions(judge="ratio", k=3)
@@ -442,22 +420,19 @@ class TestRatioJudge:
     def test_a_very_likely_answer_is_still_told_from_a_likelier_one(self, toy, monkeypatch):
         found = torch.tensor([[20.0, 25, -800]])
         monkeypatch.setattr(reward, "likelihood_ratio", lambda *_, **__: found)
-        examples = load_lamp(TOY / "lamp", "LaMP-4", "dev")[:1] * 3
+        examples = load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev")[:1] * 3
         judge = reward.ratio_judge(reward.RewardOptions(), *toy)
         one, more, least = judge(examples, ["a", "b", "c"])
         assert 0 <= least < one < more <= 1
 
 
 class TestMakeJudge:
-    """From the options to a judge and its report."""
-
     @pytest.fixture
     def o(self, world):
         return reward.RewardOptions(encoder=str(world / "encoder"), reward_epochs=1, device="cpu")
 
     @pytest.fixture
     def calls(self, monkeypatch):
-        """Counts the two slow parts; the pairs are `contrast`'s."""
         calls, train = [], reward.train_reward_model
         monkeypatch.setattr(reward, "build_pairs", lambda *_: calls.append("pairs") or contrast(40))
         spy = lambda *given: calls.append("train") or train(*given)  # noqa: E731
@@ -483,7 +458,10 @@ class TestMakeJudge:
         assert again == first and calls[2:] == ["train"]  # the same model comes out
 
     def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
-        o, held = reward.RewardOptions(judge="ratio"), load_lamp(TOY / "lamp", "LaMP-4", "dev")
+        o, held = (
+            reward.RewardOptions(judge="ratio"),
+            load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev"),
+        )
         judge = reward.make_judge(o, *toy, [], held[:20], tmp_path / "new")
         report, said = prlm.read_json(tmp_path / "new/report.json"), capsys.readouterr().out
         assert report["swap_test"] > 0.8 and all(0 < v < 1 for v in judge(held[:1], ["why"]))
