@@ -25,12 +25,13 @@ def test_every_function_that_stands_beside_its_file_is_there():
         reduce(getattr, name.split("."), importlib.import_module(chapter))
 
 
+def flags_of(module: str) -> list[str]:
+    options = importlib.import_module(module).Options
+    return [field.name.replace("_", "-") for field in dataclasses.fields(options)]
+
+
 def test_every_option_is_there():
-    known = {
-        field.name.replace("_", "-")
-        for module in [*CHAPTERS, "page", "real"]
-        for field in dataclasses.fields(importlib.import_module(module).Options)
-    }
+    known = {flag for module in [*CHAPTERS, "page", "real"] for flag in flags_of(module)}
     for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("toy/*.py")):  # those of argparse
         known |= set(re.findall(r'"--([a-z-]+)"', path.read_text(encoding="utf-8")))
     used = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]+)", README))
@@ -47,8 +48,7 @@ def test_every_command_runs_a_file_with_options_that_it_has(page):
     for name, rest in found:
         source = (ROOT / name).read_text(encoding="utf-8")
         if (ROOT / name).stem in CHAPTERS:
-            options = importlib.import_module((ROOT / name).stem).Options
-            source = " ".join(field.name.replace("_", "-") for field in dataclasses.fields(options))
+            source = " ".join(flags_of((ROOT / name).stem))
         for flag in re.findall(r"--(?:no-)?([a-z][a-z-]+)", rest):
             known = flag in FOREIGN or flag in source or flag.replace("-", "_") in source
             assert known, (name, flag)
