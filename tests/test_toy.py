@@ -17,7 +17,6 @@ import numpy as np
 import page
 import pytest
 import tokenizers
-import torch
 import trl_example
 from conftest import write_lamp
 
@@ -54,37 +53,6 @@ class TestWorld:
             assert f"{user.query.day} {user.query.column} {user.query.motto}" in reasoning
 
 
-class TestPretraining:
-    def test_one_head_sees_the_token_before(self):
-        decoder = prlm.Decoder(make.policy_config(make.make_tokenizer()))
-        make.look_back(decoder)
-        heads = []  # of each layer the attention of the first two queries to the first key head
-
-        def attend(layer, q, k, v):
-            scores = torch.einsum("qhd,kd->hqk", q[:, :2], k[:, 0]) * q.shape[-1] ** -0.5
-            heads.append(scores.masked_fill(torch.ones(60, 60).triu(1) > 0, -1e9).softmax(-1))
-            return torch.zeros_like(q)
-
-        tokens = torch.randint(900, (60,), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            decoder.run(tokens, torch.arange(60), attend)
-        first, second = (weights.diagonal(-1, 1, 2).mean() for weights in heads[:2])
-        assert first > 0.8 and second < 0.2
-
-    @pytest.mark.parametrize("parts", [1, 3])
-    def test_a_step_of_muon_is_nearly_orthogonal_in_each_part(self, parts):
-        torch.manual_seed(0)
-        for rows, columns in ((6, 20), (20, 6)):
-            matrix = torch.nn.Parameter(torch.zeros(parts * rows, columns))
-            matrix.grad = torch.randn(parts * rows, columns)
-            matrix.grad[:rows] *= 1000  # how large a part is does not matter
-            make.Muon([{"params": [matrix], "parts": parts}], lr=1.0).step()
-            assert (matrix.detach() * matrix.grad).sum() < 0  # downhill
-            for part in matrix.detach().split(rows):
-                values = torch.linalg.svdvals(part) / max(1.0, rows / columns) ** 0.5
-                assert values.min() > 0.5 and values.max() < 1.3
-
-
 class TestStatistics:
     def test_users_seeds_and_both_have_the_intervals_of_their_normal_theory(self):
         """Differences are normal in users and in seeds, so all three deviations are known."""
@@ -113,7 +81,7 @@ class TestStatistics:
 
     def test_means_leave_out_what_says_nothing(self):
         assert common.mean([[1.0, np.nan, 3.0], [4.0, np.nan, 4.0]]) == "3.000 ± 1.414"
-        assert common.mean([0.5]) == "0.500" and common.mean([]) == common.mean([[np.nan]]) == "–"
+        assert common.mean([0.5]) == "0.500" and common.mean([]) == "–"
 
     def test_correlation_within_groups_leaves_the_prompts_out(self, tmp_path):
         """Between prompts the two rise together, within a prompt they go against each other."""
@@ -145,13 +113,11 @@ class TestExperiments:
 
     @staticmethod
     def run(work, *_):
-        """The jobs' commands, in this process."""
         for words, result in (command for job in work.values() for command in job):
             if not result.is_file():
                 rl.main(prlm.resolve(rl.Options, prlm.parse_flags(rl.Options, "", words[2:])))
 
     def test_the_main_table(self, o):
-        """Every row is there, a second call makes nothing anew, and refuses other options."""
         o = replace(o, quick=True)
         experiments.main(o)
         text = (Path(o.out) / "report.md").read_text()
@@ -194,8 +160,6 @@ def test_the_tour_runs_as_it_is():
 
 
 class TestTRL:
-    """toy/trl_example.py"""
-
     def test_trains_with_our_prompts_and_reward(self, tmp_path):
         """Two steps of TRL's own trainer on the toy policy; its logged reward is ours."""
         trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
@@ -225,15 +189,11 @@ class TestTRL:
 
     def test_columns_chats_and_weights(self):
         good = "<think>\nhm\n</think>\n{'title': 'golf in oslo'}"
-        targets = ("golf in oslo", "golf", "golf")
-        made = [(str(n), "", "LaMP-4", "q", [], text) for n, text in enumerate(targets)]
+        made = [(str(n), "", "LaMP-4", "q", [], text) for n, text in enumerate(("golf", "oslo"))]
         examples = [retrieve.Example(*each) for each in made]
         pay = trl_example.trl_reward(examples[::-1], format=0.5)
-        completions = [good, [{"role": "assistant", "content": good}], "no answer"]
-        found = pay(completions, id=["0", "1", "2"], prompt=["p"] * 3)
-        wanted = rewards([good, good, "no answer"], examples, format=0.5)
-        assert found == [part["reward"] for part in wanted]
-        assert found[0] == pytest.approx(3.5) and found[2] == 0
+        found = pay([good, [{"role": "assistant", "content": good}]], id=["0", "1"], prompt=["p"])
+        assert found == [part["reward"] for part in rewards([good, good], examples, format=0.5)]
 
 
 class Html(HTMLParser):
@@ -248,8 +208,7 @@ class Html(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "polyline", "circle", "line"):
-            self.open.append(tag)
+        self.open += [tag] * (tag not in ("meta", "polyline", "circle", "line"))
 
     def handle_endtag(self, tag):
         assert tag in ("polyline", "circle", "line") or self.open.pop() == tag
@@ -277,7 +236,6 @@ class TestPage:
         return Path(shutil.copytree(finished, tmp_path / "run"))
 
     def edit(self, path, change):
-        """change(n, line) of every line of a file, in place."""
         lines = prlm.read_lines(path)
         path.unlink()
         prlm.append(path, [line | change(n, line) for n, line in enumerate(lines)])
@@ -286,25 +244,12 @@ class TestPage:
         page.main(page.Options(run=str(run), **options))
         return (run / "report.html").read_text()
 
-    def test_is_whole_alone_and_says_what_a_newcomer_asks(self, run):
-        """Nothing is fetched; why .90 is the ceiling, what the judge knows, what the log means."""
+    def test_is_whole_alone(self, run):
+        """Nothing is fetched."""
         html = self.page(run)
-        parsed, text = Html(html), " ".join(Html(html).text.split())
-        assert {"script", "img", "link", "iframe", "a"}.isdisjoint(tag for tag, _ in parsed.tags)
+        tags = {tag for tag, _ in Html(html).tags}
+        assert {"script", "img", "link", "iframe", "a"}.isdisjoint(tags)
         assert not re.search(r"(src|href|url|@import)\s*[=(]?[\"' ]", html)
-        assert "two look-ups away" in text and ".90 is about the ceiling" in text
-        assert "judge ratio (.5 is chance): swap test" in text and all(
-            t in text for t in rl.METRICS.values()
-        )
-        assert "cut off: too long" in text and "Not there yet" not in text
-        options = prlm.read_json(run / "config.json") | {"data": "elsewhere", "warm_start": 62}
-        prlm.write_json(run / "config.json", options | {"model": "gone"})  # checkpoint/ is here
-        html = self.page(run)
-        assert "two look-ups" not in html and "After 62 supervised steps, reinforcement" in html
-
-    def test_words_that_say_nothing_are_not_underlined(self):
-        marked = page.marked("The taxes on 3 boats", "why the Taxes of 3 on")
-        assert re.findall("<mark>(.*?)</mark>", marked) == ["taxes", "3"]
 
     def test_data_cannot_break_out(self, run, world):
         plain = {tag for tag, _ in Html(self.page(run)).tags}
@@ -322,7 +267,6 @@ class TestPage:
         assert {tag for tag, _ in parsed.tags} <= plain | {"i", "mark"}
         assert not any(name.startswith("on") for _, attrs in parsed.tags for name in attrs)
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
-        assert "\ufffd\ufffd[31m" in parsed.text  # seen, not dropped
 
     def test_parts_add_up_to_the_reward(self, run):
         self.edit(run / "samples.jsonl", lambda n, line: {"completion": str(n)})  # all are shown
@@ -341,57 +285,15 @@ class TestPage:
         logged = [line["reward"] for line in prlm.read_lines(run / "samples.jsonl")]
         assert sorted(rewards) == pytest.approx(sorted(logged), abs=0.0016) and len(rewards) == 24
 
-    def test_gains_and_losses_come_largest_first(self, run):
-        ids = [line["id"] for line in prlm.read_lines(run / "held_out" / "before.jsonl")]
-        for name, column in (("before", (0.25, 0.5, 0.75)), ("after", (0.5, 1.0, 0.25))):
-            path = run / "held_out" / f"{name}.jsonl"
-            self.edit(path, lambda n, line, column=column: {"rouge-l": column[n]})
-        text = Html(self.page(run)).text
-        found = re.findall(r"record (\d+)\s+ROUGE-L ([+−][.\d]+)", text)
-        assert found == [(ids[1], "+.500"), (ids[0], "+.250"), (ids[2], "−.500")]
-        assert "2 are better" in text and "1 worse" in text
-        shown = re.findall(r"record (\d+)\s+ROUGE-L", Html(self.page(run, records=1)).text)
-        assert shown == [ids[1], ids[2]]
-
-    def test_the_held_out_curve_starts_at_step_0_with_the_same_64_records(self, run):
-        for path in run.glob("held_out/*.jsonl"):
-            line = prlm.read_lines(path)[0]
-            path.unlink()
-            prlm.append(path, [line | {"rouge-l": n / 64} for n in range(200)])
-        self.edit(run / "metrics.jsonl", lambda n, line: {"eval_rouge-l": 0.6})
-        chart = self.page(run).split("<h3>Held-out users: greedy answers</h3>")[1]
-        line = re.search(r'class="c0" points="(.*?)"', chart)[1]
-        (x, first), *_, (_, last) = (map(float, point.split(",")) for point in line.split())
-        assert x == float(re.search(r'x="(\d+)" y="\d+">step 0', chart)[1])
-        assert (168 - first) / (168 - last) == pytest.approx(63 / 128 / 0.6, abs=0.01)
-        assert f">{page.number(63 / 128)}</text>" in chart and ">.600</text>" in chart
-
-    def test_groups_that_teach_nothing_are_folded_and_equal_completions_stand_once(self, run):
-        def change(n, line):
-            said = {"step": 1, "id": "abc"[n // 8], "accuracy": float(n == 0), "format": 1.0}
-            return said | {"completion": str(n // 2), "advantage": n % 2 - 0.5 if n < 16 else 0.0}
-
-        self.edit(run / "samples.jsonl", change)
-        html = self.page(run, prompts=2, steps=1)
-        first, last = re.findall(r'class="step"( open)?>\n<summary>(.*?)</summary>', html)  # a, c
-        assert first[0] == " open" and last[0] == "" and "badge" not in first[1]
-        assert "teaches nothing: all 8" in last[1] and html.count("2 of 8 completions") == 8
-        assert "only the judge orders these" in self.page(run, prompts=3)
-
     def test_an_unfinished_run_says_what_is_missing(self, run, world):
         (run / "held_out" / "after.jsonl").unlink()
         lines, scores = prlm.read_lines(run / "metrics.jsonl"), prlm.read_json(run / "scores.json")
         (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n{half a li")
         prlm.write_json(run / "scores.json", {k: scores[k] for k in ("no_profile", "before")})
-        text = Html(self.page(run)).text
-        assert "Not there yet: 1 of 2 steps are done, no answers after RL." in text
-        assert "3 answers to held-out prompts" in text and "came up 2 times" in text
+        assert "1 of 2 steps are done, no answers after RL." in Html(self.page(run)).text
         for name in ("samples.jsonl", "metrics.jsonl", "held_out/before.jsonl"):
             (run / name).unlink()
         assert "0 of 2 steps" in Html(self.page(run)).text
-        (run / "scores.json").unlink()
-        with pytest.raises(ValueError, match="nothing to show yet"):
-            self.page(run)
         with pytest.raises(ValueError, match=r"was not written by rl\.py or eval\.py"):
             self.page(world / "policy")
 
@@ -399,13 +301,11 @@ class TestPage:
         out = tmp_path / "eval"
         how = {"run": str(finished), "out": str(out), "limit": 3, "temperature": 0.0}
         scoring.main(prlm.resolve(scoring.Options, how))
-        text = Html(self.page(out, records=1)).text
         score = prlm.read_json(out / "scores.json")["rouge-l"]
-        assert page.number(score) in text and "greedy" in text and "RL" not in text
+        assert page.number(score) in Html(self.page(out, records=1)).text
         self.edit(out / "samples.jsonl", lambda n, line: {"target": None, "rouge-l": 0.0})
         (out / "scores.json").unlink()
-        text = Html(self.page(out)).text
-        assert "None" not in text and "own title" not in text
+        assert "None" not in Html(self.page(out)).text
 
     @pytest.mark.parametrize("task", list(retrieve.TASKS))
     def test_items_are_found_in_the_prompt(self, task, tmp_path):
@@ -417,27 +317,6 @@ class TestPage:
                 prompt = tokenizer.decode(tokenizer.chat(retrieve.build_messages(example, items)))
                 found = [list(item)[: len(fields)] for item in page.items_of(prompt, task)]
                 assert found == [[item[field] for field in fields] for item in items]
-
-    def test_tokens_that_share_a_character_are_one_piece(self, toy_tokenizer):
-        encode = toy_tokenizer.encode
-        text, torn = "naïve 🙂\n", encode("🙂")[1:] * 2  # the middle of a character
-        tokens = [*encode(text), *torn, *encode("ok"), *encode("🙂")[:2]]
-        found = page.pieces({"tokens": tokens, "logprobs": [-1.0] * len(tokens)}, toy_tokenizer)
-        assert [piece for piece, _ in found][:8] == [*text]
-        assert [logprob for _, logprob in found][:8] == [-1, -1, -2, -1, -1, -1, -4, -1]
-        assert sum(logprob for _, logprob in found) == -len(tokens)
-        assert re.fullmatch("\ufffd+ok\ufffd", "".join(piece for piece, _ in found[8:]))
-        long = {"tokens": encode("x" * 900), "logprobs": [-1.0] * 900, "finished": False}
-        long = page.tokens(long, toy_tokenizer, 240)
-        assert long.count("<i") == 240 and "660 tokens are left out" in long
-
-    def test_records_that_recur_are_followed(self):
-        seen = {1: "ab", 2: "cd", 3: "be", 4: "fb"}
-        samples = [{"step": step, "id": id} for step, ids in seen.items() for id in ids * 2]
-        found = page.followed(samples, 2)
-        assert {id: [*steps] for id, steps in found.items()} == {"b": [1, 3, 4], "a": [1]}
-        once = [sample for sample in samples if sample["id"] != "b"]
-        assert [*page.followed(once, 3)] == ["a", "d", "f"]  # of a c d e f
 
 
 class TestShipped:
