@@ -214,8 +214,8 @@ class TestRewards:
         """Without a gold text nothing but the accuracy is missing; a judge may give a tensor."""
         assert reward.rewards([], [], lambda *_: None) == []
         asked = [example(target=None)]
-        (row,) = reward.rewards(["'title': 'golf'"], asked, lambda *_: torch.tensor([0.5]))
-        assert (row["accuracy"], row["personalization"]) == (0.0, 0.5)
+        for row in reward.rewards(["'title': 'golf'"] * 2, asked * 2, lambda *_: torch.ones(2)):
+            assert (row["accuracy"], row["personalization"]) == (0.0, 1.0)
 
     def test_the_weights(self):
         """By default 1, a tenth and a tenth; the parts in the rows are not multiplied by them."""

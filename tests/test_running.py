@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -144,6 +145,9 @@ class TestDirectory:
                 rl.main(quick(world, out, resume=True, **changes))
         assert files_of(out) == before
         free = dict(tokens_per_micro_batch=50, checkpointing=True, save_every=1, eval_every=1)
+        stop = mock.patch.object(prlm, "save_decoder", side_effect=KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt), stop:  # behind the last step: not finished yet
+            rl.main(quick(world, out, steps=4, resume=True, **free))
         rl.main(quick(world, out, steps=4, resume=True, **free))
         metrics = prlm.read_lines(out / "metrics.jsonl")
         assert [m["step"] for m in metrics] == [1, 2, 3, 4] and "eval_bleu" in metrics[-1]
