@@ -1026,7 +1026,8 @@ def faults_in(path):
         named = isinstance(error, ValueError) and str(error).startswith(str(path))
         if named or isinstance(error, OSError):
             raise
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{error}") from error
 
 
 @contextmanager
