@@ -1091,6 +1091,8 @@ def printable(text: str) -> str:
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
+# They meet in `complete`, `my_batches`, `optimizer_step`, `update_metrics`, `train_reward_model`,
+# `stop_after_step`, and where one waits for a file; the first one writes (`replacing`, `append`).
 
 
 def world() -> tuple[int, int]:
