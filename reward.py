@@ -383,7 +383,8 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    print(f"judge {o.judge}, .5 is chance:", report)
+    shown = [f"{key} {round(value, 3)}" for key, value in report.items() if value is not None]
+    print(f"judge {o.judge} (.5 is chance):", ", ".join(shown))
     return judge
 
 

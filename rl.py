@@ -332,7 +332,7 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
             answered = scoring.answer_all(o, policy.sampler, policy.tokenizer, held[:64])
             scores, loud = scoring.mean_scores(answered), True
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
-            said += f", held-out ROUGE-L {scores['rouge-l']:.3f}" if scores else ""
+            said += f", ROUGE-L of 64 held-out {scores['rouge-l']:.3f}" if scores else ""
         prlm.append(out / "samples.jsonl", rows)
         prlm.append(out / "metrics.jsonl", [metrics])
         return said if loud else ""
@@ -413,7 +413,8 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     found = {"answered": sum(answered) / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
     found["groups_with_spread"] = differing.float().mean().item()
-    print("a first look:", ", ".join(f"{name} {share:.0%}" for name, share in found.items()))
+    said = "a first look: {:.0%} answered, {:.0%} truncated, rewards differ in {:.0%} of groups"
+    print(said.format(*found.values()))
     if found["groups_with_spread"] <= 0.1 and not o.force:
         raise ValueError(
             "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
@@ -640,6 +641,7 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=Non
 
 def report(out: Path) -> None:
     """Prints the scores of a finished run, and one held-out user before and after."""
+    print("all held-out records, greedy answers:")
     for name, scores in prlm.read_json(out / "scores.json").items():
         print(scoring.line(name, scores))
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))

@@ -206,7 +206,7 @@ class TestLook:
         out, how = tmp_path / "run", dict(model=str(tmp_path / "mute"), format=0.0)
         with pytest.raises(ValueError, match=r"learn nothing.*--warm-start.*--force"):
             rl.main(quick(world, out, **how))
-        assert "groups_with_spread 0%" in capsys.readouterr().out
+        assert "rewards differ in 0% of groups" in capsys.readouterr().out
         rl.main(quick(world, out, **how, resume=True, force=True))
         assert steps(out) == 2
 

@@ -9,7 +9,7 @@ Every training is a run of rl.py, whose command is printed; what is there alread
 so the same command goes on after a stop. The report states, it does not judge.
 
     python toy/experiments.py --quick        # one seed of the main table
-    python toy/experiments.py                # everything, three seeds: half an hour on two cores"""
+    python toy/experiments.py                # everything, three seeds: an hour on two cores"""
 
 import sys
 from dataclasses import dataclass, replace

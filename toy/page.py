@@ -33,7 +33,7 @@ SAYS_NOTHING = """a an and are as at be by for from has have he her his i in is 
 of on or our she so that the their they this to was we were what who why will with you your"""
 LEGEND = """<p class="legend">Tokens are shaded by how unlikely the policy found them. Probability:
 <i>.9 and more</i> <i class="s1">.5 to .9</i> <i class="s2">.2 to .5</i> <i class="s3">.05 to .2</i>
-<i class="s4">below .05</i> A tap on a shaded token shows its own. <mark>Underlined</mark> words
+<i class="s4">below .05</i> Tap a shaded token to see its probability. <mark>Underlined</mark> words
 are in the user's own text, too, those left out that say nothing ("the", "of").</p>"""
 TOY = """<p>In this invented world an answer is two look-ups away: one item names the column of the
 day that the query is for, another shows the motto of that column. For a fifth of the users the four
@@ -80,7 +80,7 @@ def marked(text: str, target: str | None) -> str:
 
 def number(value: float) -> str:
     """Three digits, without the zero in front: .423, −.017, 1.000."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{round(value, 6):.3f}").replace("-", "−")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}").replace("-", "−")
 
 
 def signed(value: float) -> str:
@@ -347,8 +347,8 @@ def training(samples: list[dict], o: Options, options: dict, report: dict, show)
     known = {key.replace("_", " "): value for key, value in report.items() if value is not None}
     said = clean(", ".join(f"{key} {round(value, 3)}" for key, value in known.items()))
     judge = f"""<p>The judge {options["judge"]} (.5 is chance): {said}. Pair accuracy: of
-two answers, the one written with the profile is valued higher. Swap test: a user's own text is
-valued higher beside the own profile than beside another user's.</p>"""
+two answers, the one written with the profile scores higher. Swap test: a user's own text scores
+higher with the user's own profile than with another user's.</p>"""
     html = f"""<h2>How it was trained</h2>
 <p>Each completion gets a reward of {total}: the words that its answer shares with the user's own
 text (ROUGE-1 + ROUGE-2 + ROUGE-L), 1 where it closes its reasoning on a line of its own, and how

@@ -43,7 +43,7 @@ print(policy.tokenizer.decode(prompt), f"[{len(prompt)} tokens]", sep="\n")
 sampling = (o.group_size, o.max_new_tokens, o.temperature, policy.tokenizer.eos_ids)
 (group,) = prlm.generate(policy.sampler, [prompt], *sampling, seed=1)
 texts = [policy.tokenizer.decode(completion.tokens) for completion in group]
-print(texts[0], texts[1], sep="\n")
+print(texts[0], texts[1], sep="\n")  # one without a </think> has no answer and earns nothing
 
 # %% 6. Rewards: ROUGE against what the user wrote, and a little for closing the reasoning
 rows = reward.rewards(texts, [example] * len(texts), personalization=0.0)
