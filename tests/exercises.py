@@ -612,7 +612,8 @@ EXERCISES = [
         rows, values = [], []
         if judge and any(real):
             asked = [[x for x, good in zip(all_of, real) if good] for all_of in (examples, answers)]
-            values = [math.nan if x is None else float(x) for x in judge(*asked) or ()]
+            given = judge(*asked)
+            values = [math.nan if x is None else float(x) for x in ([] if given is None else given)]
             if len(values) != sum(real) or not math.isfinite(sum(map(abs, values))):
                 raise ValueError(f"the judge gave {values}, not {sum(real)} finite numbers")
         for text, answer, example, good in zip(completions, answers, examples, real):
