@@ -78,7 +78,7 @@ def seeds_of(o: Options, arm: str) -> range:
 def chain(o: Options, task: str, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     """The commands of an arm and seed, each with the file that shows it is done."""
     same = {"model": o.model, "encoder": o.encoder, "data": o.data, "preset": "toy"}
-    same |= {"task": task, "seed": seed, "steps": o.steps, "device": "cpu"}
+    same |= {"task": task, "seed": seed, "steps": o.steps, "lr": 1e-3, "device": "cpu"}
     same["eval_every"] = 5 if task == TASK else 0  # for the curves
     if arm in ("bert_no_gold", "bert_no_gold_kl"):  # the very judge of PrLM, to save time
         same["reward_model"] = str(place(o, task, "prlm", seed) / "reward")
