@@ -109,7 +109,7 @@ def extract_answer(completion: str, task: str) -> str:
     3. A value in quotation marks ends at the first mark of the same sort, single or double, before
        the end of its line, a closing brace, or a comma and another key: so it may hold quotes and
        apostrophes. Any other value ends with its line, or at a closing brace.
-    4. The answer is the first value that is neither empty nor the placeholder, if any.
+    4. The answer is the first value that is neither empty nor the placeholder; else the latter.
 
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"
@@ -174,7 +174,8 @@ def complete(
     starts = prlm.my_share(range(0, len(order), size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
     for start in prlm.progress(starts, purpose[0], delay=1):
-        chosen, seed = order[start : start + size], seed_of(o.seed, *purpose, start)
+        chosen = order[start : start + size]
+        seed = seed_of(o.seed, *purpose, start)
         found = prlm.generate(decoder, [prompts[n] for n in chosen], *how, seed)
         groups |= zip(chosen, found)
     for share in prlm.gather(groups):
@@ -253,10 +254,11 @@ def main(o: Options) -> None:
     records = answer_all(o, decoder, tokenizer, examples, o.temperature)
     write_predictions(out / "predictions.json", o.task, records)
     prlm.append(out / "samples.jsonl", records)
-    prlm.write_json(out / "scores.json", mean_scores(records))
+    if scores := mean_scores(records):
+        prlm.write_json(out / "scores.json", scores)
+        print(line(f"{o.task} {o.split}", scores))
     empty = sum(is_placeholder(record["answer"], o.task) for record in records)
     cut = sum(not record["finished"] for record in records)
-    print(line(f"{o.task} {o.split}", mean_scores(records)))
     print(f"{out}: {empty} of {len(records)} answers are empty, {cut} cut off at --max-new-tokens")
 
 

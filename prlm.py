@@ -72,7 +72,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
     `visible` is True where query t may look at key s. k and v [B, S, K, D] may have fewer heads
-    (grouped queries): R = heads / K of them share one, query head h looks at key head h // R."""
+    (grouped queries): R = heads / K of them share one: query head h looks at key head h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
@@ -156,7 +156,8 @@ class Decoder(nn.Module):
 
     def __init__(self, raw: dict, tokenizer=None):
         super().__init__()
-        self.raw, self.config = raw, (c := parse_config(raw))
+        self.raw = raw
+        self.config = c = parse_config(raw)
         # Ids from here on are rows without a token: never sampled.
         self.vocab_limit = tokenizer.size if tokenizer else c.vocab_size
         self.model = nn.Module()
@@ -633,7 +634,7 @@ def chat_format(known, template: str) -> str | None:
 
 
 class Tokenizer:
-    """tokenizer.json with its EOS ids and chat. `files` {name: content} are what `save` writes.
+    """tokenizer.json with its EOS ids and chat. `files` {name: content} go into a checkpoint.
     Control tokens, <think> and </think> among them, come from formats alone, never from a text."""
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
@@ -886,7 +887,7 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 
 def load_module(directory, kind: type, names: dict[str, str], device, dtype) -> nn.Module:
     """kind(config.json, tokenizer) with the weights of one file or of shards, all of them and no
-    others. `names` says what is replaced in their names; an empty one is left out."""
+    others. `names` says what is replaced in their names; what becomes empty is left out."""
     directory, weights = Path(directory), {}
     if not directory.is_dir():
         hub = f"hf download {directory} --local-dir DIR"
@@ -933,9 +934,8 @@ def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, d
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     path, eos_ids = Path(directory) / "tokenizer.json", set()
-    text = read_text(path)
     with faults_in(path):
-        backend = Backend.from_str(text)
+        backend = Backend.from_str(read_text(path))
     for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
         file = path.with_name(f"{kind}.json")
         settings = read_json(file) if file.is_file() else {}
@@ -1222,9 +1222,9 @@ def command(main, options: type, description: str) -> None:
 
 
 def run_directory(o, record="config.json") -> Path:
-    """The directory o.out, its options in `record`: empty, or a run that --resume goes on with, if
-    all that is not FREE agrees. ValueError for anything else that is there, unless --overwrite may
-    delete it: only what is a result."""
+    """The directory o.out with its options in `record`: a new one, or a run that --resume continues
+    if all options but the FREE ones agree. --overwrite deletes a result and nothing else.
+    ValueError for whatever else is there."""
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = read_json(out / record) if (out / record).is_file() else {}
     if held and mine.get("resume"):
@@ -1253,16 +1253,17 @@ def device_and_dtype(o) -> tuple[str, torch.dtype]:
 
 
 def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model, which multiplies in --precision's type; its weights are of that type
-    too, but for training float32. ValueError if the model was made for shorter texts."""
+    """The checkpoint o.model, which multiplies in --precision's type; its weights have that type
+    too, unless they are to be trained. ValueError if the model was made for shorter texts."""
     device, dtype = device_and_dtype(o)
-    decoder = multiply_in(load_decoder(o.model, device), dtype)
+    decoder = load_decoder(o.model, device)
     most = decoder.config.max_position_embeddings
     longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
     if longest > most:
         flags = "--max-prompt-tokens and --max-new-tokens"
         raise ValueError(f"the model was made for {most} tokens, not {longest}: {flags}")
-    return decoder if train else for_sampling(decoder, dtype), load_tokenizer(o.model)
+    prepare = multiply_in if train else for_sampling
+    return prepare(decoder, dtype), load_tokenizer(o.model)
 
 
 @dataclass

@@ -171,7 +171,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
     Items that tie, at 0 too, keep the profile's order. bm25 (Okapi's idf) and lucene split the
     items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
     newest first; random is the same draw for the same seed and record. ValueError: k below 0, an
-    unknown retriever, an item without a date, "dense" without `dense`, a Dense."""
+    unknown retriever, "recency" of an item without a date, "dense" without `dense`, a Dense."""
     profile = example.profile
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")

@@ -374,7 +374,7 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     else:
         torch.manual_seed(o.seed)  # the classifier's first weights
         model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
-        pairs, judge = Path(directory) / "pairs.json", model.judge
+        judge, pairs = model.judge, Path(directory) / "pairs.json"
         if not pairs.is_file():
             prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
         prlm.gather()  # the others wait for the first process
@@ -383,9 +383,14 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    shown = [f"{key} {round(value, 3)}" for key, value in report.items() if value is not None]
-    print(f"judge {o.judge} (.5 is chance):", ", ".join(shown))
+    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
     return judge
+
+
+def describe(report: dict) -> str:
+    """What is known of a judge, as text."""
+    known = {key: round(value, 3) for key, value in report.items() if value is not None}
+    return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
 @dataclass

@@ -187,15 +187,16 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
     """Paper: optimization, step 4. `updates_per_rollout` optimizer steps on one rollout; returns
     `update_metrics` of the last. All log-probabilities are at the sampling temperature. pi_old is
-    the decoder at its first pass over the rollout, not the sampler, perhaps a bfloat16 copy."""
+    the decoder at its first pass over the rollout; the sampler may be a bfloat16 copy."""
     completions = in_groups(o, [row["tokens"] for row in rows])  # [P][G]
     device = policy.decoder.head.device
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
-    # From lengths, never from ids: padding may have that of the end, which counts as a token.
-    mask = [torch.ones(len(row["tokens"]), dtype=torch.bool, device=device) for row in rows]
-    mask = pad_sequence(mask, batch_first=True).unflatten(0, (-1, o.group_size))  # [P, G, C]
+    # From lengths, never from ids: padding may have the id of the end of a sequence.
+    lengths = torch.tensor([len(row["tokens"]) for row in rows]).view(-1, o.group_size, 1)
+    mask = torch.arange(int(lengths.max())) < lengths  # [P, G, C]
     if o.mask_truncated:
-        mask &= by_group(o, rows, "finished").bool()[..., None].to(device)
+        mask &= by_group(o, rows, "finished").bool()[..., None]
+    mask = mask.to(device)
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
@@ -295,7 +296,8 @@ def main(o: Options, judge=None) -> None:
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     """The stages; each is skipped if its result is in the run directory: warm_start/'s weights,
     look.json, reward/report.json, held_out/'s files, the steps of trainer.pt."""
-    (out / "predictions.json").unlink(missing_ok=True)  # of fewer steps
+    for stale in ("predictions.json", "held_out/after.jsonl"):  # of fewer steps
+        (out / stale).unlink(missing_ok=True)
     warm_start(o, out, policy, train)
     first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
@@ -561,7 +563,8 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
         for step in range(done, count):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, count, peak)
-            said, stop = take(step, optimizer), asked()
+            said = take(step, optimizer)
+            stop = asked()
             if (step + 1) % o.save_every == 0 or step + 1 == count or stop:
                 save_state(folder, step + 1, policy, optimizer)
             if stop:
@@ -603,17 +606,18 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 def stop_after_step():
     """Ctrl-C and SIGTERM wait until the step is done and saved; a second one does not. Yields a
     function that says which signal has come, or 0."""
-    came = [0]
+    came, both = 0, (signal.SIGINT, signal.SIGTERM)
 
     def ask(number, _frame) -> None:
-        came[0] = number
-        for each in before:
+        nonlocal came
+        came = number
+        for each in both:
             signal.signal(each, signal.SIG_DFL)
         say("\nstopping after this step; again: at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in both}
     try:
-        yield lambda: max(prlm.gather(came[0]))  # whichever of the processes was asked
+        yield lambda: max(prlm.gather(came))  # whichever of the processes was asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -628,7 +632,7 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=Non
     """Scores held-out records into scores.json, greedy and sampled at 0.7; the greedy answers go
     to held_out/{name}.jsonl and are returned."""
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
-    if lines.is_file() and name != "after":  # which may be of fewer steps
+    if lines.is_file():
         return prlm.read_lines(lines)
     how = (o, policy.sampler, policy.tokenizer, held)
     greedy, sampled = (scoring.answer_all(*how, temperature, k) for temperature in (0.0, 0.7))
