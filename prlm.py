@@ -9,11 +9,9 @@
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
 attend to the prompt's keys and values. With 400 tokens of prompt and 8 completions of 100, that is
 1,200 tokens instead of 4,000. A plain pass, a prompt, a sampling step and a training step differ
-only in which token may look at which: `Decoder.run` is one loop over the layers, and each of the
-four brings its own `attend`.
-
-Left out: sliding windows, rope types other than default and llama3, quantised weights, top-k and
-top-p (GRPO needs the probability of what was sampled, not one of a cut distribution).
+only in which token may look at which: `Decoder.run` loops over the layers, and each of the four
+brings its own `attend`. Left out: sliding windows, rope types but default and llama3, quantised
+weights, top-k and top-p (GRPO needs the probability under the whole distribution).
 
     python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
 
@@ -50,7 +48,6 @@ from tqdm import tqdm
 
 def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
-
     llama3 divides by `factor` where a pair turns fewer than `low` times within the original
     context, keeps it with more than `high` turns, and blends in between, linearly in the turns."""
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
@@ -111,43 +108,32 @@ class RMSNorm(nn.RMSNorm):
         return out.to(self.products or x.dtype)
 
 
-class Attention(nn.Module):
-    """Projections to queries, keys and values, rotated by position; `attend` does the rest."""
-
-    def __init__(self, c: SimpleNamespace):
-        super().__init__()
-        self.head_dim, queries = c.head_dim, c.num_attention_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, queries, c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = Linear(queries, c.hidden_size, c.o_bias)
-        norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
-        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
-        q, k = (rotate(y, cos, sin) for y in (self.q_norm(q), self.k_norm(k)))
-        return self.o_proj(attend(q, k, v).flatten(-2))
-
-
 class Layer(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)). Queries, keys and values
+    are rotated by position; `attend` does the rest of the attention."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = mlp = nn.Module()
-        mlp.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        mlp.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        mlp.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        H, D, inner, eps = c.hidden_size, c.head_dim, c.intermediate_size, c.rms_norm_eps
+        queries, keys, self.head_dim = c.num_attention_heads * D, c.num_key_value_heads * D, D
+        norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
+        self.input_layernorm = RMSNorm(H, eps)
+        self.self_attn = nn.ModuleDict({
+            "q_proj": Linear(H, queries, c.qkv_bias), "k_proj": Linear(H, keys, c.qkv_bias),
+            "v_proj": Linear(H, keys, c.qkv_bias), "o_proj": Linear(queries, H, c.o_bias),
+            "q_norm": norm(D, eps), "k_norm": norm(D, eps),
+        })  # fmt: skip
+        self.post_attention_layernorm = RMSNorm(H, eps)
+        sizes = {"gate_proj": (H, inner), "up_proj": (H, inner), "down_proj": (inner, H)}
+        self.mlp = nn.ModuleDict({name: Linear(*size, c.mlp_bias) for name, size in sizes.items()})
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        y, mlp = self.post_attention_layernorm(x), self.mlp
+        y, own, mlp = self.input_layernorm(x), self.self_attn, self.mlp
+        projections = (own.q_proj, own.k_proj, own.v_proj)
+        q, k, v = (p(y).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
+        q, k = rotate(own.q_norm(q), cos, sin), rotate(own.k_norm(k), cos, sin)
+        x = x + own.o_proj(attend(q, k, v).flatten(-2))
+        y = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 
@@ -219,9 +205,8 @@ class Decoder(nn.Module):
 
 
 def start_random(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dim() == 2 and not parameter.is_meta:
-            nn.init.normal_(parameter, std=0.02)
+    for matrix in (x for x in module.parameters() if x.dim() == 2 and not x.is_meta):
+        nn.init.normal_(matrix, std=0.02)
 
 
 def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -289,9 +274,9 @@ class Cache:
       own     [layers, 2, P, K, G, C, D]                     a slot for each completion token
       hide    [P, T + C]       0 where a row may look, -inf at padding and slots not yet written
 
-    G stands behind K, so that the G R queries of a group that share a key-value head meet the
-    prompt's keys in one product; a cache that repeats the prompt would read it G times. A step
-    reads the first `window` slots: what is written, or a little more where shapes must last."""
+    G stands behind K, so that a group's queries of one key-value head, G R of them, meet the
+    prompt's keys in one product, which reads them once. A step reads the first `window` slots:
+    what is written, or a little more where shapes must last."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
@@ -320,7 +305,6 @@ class Cache:
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
-
         One softmax over [products with the prompt, products with its own tokens] is exact:
         attention does not care that its keys lie in two tensors."""
         P, K, G, _, D = self.own.shape[2:]
@@ -348,7 +332,8 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
     if temperature:
         # A uniform number is looked up in the running sum of the probabilities. torch.multinomial
         # draws a number for every id of the vocabulary instead: 3 to 7 times slower on a CPU.
-        sums = probabilities.cumsum(-1)
+        # CUDA sums in parallel: in float32 a sum could then fall below the one before it.
+        sums = probabilities.cumsum(-1, dtype=torch.float64 if logits.is_cuda else None)
         uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
         ids = ids.clamp(max=logits.shape[-1] - 1)  # `uniform` can round up to the whole sum
@@ -365,7 +350,6 @@ def generate(
     temperature: float = 1.0, eos_ids=(), seed: int | None = None,
 ) -> list[list[Completion]]:  # fmt: skip
     """Samples `group_size` completions of each prompt, [P][G].
-
     A completion ends with its first id of `eos_ids`, and is then finished, or after
     `max_new_tokens`; rows that have ended leave the batch. Without `seed` the noise is torch's own.
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. ValueError for a
@@ -414,7 +398,6 @@ def generate(
 
 def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
-
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
     own keys]. The temperature is the sampler's: else the loss would compare two different policies.
@@ -438,9 +421,9 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
         if L == 0:
             return out
-        # Unlike in the Cache, the prompt's keys are repeated for each completion, so that autograd
-        # sums their gradients over the group, which makes the shared prompt exact (Prefix Grouper,
-        # arXiv 2506.05433). The layers' matrices, most of the cost, still meet the prompt once.
+        # Unlike in the Cache, the prompt's keys are repeated for each completion: so autograd sums
+        # their gradients over the group, which makes the shared prompt exact (arXiv 2506.05433).
+        # The layers' matrices, most of the cost, still meet the prompt once.
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
@@ -505,8 +488,7 @@ def without_lora(decoder: Decoder) -> Decoder:
     """A decoder of the same weights, in the same memory, whose adapters are off."""
     plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
     for module in plain.modules():
-        if isinstance(module, Linear):
-            module.scale = 0.0
+        module.scale = 0.0
     return plain
 
 
@@ -530,37 +512,34 @@ BERT = {  # the defaults of config.json; the first four are all that is implemen
 }  # fmt: skip
 
 
-class Block(nn.ModuleDict):
-    """norm(x + dropout(W y + b)): how both halves of a BERT layer end."""
-
-    def __init__(self, inputs: int, c: SimpleNamespace):
-        norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        super().__init__({"dense": Linear(inputs, c.hidden_size), "LayerNorm": norm})
-        self.rate = c.hidden_dropout_prob
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.LayerNorm(x + F.dropout(self.dense(y), self.rate, self.training))
-
-
 class EncoderLayer(nn.Module):
-    """One post-norm layer: x = norm(x + attention(x)), then x = norm(x + mlp(x))."""
+    """One post-norm layer: x = norm(x + attention(x)), then x = norm(x + mlp(x)); dropout before
+    each sum."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        H, self.heads = c.hidden_size, c.num_attention_heads
-        self.rate = c.attention_probs_dropout_prob
+        self.c, H, inner = c, c.hidden_size, c.intermediate_size
+
+        def ending(inputs: int) -> nn.ModuleDict:
+            norm = nn.LayerNorm(H, c.layer_norm_eps)
+            return nn.ModuleDict({"dense": Linear(inputs, H), "LayerNorm": norm})
+
         qkv = nn.ModuleDict({name: Linear(H, H) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": qkv, "output": Block(H, c)})
-        self.intermediate = nn.ModuleDict({"dense": Linear(H, c.intermediate_size)})
-        self.output = Block(c.intermediate_size, c)
+        self.attention = nn.ModuleDict({"self": qkv, "output": ending(H)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(H, inner)})
+        self.output = ending(inner)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        heads, on = (self.c.num_attention_heads, -1), self.training
         projections = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
-        rate = self.rate if self.training else 0.0
+        q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in projections)
+        rate = self.c.attention_probs_dropout_prob * on
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
-        x = self.attention.output(x, out.transpose(1, 2).flatten(2))  # [B, T, H]
-        return self.output(x, F.gelu(self.intermediate.dense(x)))
+        out = out.transpose(1, 2).flatten(2)  # [B, T, H]
+        first, last, rate = self.attention.output, self.output, self.c.hidden_dropout_prob
+        x = first.LayerNorm(x + F.dropout(first.dense(out), rate, on))
+        out = F.gelu(self.intermediate.dense(x))
+        return last.LayerNorm(x + F.dropout(last.dense(out), rate, on))
 
 
 class Encoder(nn.Module):
@@ -739,7 +718,7 @@ class Tokenizer:
 # ==== Below: not the method =====================================================================
 
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
-# For CUDA alone, elsewhere: a line in `attention` and in `processes`, bfloat16 in
+# For CUDA alone, elsewhere: a line in `attention`, `sample` and `processes`, bfloat16 in
 # `device_and_dtype`, the fused AdamW in `rl.py: make_optimizer`.
 
 
@@ -788,7 +767,8 @@ def exact_products(q: Tensor, k: Tensor) -> Tensor:
 
 class Recorded:
     """The decode step as a CUDA graph, one launch in place of dozens per layer. It keeps addresses
-    and shapes, so it is recorded anew when the number of rows or the cache's window changes."""
+    and shapes, so it is recorded anew when the number of rows or the cache's window changes: by
+    hand, since `torch.cuda.graph` would first give all cached memory back to the device."""
 
     newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
 
@@ -798,30 +778,24 @@ class Recorded:
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
-        shape = len(ids), self.cache.window
-        if shape != self.shape:
+        if self.shape != (shape := (len(ids), self.cache.window)):
             self.shape, self.ids, self.positions = shape, ids.clone(), positions.clone()
-            self.record()
+            self.graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                # Once unrecorded: libraries load and allocate then, which a recording forbids.
+                self.step(self.ids, self.positions)
+                # thread_local: NCCL's watchdog, another thread, may still call CUDA.
+                pool = Recorded.newest.pool() if Recorded.newest else None
+                self.graph.capture_begin(pool, capture_error_mode="thread_local")
+                self.hidden = self.step(self.ids, self.positions)
+                self.graph.capture_end()
+            Recorded.newest = self.graph
+            main.wait_stream(self.side)
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         self.graph.replay()
         return self.hidden
-
-    def record(self) -> None:
-        """By hand: `torch.cuda.graph` would first give all cached memory back to the device."""
-        self.graph = torch.cuda.CUDAGraph()
-        main = torch.cuda.current_stream(self.ids.device)
-        self.side.wait_stream(main)
-        with torch.cuda.stream(self.side):
-            # Once unrecorded: libraries load and allocate then, which a recording forbids.
-            self.step(self.ids, self.positions)
-            # thread_local: NCCL's watchdog, another thread, may still call CUDA.
-            pool = Recorded.newest.pool() if Recorded.newest else None
-            self.graph.capture_begin(pool, capture_error_mode="thread_local")
-            self.hidden = self.step(self.ids, self.positions)
-            self.graph.capture_end()
-        Recorded.newest = self.graph
-        main.wait_stream(self.side)
 
 
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
@@ -903,20 +877,18 @@ def load_module(directory, kind: type, names: dict[str, str], device, dtype) -> 
             for name, tensor in read_safetensors(directory / file).items():
                 for old, new in names.items():
                     name = re.sub(old, new, name)
-                weights |= {name: tensor} if name else {}
+                weights |= {name: tensor.to(device, dtype, copy=True)} if name else {}
         known = (directory / "tokenizer.json").is_file()
         tokenizer = load_tokenizer(directory) if known else None
         if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
             raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model fewer")
         with torch.device("meta"):  # no memory yet
             module = kind(raw, tokenizer)
-        if raw.get("tie_word_embeddings") and "lm_head.weight" in weights:
-            head, table = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
-            if not head.equal(table):
-                raise ValueError("lm_head is tied to the embedding, but the two differ")
+        head = weights.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
+        if head is not None and not head.equal(weights["model.embed_tokens.weight"]):
+            raise ValueError("lm_head is tied to the embedding, but the two differ")
         if "pooler.dense.weight" not in weights:
             module.pooler = None  # an encoder's
-        weights = {name: x.to(device, dtype, copy=True) for name, x in weights.items()}
         module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(True)
 

@@ -170,8 +170,9 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
 
     Items that tie, at 0 too, keep the profile's order. bm25 (Okapi's idf) and lucene split the
     items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
-    newest first; random is the same draw for the same seed and record. ValueError: k below 0, an
-    unknown retriever, "recency" of an item without a date, "dense" without `dense`, a Dense."""
+    newest first (a date is a year, perhaps a month, a day, a time); random is the same draw for the
+    same seed and record. ValueError: k below 0, an unknown retriever, "recency" of an item without
+    a date, "dense" without `dense`, a Dense."""
     profile = example.profile
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -182,7 +183,11 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
     if retriever == "random":
         return random.Random(repr((seed, example.id))).sample(profile, min(k, len(profile)))
     if retriever == "recency":
-        return sorted(profile, key=lambda item: parse_date(item, example), reverse=True)[:k]
+        dates = [[*map(int, re.findall(r"\d+", str(item.get("date"))))] for item in profile]
+        if not all(date and 999 < date[0] < 10000 for date in dates):
+            raise ValueError(f"record {example.id!r}: recency needs dates like 2016-03-14")
+        order = sorted(range(len(profile)), key=dates.__getitem__, reverse=True)
+        return [profile[n] for n in order[:k]]
     texts = [show(item, example.task) for item in profile]
     if retriever == "dense":
         if dense is None:
@@ -325,15 +330,6 @@ def load_examples(o, split: str) -> list[Example]:
     if not any(re.search("[a-z0-9]", (e.target or "x").lower()) for e in examples):
         print("warning: ROUGE counts words of a-z and 0-9, and no target has any: all scores are 0")
     return examples
-
-
-def parse_date(item: dict, example: Example) -> tuple[int, ...]:
-    """(2016, 3, 14) of "2016-03-14", with or without a time; (2014,) of a year."""
-    found = re.match(r"\d{4}(-\d{1,2}){0,2}(?=$|[T ])", str(item.get("date")))
-    if not found:
-        said = f"{item.get('date')!r} is no date like 2016-03-14"
-        raise ValueError(f"record {example.id!r}: recency needs dates, and {said}")
-    return tuple(map(int, found[0].split("-")))
 
 
 class Dense:

@@ -15,14 +15,12 @@ A grad log pi, so the step is REINFORCE with the group's mean as baseline. Watch
 
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` in the log watches it); length penalties, and new samples for groups
-whose rewards are all equal (both change what is compared, and the paper has neither).
-
-Every random choice is a function of (seed, purpose, step), so a run saves no generator state. The
-policy is trained on the very ids that it sampled: no text is tokenized again.
+whose rewards are all equal (both change what is compared, and the paper has neither). Every random
+choice is a function of (seed, purpose, step), so a run saves no generator state. The policy is
+trained on the very ids that it sampled: no text is tokenized again.
 
     python rl.py                                        # the toy, on a CPU, in minutes
-    python rl.py --preset paper --model DIR --data DIR --task LaMP-5 --encoder DIR --out runs/5
-    torchrun --nproc-per-node 4 rl.py ...               # four GPUs share a step's prompts"""
+    torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ...  # on four GPUs"""
 
 import copy
 import json
@@ -83,7 +81,6 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = None) -> Tensor:
     """Paper: optimization. Each token's weight in the loss of a step, [P, G, C]; 0 off the mask.
-
     "grpo": 1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
     1 / (P G max_new_tokens). ValueError for another name, or "dr_grpo" without max_new_tokens."""
     mask, completions = mask.float(), mask.shape[0] * mask.shape[1]
@@ -104,11 +101,9 @@ def grpo_loss(
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Paper: optimization. The loss of step 4, a scalar: log-probabilities and mask [P, G, C],
-    advantages [P, G].
-
-    `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
-    NaN included. `weights` are `token_weights` of this mask, or, for a micro-batch, its part of
-    those of the whole step. ValueError: beta without ref_logprobs."""
+    advantages [P, G]. `clip_high` widens the upper side of the clip (DAPO). What lies outside the
+    mask never counts, NaN included. `weights` are `token_weights` of this mask, or, for a
+    micro-batch, its part of those of the whole step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -200,7 +195,6 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
-        losses = []
         for batch, *asked in my_batches(o, prompts, completions):
             logprobs, _ = prlm.token_logprobs(policy.decoder, *asked, o.temperature)
             part = (batch, slice(None), slice(logprobs.shape[-1]))  # of the tensors [P, G, C]
@@ -214,10 +208,8 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
                 o.clip, o.clip_high, o.beta, weights=weights[part],
             )  # fmt: skip
             loss.backward()
-            losses.append(loss.item())
         norm = optimizer_step(optimizer)
-    measured = update_metrics(o, rows, sum(losses), advantages, mask, new, old, ref)
-    return measured | {"grad_norm": norm}
+    return update_metrics(o, rows, advantages, mask, new, old, ref) | {"grad_norm": norm}
 
 
 def in_groups(o: Options, rows: list) -> list[list]:
@@ -265,11 +257,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
     """Indices of a step's examples: each step goes on where the last one stopped, the first behind
     `start` examples. Every epoch has a shuffle of its own."""
-    read = range(start + step * size, start + (step + 1) * size)
-    orders = {}  # of the epochs that the step reaches into
+    read, order = range(start + step * size, start + (step + 1) * size), {}
     for epoch in {n // count for n in read}:
-        orders[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
-    return [orders[n // count][n % count] for n in read]
+        order[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
+    return [order[n // count][n % count] for n in read]
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -405,14 +396,12 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     if o.steps == 0 or (out / "look.json").is_file():
         return
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
-    prompts = make_prompts(o, policy.tokenizer, shown)
-    rows = roll_out(o, policy, None, shown, prompts, "look")
-    answered = [not scoring.is_placeholder(row["answer"], o.task) for row in rows]
+    rows = roll_out(o, policy, None, shown, make_prompts(o, policy.tokenizer, shown), "look")
+    answers = ["" if scoring.is_placeholder(a, o.task) else a for a in (r["answer"] for r in rows)]
     differing = by_group(o, rows, "advantage").any(1)
     if o.personalization:  # a judge would value answers differently
-        texts = [row["answer"] if real else "" for row, real in zip(rows, answered, strict=True)]
-        differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, texts)])
-    found = {"answered": sum(answered) / len(rows)}
+        differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, answers)])
+    found = {"answered": sum(map(bool, answers)) / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
     found["groups_with_spread"] = differing.float().mean().item()
     said = "a first look: {:.0%} answered, {:.0%} truncated, rewards differ in {:.0%} of groups"
@@ -454,17 +443,14 @@ def make_policy(o: Options) -> Policy:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed they
-    are rounded at random, up or down in proportion to the distance, so that the copy follows on
-    average: of 20 steps of 1e-6 on the toy all of the change in log-probabilities arrives, with
-    rounding to nearest .09 of it."""
-    if policy.sampler is policy.decoder:
-        return
+    are rounded at random, up or down in proportion to the distance: rounded to nearest, a copy
+    would not follow at all where steps are small (20 of 1e-6: .09 of the change arrives)."""
     device = policy.decoder.head.device
     noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
-    for copied, weight in pairs:
+    for copied, weight in pairs if policy.sampler is not policy.decoder else ():
         if copied.dtype == torch.bfloat16 and seed is not None:
-            bits = weight.detach().view(torch.int32)  # bfloat16 is the upper half of them
+            bits = weight.view(torch.int32)  # bfloat16 is the upper half of them
             bits = bits + torch.randint(2**16, bits.shape, dtype=torch.int32, **noise)
             weight = (bits & -(2**16)).view(torch.float32)
         copied.copy_(weight)
@@ -473,8 +459,7 @@ def refresh(policy: Policy, seed: int | None = None) -> None:
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     parameters = [p for p in policy.decoder.parameters() if p.requires_grad]
     # On CUDA the fused AdamW does without a second copy of its second moments during a step.
-    fused = parameters[0].device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
+    return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
 # ---- The log of a step ---------------------------------------------------------------------------
@@ -522,27 +507,25 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
     }
 
 
-def update_metrics(o: Options, rows, loss: float, advantages, *tensors) -> dict[str, float]:
-    """The part of METRICS that an update shows. `tensors` [P, G, C]: the mask, log-probabilities
-    of the last pass, of the first, of the reference; each process measures its own share."""
+def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[str, float]:
+    """The part of METRICS that an update shows, of tensors [P, G, C]: the log-probabilities of the
+    last pass, of the first, of the reference."""
+    for x in (new, old, ref) if dist.is_initialized() else ():
+        dist.all_reduce(x)  # each process has filled its share, and has 0 elsewhere
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
-    sampled = sampled.view_as(tensors[0]).to(advantages.device)
-    tokens = max(tensors[0].sum().item(), 1)
-    everything = (advantages[..., None], sampled, *tensors)
-    gain, sampled, mask, new, old, ref = map(prlm.my_share, everything)
-    ratio, high = (new - old).exp(), o.clip_high or o.clip
+    gap = (old - sampled.view_as(old).to(old.device)).abs()[mask]
+    gain, ratio, high = advantages[..., None], (new - old).exp(), o.clip_high or o.clip
     # In the other direction the minimum takes the term that is not clipped.
     clipped = ((gain > 0) & (ratio > 1 + high)) | ((gain < 0) & (ratio < 1 - o.clip))
-    gap = (old - sampled).abs()[mask]
-    sums = {
-        "kl": k3(new, ref)[mask].sum().item() / tokens if o.beta else 0.0,
-        "clip_fraction": clipped[mask].sum().item() / tokens,
-        "gap_mean": gap.sum().item() / tokens,
-        "loss": loss,
+    how = (o.clip, o.clip_high, o.beta, o.normalizer, o.max_new_tokens)
+    count = max(len(gap), 1)
+    return {
+        "loss": grpo_loss(new, old, advantages, mask, ref, *how).item(),
+        "kl": k3(new, ref)[mask].sum().item() / count if o.beta else 0.0,
+        "clip_fraction": clipped[mask].sum().item() / count,
+        "gap": max(gap.tolist(), default=0.0),
+        "gap_mean": gap.sum().item() / count,
     }
-    shares = prlm.gather(sums | {"gap": max(gap.tolist(), default=0.0)})
-    total = {name: sum(share[name] for share in shares) for name in sums}
-    return total | {"gap": max(share["gap"] for share in shares)}
 
 
 # ---- What a run leaves: saved states, scores, its end ------------------------------------------

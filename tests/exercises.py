@@ -137,7 +137,7 @@ EXERCISES = [
         {"": "Rank a profile of three items by hand. Which texts are compared with which query?",
          "naive": "What ties keeps the profile's order, also where all scores are 0.",
          "random": "Does the draw depend on anything but the seed and the record's id?",
-         "recency": "`parse_date` reads a date. Newest first, and equal dates keep their order."}, [
+         "recency": "A date is its numbers, the year first; equal ones keep their order."}, [
             Mutant("ties go to the higher index", "Rankings are rank_bm25's, but for ties.",
                    "-scores, kind=\"stable\")", "scores, kind=\"stable\")[::-1]"),
             Mutant("the oldest items come first", "Recency shows what the user wrote years ago.",
@@ -157,7 +157,9 @@ EXERCISES = [
             noise = random.Random(f"{example.id!r} {seed}")
             keys = [noise.random() for _ in profile]
         elif retriever == "recency":
-            keys = [parse_date(item, example) for item in profile]
+            keys = [[int(n) for n in re.split("[^0-9]+", str(i.get("date"))) if n] for i in profile]
+            if any(not 999 < (date or [0])[0] < 10000 for date in keys):
+                raise ValueError(f"{example.id!r} has an item without a date")
         elif retriever == "dense":
             if dense is None:
                 raise ValueError("dense retrieval needs an encoder")
