@@ -46,8 +46,8 @@ import rl
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else no product is deterministic
-LIMITS = {"right": 95, "toy": 80, "decode": 80, "update": 60}  # seconds
-LIMITS |= {"judge": 30, "memory": 35, "head": 30, "static": 85}
+LIMITS = {"right": 95, "toy": 85, "decode": 105, "update": 60}  # seconds
+LIMITS |= {"judge": 30, "memory": 35, "head": 30, "static": 120}
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 TINY |= {"intermediate_size": 48, "vocab_size": 1200}
 BERT = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -76,7 +76,7 @@ def measure(name: str, function, *arguments, **named) -> None:
     text = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
     print(f"{HERE.part:<7} {name:<30} {'; '.join(text[2:])}{flag}", flush=True)
     allocated()
-    if torch.cuda.is_initialized():
+    with contextlib.suppress(RuntimeError):  # CUDA may be out of order after an error
         torch.cuda.empty_cache()
 
 
@@ -134,11 +134,11 @@ def right() -> None:
         measure(f"attention, {str(dtype)[6:]}", attention_is_right, dtype)
     measure("toy's logits and greedy texts", toy_is_the_cpus)
     measure("sampling, toy, float32", sampling_is_right, "toy", "float32")
-    for shape in ("toy", "0.5B", "1.5B"):
-        measure(f"sampling, {shape}, bfloat16", sampling_is_right, shape, "bfloat16")
-    measure("sampling, 0.5B, LoRA", sampling_is_right, "0.5B", "bfloat16", lora=8)
+    measure("sampling, toy, LoRA", sampling_is_right, "toy", "bfloat16", lora=8)
     measure("reward model", judge_is_the_cpus)
     measure("LoRA, 3 steps", lora_runs)
+    for shape in ("toy", "0.5B", "1.5B"):
+        measure(f"sampling, {shape}, bfloat16", sampling_is_right, shape, "bfloat16")
     measure("resume", run_resumes)
 
 
@@ -238,12 +238,15 @@ def lora_runs() -> dict:
     finite = all(bool(p.isfinite().all()) for p in merged.parameters())
     found = {key: [line[key] for line in log] for key in ("gap", "gap_mean", "kl")}
     first, *_, last = found["kl"]
-    return found | {"ok": finite and first == 0 and (last > 0 or HERE.dry)}
+    # Not quite 0 at first: the policy adds a change of 0 within a product, by another kernel.
+    return found | {"ok": finite and first < 1e-3 and (last > first or HERE.dry)}
 
 
 def run_resumes() -> dict:
     """Six steps at once, and six that are cut off in the fourth and go on from the third."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # the last one of its process
+    torch.backends.cuda.enable_flash_sdp(False)  # with warn_only these two stay as they are
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     warnings.filterwarnings("ignore", message=".*deterministic")
     cut_off = mock.Mock(wraps=rl.update, side_effect=[mock.DEFAULT] * 3 + [ConnectionAbortedError])
     with tempfile.TemporaryDirectory() as folder:
@@ -269,7 +272,7 @@ def toy() -> dict:
         out, begun = HERE.out / f"toy_{device}", time.perf_counter()
         line = [sys.executable, "rl.py", "--device", device, "--overwrite", "--out", out]
         line += few.split() * HERE.dry
-        how = dict(cwd=prlm.SHIPPED.parent, env=env, timeout=LIMITS["toy"] - 5, check=True)
+        how = dict(cwd=prlm.SHIPPED.parent, env=env, timeout=LIMITS["toy"] - 20, check=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             with open(f"{out}.log", "w") as log:
                 subprocess.run(line, stdout=log, stderr=log, **how)
@@ -312,7 +315,8 @@ def decode_speed(decoder, P: int, G: int, rates) -> dict:
     found, first = speed(lambda: run(C), P * G * C, 2), seconds(lambda: run(1), 3)
     with pace(record=False):
         run(2)
-        plain = (seconds(lambda: run(C // 4 + 1)) - first) / (C // 4)
+        few = max(1, C // 16)
+        plain = (seconds(lambda: run(few + 1)) - first) / few
     step = (found["seconds"] - first) / (C - 1)
     floor = step_floor(decoder, P * T, P * G, C, *rates)
     found |= {"prompt_s": first, "step_ms": 1e3 * step, "plain_step_ms": 1e3 * plain}
@@ -327,10 +331,16 @@ def peer_decode(P: int, G: int, cache: str | None = None) -> dict:
     prompts = torch.tensor(random_ids(P, T, model.config.vocab_size), device=HERE.device)
     how = GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None,
-        num_return_sequences=G, max_new_tokens=C, cache_implementation=cache,
+        num_return_sequences=G, cache_implementation=cache,
     )  # fmt: skip
     asked = {"attention_mask": torch.ones_like(prompts), "generation_config": how}
-    return speed(lambda: model.generate(prompts, **asked), P * G * C)
+    lengths = iter((C if cache else 2, C))  # of the first call, which is not timed, and the second
+
+    def run():
+        how.max_new_tokens = next(lengths)
+        model.generate(prompts, **asked)
+
+    return speed(run, P * G * C)
 
 
 def update() -> None:
@@ -477,7 +487,9 @@ def main() -> None:
         try:
             HERE.failed += subprocess.run(command, timeout=LIMITS[part]).returncode != 0
         except subprocess.TimeoutExpired:
-            print(f"{part}: WRONG, stopped after {LIMITS[part]} s")
+            late = {"part": part, "error": f"stopped after {LIMITS[part]} s"}
+            prlm.append(HERE.out / "results.jsonl", [late])
+            print(f"{part}: WRONG, {late['error']}")
             HERE.failed += 1
     said = f"{HERE.failed} WRONG, see above" if HERE.failed else "all is right"
     print(f"{' '.join(o.only)}: {time.perf_counter() - begun:.0f} s, {said}; {HERE.out}")
