@@ -29,11 +29,10 @@ import shutil
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -109,8 +108,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Layer(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)). Queries, keys and values
-    are rotated by position; `attend` does the rest of the attention."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)); attend(q, k, v) is the caller's."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
@@ -144,8 +142,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.raw = raw
         self.config = c = parse_config(raw)
-        # Ids from here on are rows without a token: never sampled.
-        self.vocab_limit = tokenizer.size if tokenizer else c.vocab_size
+        self.vocab_limit = tokenizer.size if tokenizer else c.vocab_size  # later ids are no tokens
         self.model = nn.Module()
         table = torch.empty(c.vocab_size, c.hidden_size)  # nn.Embedding(V, H) would fill it twice
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
@@ -160,13 +157,12 @@ class Decoder(nn.Module):
     @property
     def head(self) -> Tensor:
         """The output matrix [V, H]; a tied model's is its embedding."""
-        tied = self.config.tie_word_embeddings
-        return (self.model.embed_tokens if tied else self.lm_head).weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     @property
     def products(self) -> torch.dtype:
         """The precision of matrix products, which `multiply_in` sets."""
-        return self.model.layers[0].mlp.up_proj.products or self.head.dtype
+        return self.model.norm.products or self.head.dtype
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """hidden [.., H] times the rows of `head` [V, H], in the precision of products."""
@@ -232,7 +228,6 @@ COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature
 
 class Ragged:
     """Unequal sequences laid end to end, N tokens in all: only attention pays for padding.
-
     >>> rows = Ragged([[5, 6, 7], [8]])
     >>> rows.tokens.tolist(), rows.positions.tolist(), rows.grid(rows.tokens).tolist()
     ([5, 6, 7, 8], [0, 1, 2, 0], [[5, 6, 7], [8, 0, 0]])"""
@@ -258,7 +253,7 @@ class Ragged:
         return grid.flatten(0, 1).index_select(0, self.cells)
 
 
-@dataclass
+@dataclasses.dataclass
 class Completion:
     """A sampled completion; `finished`: it ended by itself, and its EOS id is its last token."""
 
@@ -269,7 +264,6 @@ class Completion:
 
 class Cache:
     """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
-
       shared  per layer (keys, values), each [P, K, T, D]    what the prompts left, read-only
       own     [layers, 2, P, K, G, C, D]                     a slot for each completion token
       hide    [P, T + C]       0 where a row may look, -inf at padding and slots not yet written
@@ -286,8 +280,7 @@ class Cache:
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        seen = F.pad(prompts.mask, (0, max_new_tokens))  # [P, T+C]
-        self.hide = torch.zeros(seen.shape, device=device).masked_fill(~seen, -math.inf)
+        self.hide = torch.where(F.pad(prompts.mask, (0, max_new_tokens)), 0.0, -math.inf)
 
     def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The first pass: causal attention within each prompt, [N, heads, D]; fills `shared`."""
@@ -458,11 +451,10 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
 
 def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
     """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one."""
-    batches, room = [], 0
+    batches, room = [], -1
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        if not batches or sizes[n] > room:
-            batches.append([])
-            room = budget
+        if sizes[n] > room:
+            batches, room = [*batches, []], budget
         batches[-1].append(n)
         room -= sizes[n]
     return batches
@@ -513,21 +505,17 @@ BERT = {  # the defaults of config.json; the first four are all that is implemen
 
 
 class EncoderLayer(nn.Module):
-    """One post-norm layer: x = norm(x + attention(x)), then x = norm(x + mlp(x)); dropout before
-    each sum."""
+    """Post-norm: norm(x + attention(x)), then norm(x + mlp(x)), with dropout before each sum."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
         self.c, H, inner = c, c.hidden_size, c.intermediate_size
-
-        def ending(inputs: int) -> nn.ModuleDict:
-            norm = nn.LayerNorm(H, c.layer_norm_eps)
-            return nn.ModuleDict({"dense": Linear(inputs, H), "LayerNorm": norm})
-
+        norm = partial(nn.LayerNorm, H, c.layer_norm_eps)
         qkv = nn.ModuleDict({name: Linear(H, H) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": qkv, "output": ending(H)})
+        output = nn.ModuleDict({"dense": Linear(H, H), "LayerNorm": norm()})
+        self.attention = nn.ModuleDict({"self": qkv, "output": output})
         self.intermediate = nn.ModuleDict({"dense": Linear(H, inner)})
-        self.output = ending(inner)
+        self.output = nn.ModuleDict({"dense": Linear(inner, H), "LayerNorm": norm()})
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         heads, on = (self.c.num_attention_heads, -1), self.training
@@ -558,8 +546,8 @@ class Encoder(nn.Module):
             table = nn.Embedding.from_pretrained(torch.empty(size, H), freeze=False)
             self.embeddings[f"{name}_embeddings"] = table
         self.embeddings["LayerNorm"] = nn.LayerNorm(H, c.layer_norm_eps)
-        layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        layers = (EncoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.pooler = nn.ModuleDict({"dense": Linear(H, H)})
         start_random(self)
 
@@ -593,7 +581,7 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
         f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
 CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
-THINK = re.compile(r"(</?think>)")
+MARKS = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>|</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>")
@@ -606,10 +594,8 @@ def chat_format(known, template: str) -> str | None:
     for name, (begin, turns) in FORMATS.items():
         user, end = turns["user"][0], turns["assistant"][1]
         named = not template or all(token in template for token in CONTROL.findall(user))
-        foreign = any(mark in template for mark in FOREIGN)
-        if named and not foreign and {*CONTROL.findall(begin + user + end)} <= known.keys():
-            return name
-    return None
+        if named and {*CONTROL.findall(begin + user + end)} <= known.keys():
+            return None if any(mark in template for mark in FOREIGN) else name
 
 
 class Tokenizer:
@@ -629,16 +615,16 @@ class Tokenizer:
         end = {known[name] for name in CONTROL.findall(ends)}  # of the assistant's turn
         self.eos_ids = frozenset({*eos_ids, *end})
         self.end_id = min(end or self.eos_ids, default=None)
-        content = json.loads(backend.to_str())
+        content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
         for token in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
-            named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
-            token["special"] |= bool(named) or token["id"] in self.eos_ids
+            named = MARKS.fullmatch(token["content"]) is not None
+            token["special"] |= named or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
-        content |= {"truncation": None, "padding": None}  # tokenizer.json may ask for either
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         # What the template adds to its format: a BOS, a system message, how an answer begins.
-        bos, plain = token_text(settings.get("bos_token")), not self.template
+        bos, plain = settings.get("bos_token"), not self.template
+        bos = bos["content"] if isinstance(bos, dict) else bos
         self.bos = bos if bos in self.control and "bos_token" in self.template else ""
         thinks = OPENS_THINKING.search(self.template) or (self.format == "R1" and plain)
         self.opening = "<think>\n" if self.format and thinks else ""  # said for the assistant
@@ -655,16 +641,12 @@ class Tokenizer:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
         for piece in CONTROL.split(form):
-            if piece in self.control:
-                ids.append(self.control[piece])
-            elif "{}" not in piece:  # ours as a whole: its <think> is the token, if there is one
-                self.backend.encode_special_tokens = False
-                ids += self.encode(piece)
-                self.backend.encode_special_tokens = True
-            else:
-                for part in THINK.split(piece) if "<think>" in self.control else [piece]:
-                    text = re.sub(r"\{\}", lambda _: next(texts), part)
-                    ids += [self.control[part]] if part in self.control else self.encode(text)
+            theirs = "{}" in piece  # else it is ours: its <think> may be a token or part of one
+            self.backend.encode_special_tokens = theirs
+            for part in MARKS.split(piece) if theirs and "<think>" in self.control else [piece]:
+                text = re.sub(r"\{\}", lambda _: next(texts), part)
+                ids += [self.control[part]] if part in self.control else self.encode(text)
+        self.backend.encode_special_tokens = True
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -685,6 +667,7 @@ class Tokenizer:
             return self.backend.encode(plain).ids + self.fill(said or "")
         begin, around = FORMATS[self.format]
         form, texts = (self.bos if self.format == "ChatML" else begin), []
+        acting = [name for name in (*self.control, "{}") if "think>" not in name]
         if self.default_system is not None and "system" not in dict(turns):
             turns = [("system", self.default_system), *turns]
         for role, text in turns:
@@ -693,10 +676,9 @@ class Tokenizer:
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
             # A system message is ours, and stands in the form itself: its <think> is the token.
-            held = [name for name in (*self.control, "{}") if name in text]
-            theirs = role != "system" or any(not THINK.fullmatch(name) for name in held)
-            form += ("{}" if theirs else text).join(around[role])
-            texts += [text] if theirs else []
+            ours = role == "system" and not any(name in text for name in acting)
+            form += (text if ours else "{}").join(around[role])
+            texts += [] if ours else [text]
         said = self.opening if said is None else said
         return self.fill(form + around["assistant"][0] + said, *texts)
 
@@ -747,12 +729,11 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
     members = done[alive].sort(dim=1, stable=True).indices[:, :width]  # [P', G']
     cache.hide = cache.hide[alive]
     cache.shared = [(k[alive], v[alive]) for k, v in cache.shared]
-    layers, two, _, K, _, C, D = cache.own.shape
-    new = cache.own.new_zeros(layers, two, len(alive), K, width, C, D)
-    rows = members[:, None, :, None, None].expand(-1, K, -1, cache.length, D)
-    for target, source in zip(new.flatten(0, 1), cache.own.flatten(0, 1), strict=True):
-        target[..., : cache.length, :] = source[alive][..., : cache.length, :].gather(2, rows)
-    cache.own = new
+    old, written = cache.own, slice(cache.length)
+    cache.own = old.new_zeros(old[:, :, : len(alive), :, :width].shape)
+    for new, layer in zip(cache.own, old, strict=True):
+        rows = layer[..., written, :][:, alive[:, None], :, members]  # [P', G', 2, K, written, D]
+        new[..., written, :] = rows.permute(2, 0, 3, 1, 4, 5)
     kept = (alive[:, None] * done.shape[1] + members).flatten()
     return kept, done.flatten()[kept].view_as(members)
 
@@ -801,41 +782,37 @@ class Recorded:
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-TOKENIZER_FILES = (  # copied beside a trained checkpoint as they are
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-)  # fmt: skip
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "BF16": torch.bfloat16}
+DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+# What tokenizer.json has beside it, copied with a trained checkpoint as it is.
+SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 
 
 def parse_config(raw: dict) -> SimpleNamespace:
     """config.json with Hugging Face's defaults and, as `rope`, the old rotary settings (rope_theta,
     rope_scaling) or transformers 5's (rope_parameters). ValueError for what is not implemented."""
     given = {key: value for key, value in raw.items() if value is not None}
+    rope = given.get("rope_scaling") or given.get("rope_parameters", {})  # as transformers 5 does
     family, heads = given.get("model_type"), raw["num_attention_heads"]
     c = SimpleNamespace(**{
         "head_dim": 128 if family == "qwen3" else raw["hidden_size"] // heads,
         "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
         "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 10**9,
-        "rope_theta": 10000.0 if family == "llama" else None, **given,
+        "rope_theta": 10000.0 if family == "llama" else None, "partial_rotary_factor": 1,
+        "rope_type": rope.get("type", "default"), "layer_types": (), **given, **rope,
     })  # fmt: skip
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as transformers 5 decides
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
-    c.rope = {"rope_theta": c.rope_theta, **rope, "rope_type": kind}
+    c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
     slides = c.use_sliding_window and c.max_window_layers < c.num_hidden_layers
-    layers = given.get("layer_types", ["sliding_attention"] if slides else [])
     for good, what in (
         (family in ("qwen2", "qwen3", "llama"), f"model_type {family!r}"),
         (c.hidden_act == "silu", f"hidden_act {c.hidden_act!r}"),
-        (kind in ("default", "llama3") and share == 1, f"the rope type {kind!r}"),
-        (c.rope["rope_theta"], "a rotary embedding without rope_theta"),
-        ({*layers} <= {"full_attention"}, "a sliding window"),
+        (c.rope_type in ("default", "llama3"), f"rope_type {c.rope_type!r}"),
+        (c.partial_rotary_factor == 1, "a partial_rotary_factor"),
+        (c.rope_theta, "a rotary embedding without rope_theta"),
+        (not slides and {*c.layer_types} <= {"full_attention"}, "a sliding window"),
     ):
         if not good:
             raise ValueError(f"{what} is not implemented")
@@ -860,26 +837,25 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 
 
 def load_module(directory, kind: type, names: dict[str, str], device, dtype) -> nn.Module:
-    """kind(config.json, tokenizer) with the weights of one file or of shards, all of them and no
-    others. `names` says what is replaced in their names; what becomes empty is left out."""
-    directory, weights = Path(directory), {}
-    if not directory.is_dir():
-        hub = f"hf download {directory} --local-dir DIR"
-        raise FileNotFoundError(f"{directory}: no such directory; from Hugging Face: {hub}")
-    with faults_in(directory):
-        if (directory / "adapter_config.json").is_file():
+    """kind(config.json, tokenizer) with exactly the weights of one file or of shards; `names` says
+    what is replaced in their names, and what becomes empty is left out."""
+    folder, weights = Path(directory), {}
+    if not folder.is_dir():
+        hub = f"hf download {folder} --local-dir DIR"
+        raise FileNotFoundError(f"{folder}: no such directory; from Hugging Face: {hub}")
+    with faults_in(folder):
+        if (folder / "adapter_config.json").is_file():
             raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
-        raw, files = read_json(directory / "config.json"), ["model.safetensors"]
-        index = directory / "model.safetensors.index.json"
-        if index.is_file() and not (directory / files[0]).is_file():
-            files = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
+        raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
+        if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
+            shards = {*read_json(index)["weight_map"].values()}
+            files = [folder / Path(name).name for name in sorted(shards)]
         for file in files:
-            for name, tensor in read_safetensors(directory / file).items():
+            for name, tensor in read_safetensors(file).items():
                 for old, new in names.items():
                     name = re.sub(old, new, name)
                 weights |= {name: tensor.to(device, dtype, copy=True)} if name else {}
-        known = (directory / "tokenizer.json").is_file()
-        tokenizer = load_tokenizer(directory) if known else None
+        tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
         if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
             raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model fewer")
         with torch.device("meta"):  # no memory yet
@@ -895,11 +871,11 @@ def load_module(directory, kind: type, names: dict[str, str], device, dtype) -> 
 
 def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
     """The tokenizer's files, config.json and, last, the weights: where they are, all is there."""
-    dtype = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
-    name = {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
+    widest = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
+    raw = raw | {"dtype" if "dtype" in raw else "torch_dtype": str(widest).removeprefix("torch.")}
     for file, content in tokenizer.files.items():
         write_text(Path(directory) / file, content)
-    write_json(Path(directory) / "config.json", raw | name)
+    write_json(Path(directory) / "config.json", raw)
     write_safetensors(Path(directory) / "model.safetensors", state)
 
 
@@ -908,20 +884,13 @@ def load_tokenizer(directory) -> Tokenizer:
     path, eos_ids = Path(directory) / "tokenizer.json", set()
     with faults_in(path):
         backend = Backend.from_str(read_text(path))
-    for kind in ("generation_config", "config", "tokenizer_config", "special_tokens_map"):
-        file = path.with_name(f"{kind}.json")
-        settings = read_json(file) if file.is_file() else {}
-        ids = settings.get("eos_token_id")
+    for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
+        settings = read_json(file)
+        ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
         eos_ids |= {*ids} if isinstance(ids, list) else {ids}
-        eos_ids.add(backend.token_to_id(token_text(settings.get("eos_token"))))
-    files = [path.with_name(name) for name in TOKENIZER_FILES]
-    files = {file.name: read_text(file) for file in files if file.is_file()}
-    return Tokenizer(backend, eos_ids - {None}, files)
-
-
-def token_text(token: dict | str | None) -> str:
-    """What a token of the settings spells, which may be {"content": text}; none spells nothing."""
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+        eos_ids.add(backend.token_to_id(token if isinstance(token, str) else token["content"]))
+    files = [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]
+    return Tokenizer(backend, eos_ids - {None}, {file.name: read_text(file) for file in files})
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
@@ -975,15 +944,14 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     # Large elements first: then each tensor begins at a multiple of its element's size.
     tensors = dict(sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])))
     for name, x in tensors.items():
-        begin, end = end, end + x.numel() * x.element_size()
+        begin, end = end, end + x.nbytes
         header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
-            if x.numel():  # an empty tensor cannot be viewed as bytes
-                file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 # ---- Files: never half-written, never trusted ------------------------------------------------
@@ -995,11 +963,10 @@ def faults_in(path):
     try:
         yield
     except Exception as error:  # not only ours: json's, torch's, tokenizers'
-        named = isinstance(error, ValueError) and str(error).startswith(str(path))
-        if named or isinstance(error, OSError):
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) or said.startswith(str(path)):
             raise
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: {kind}{error}") from error
+        raise ValueError(f"{path}: {said}") from error
 
 
 @contextmanager
@@ -1134,19 +1101,18 @@ def option(default, help: str, least: float | None = None):
 
 def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
     """What was given on the command line, by field name."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=description, argument_default=argparse.SUPPRESS,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
-    )  # fmt: skip
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+    how = {"argument_default": argparse.SUPPRESS, "formatter_class": layout}
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description, **how)
     for field in dataclasses.fields(options):
-        kind = get_type_hints(options)[field.name]
+        kind, flag = field.type, f"--{field.name.replace('_', '-')}"
         how = {"type": (*get_args(kind), kind)[0], "metavar": "X"}  # T of "T | None"
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
         elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         text = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
+        parser.add_argument(flag, help=text, **how)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return vars(parser.parse_args(arguments))
 
@@ -1167,7 +1133,7 @@ def resolve(options: type, given: dict):
         raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
     # A temperature in a preset or a run is that of rollouts.
     own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
-    chosen = {name: value for name, value in base.items() if name not in own} | given
+    chosen = {name: base[name] for name in base.keys() - own} | given
     o = options(**{name: chosen[name] for name in chosen.keys() & names})
     for field in dataclasses.fields(o):
         value, least = getattr(o, field.name), field.metadata.get("least")
@@ -1194,9 +1160,8 @@ def command(main, options: type, description: str) -> None:
 
 
 def run_directory(o, record="config.json") -> Path:
-    """The directory o.out with its options in `record`: a new one, or a run that --resume continues
-    if all options but the FREE ones agree. --overwrite deletes a result and nothing else.
-    ValueError for whatever else is there."""
+    """o.out with its options in `record`: a new directory, or a run that --resume continues if all
+    options but the FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = read_json(out / record) if (out / record).is_file() else {}
     if held and mine.get("resume"):
@@ -1229,16 +1194,14 @@ def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
     too, unless they are to be trained. ValueError if the model was made for shorter texts."""
     device, dtype = device_and_dtype(o)
     decoder = load_decoder(o.model, device)
-    most = decoder.config.max_position_embeddings
     longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
-    if longest > most:
+    if longest > (most := decoder.config.max_position_embeddings):
         flags = "--max-prompt-tokens and --max-new-tokens"
         raise ValueError(f"the model was made for {most} tokens, not {longest}: {flags}")
-    prepare = multiply_in if train else for_sampling
-    return prepare(decoder, dtype), load_tokenizer(o.model)
+    return (multiply_in if train else for_sampling)(decoder, dtype), load_tokenizer(o.model)
 
 
-@dataclass
+@dataclasses.dataclass
 class Options:
     model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the language model")
     prompt: str = option("Hello.", "what the user says")
