@@ -810,7 +810,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
         (family in ("qwen2", "qwen3", "llama"), f"model_type {family!r}"),
         (c.hidden_act == "silu", f"hidden_act {c.hidden_act!r}"),
         (c.rope_type in ("default", "llama3"), f"rope_type {c.rope_type!r}"),
-        (c.partial_rotary_factor == 1, "a partial_rotary_factor"),
+        (c.partial_rotary_factor in (1, None), "a partial_rotary_factor"),
         (c.rope_theta, "a rotary embedding without rope_theta"),
         (not slides and {*c.layer_types} <= {"full_attention"}, "a sliding window"),
     ):
