@@ -1,8 +1,7 @@
 """Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
 
-ROUGE measures how many words of two texts match. It is that of LaMP's official evaluation, Google's
-rouge_score without stemming: lowercased [a-z0-9]+ words, n-gram counts (a repeated word counts as
-often as both sides have it), and F1, the harmonic mean of precision and recall:
+ROUGE is that of LaMP's official evaluation, Google's rouge_score without stemming: it counts which
+n-grams of lowercased [a-z0-9]+ words two texts share, a repeated one as often as both have it.
 
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
@@ -34,8 +33,7 @@ def words(text: str) -> list[str]:
 
 
 def f1(matches: int, predicted: int, wanted: int) -> float:
-    precision = matches / max(predicted, 1)
-    recall = matches / max(wanted, 1)
+    precision, recall = matches / max(predicted, 1), matches / max(wanted, 1)
     return 2 * precision * recall / (precision + recall) if matches else 0.0
 
 
@@ -47,11 +45,9 @@ def common(a: list, b: list, n: int) -> int:
 
 def longest_common_subsequence(a: list, b: list) -> int:
     """L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1, elsewhere
-    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0.
-
-    From one column to the next, a row of this table grows by 1 or not at all. So one bit per column
-    says it all, and arithmetic on one integer computes a row at once (Hyyrö 2004): 7 times as fast
-    as a loop over the columns, and the reward scores every completion."""
+    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0. From one column to the next, a row of this
+    table grows by 1 or not at all: so one bit per column says it all, and arithmetic on one integer
+    computes a row at once (Hyyrö 2004), 7 times as fast as a loop over the columns."""
     columns: dict = {}  # token -> the columns with this token, one bit each
     for j, token in enumerate(b):
         columns[token] = columns.get(token, 0) | 1 << j
@@ -169,25 +165,23 @@ def complete(
     little padding. Several processes share the batches, and each gets all completions. `purpose`
     and the batch's place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    size = max(1, batch // group_size)
-    groups: dict[int, list[Completion]] = {}  # by the prompt's index
-    starts = prlm.my_share(range(0, len(order), size))
+    starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
-    for start in prlm.progress(starts, purpose[0], delay=1):
-        chosen = order[start : start + size]
-        seed = seed_of(o.seed, *purpose, start)
-        found = prlm.generate(decoder, [prompts[n] for n in chosen], *how, seed)
-        groups |= zip(chosen, found)
+    groups: dict[int, list[Completion]] = {}  # by the prompt's index
+    for start in prlm.progress(prlm.my_share(starts), purpose[0], delay=1):
+        chosen = order[start : start + starts.step]
+        asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
+        groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
     for share in prlm.gather(groups):
         groups |= share
     return [groups[n] for n in range(len(prompts))]
 
 
-def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups) -> list[dict]:
-    """What the policy was asked and what it said, for each completion: its id, query, target,
-    prompt and completion (text), answer, tokens (ids), their logprobs, and finished."""
-    opened = tokenizer.opening if o.reasoning else CLOSED
-    records = []
+def make_records(o: EvalOptions, decoder, tokenizer, examples, prompts, *how) -> list[dict]:
+    """What the policy was asked and what it says (`how`: see `complete`), for each completion: id,
+    query, target, prompt and completion (text), answer, tokens (ids), logprobs, finished."""
+    opened, records = tokenizer.opening if o.reasoning else CLOSED, []
+    groups = complete(o, decoder, tokenizer, prompts, *how)
     for e, prompt, group in zip(examples, prompts, groups):
         asked = {"id": e.id, "query": e.query, "target": e.target}
         asked["prompt"] = tokenizer.decode(prompt)
@@ -202,8 +196,7 @@ def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups
 def answer_all(o: EvalOptions, decoder, tokenizer, examples, temperature=0.0, k=None) -> list[dict]:
     """`make_records` of one completion for each example, with every metric if there is a target."""
     prompts = make_prompts(o, tokenizer, examples, k)
-    groups = complete(o, decoder, tokenizer, prompts, temperature=temperature)
-    records = make_records(o, tokenizer, examples, prompts, groups)
+    records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
         if record["target"] is not None:
             record |= rouge(record["answer"], record["target"])
@@ -234,7 +227,6 @@ def write_predictions(path, task: str, records: list[dict]) -> None:
 
 
 def line(name: str, scores: dict[str, float]) -> str:
-    """The scores as a line of text."""
     return f"{name:<12}" + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
 
 

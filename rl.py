@@ -9,15 +9,14 @@ One step, for P prompts with G completions each:
                  -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta (exp(d) - d - 1)
                  with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
 
-With one update per rollout the ratio is exactly 1, and the "grpo" loss is 0 up to rounding, since
-the advantages of a group sum to 0. Its gradient is not 0: that of ratio A at ratio 1 is
-A grad log pi, so the step is REINFORCE with the group's mean as baseline. Watch the reward instead.
+With one update per rollout the ratio is 1, and the "grpo" loss is 0 up to rounding, since a group's
+advantages sum to 0. But the gradient of ratio A is A grad log pi there: the step is REINFORCE with
+the group's mean as baseline. Watch the reward, not the loss.
 
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` in the log watches it); length penalties, and new samples for groups
-whose rewards are all equal (both change what is compared, and the paper has neither). Every random
-choice is a function of (seed, purpose, step), so a run saves no generator state. The policy is
-trained on the very ids that it sampled: no text is tokenized again.
+whose rewards are all equal (the paper has neither). The policy is trained on the very ids that it
+sampled. Every random choice is a function of (seed, purpose, step): there is no state to save.
 
     python rl.py                                        # the toy, on a CPU, in minutes
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ...  # on four GPUs"""
@@ -55,8 +54,7 @@ Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """Paper: optimization. (r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's
     correction; "none" does not divide (Dr. GRPO). A group whose rewards are equal up to rounding
-    (8 eps of the largest), or a group of one, gets exact zeros: it does not say which completion
-    was better. ValueError for another scale."""
+    (8 eps of the largest), or a group of one, gets exact zeros. ValueError for another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -161,13 +159,12 @@ class Policy:
 
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list[dict]:
-    """Paper: optimization, steps 1 to 3. A line of samples.jsonl for each of the P G completions,
-    group by group."""
+    """Paper: optimization, steps 1 to 3. A line of samples.jsonl for each of P G completions."""
     # 1. roll out
     G, batch = o.group_size, math.ceil(len(prompts) / prlm.world()[1]) * o.group_size
-    how = (G, o.temperature, ("rollout", step), batch)
-    groups = scoring.complete(o, policy.sampler, policy.tokenizer, prompts, *how)
-    rows = scoring.make_records(o, policy.tokenizer, examples, prompts, groups)
+
+    how = (policy.sampler, policy.tokenizer, examples, prompts, G, o.temperature)
+    rows = scoring.make_records(o, *how, ("rollout", step), batch)
     # 2. reward
     asked = [example for example in examples for _ in range(G)]  # [P*G]
     weights = {name: getattr(o, name) for name in PARTS}
@@ -181,21 +178,17 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
     """Paper: optimization, step 4. `updates_per_rollout` optimizer steps on one rollout; returns
-    `update_metrics` of the last. All log-probabilities are at the sampling temperature. pi_old is
-    the decoder at its first pass over the rollout; the sampler may be a bfloat16 copy."""
-    completions = in_groups(o, [row["tokens"] for row in rows])  # [P][G]
-    device = policy.decoder.head.device
+    `update_metrics` of the last. pi_old is the decoder at its first pass over the rollout, since
+    the sampler may be a bfloat16 copy."""
+    device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
-    # From lengths, never from ids: padding may have the id of the end of a sequence.
-    lengths = torch.tensor([len(row["tokens"]) for row in rows]).view(-1, o.group_size, 1)
-    mask = torch.arange(int(lengths.max())) < lengths  # [P, G, C]
+    mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)  # [P, G, C]
     if o.mask_truncated:
-        mask &= by_group(o, rows, "finished").bool()[..., None]
-    mask = mask.to(device)
+        mask &= by_group(o, rows, "finished").bool().to(device)[..., None]
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
-        for batch, *asked in my_batches(o, prompts, completions):
+        for batch, *asked in my_batches(o, prompts, in_groups(o, tokens)):
             logprobs, _ = prlm.token_logprobs(policy.decoder, *asked, o.temperature)
             part = (batch, slice(None), slice(logprobs.shape[-1]))  # of the tensors [P, G, C]
             new[part] = logprobs.detach()
@@ -217,8 +210,7 @@ def in_groups(o: Options, rows: list) -> list[list]:
 
 
 def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
-    """One number of each completion's line. [P, G]"""
-    return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)
+    return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)  # [P, G]
 
 
 def my_batches(o: Options, prompts, completions) -> list[tuple]:
@@ -255,8 +247,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples: each step goes on where the last one stopped, the first behind
-    `start` examples. Every epoch has a shuffle of its own."""
+    """Indices of a step's examples: step 0 begins after `start` of them, each later one where the
+    last one stopped. Every epoch has a shuffle of its own."""
     read, order = range(start + step * size, start + (step + 1) * size), {}
     for epoch in {n // count for n in read}:
         order[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
@@ -342,8 +334,8 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # for so many items: a title, or how a 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The completion to imitate for each training record, as ids that end with the EOS id: quotes
-    of three retrieved items as the reasoning, then what the user really wrote as the answer.
-    --no-reasoning omits the block. A <think> that ends the prompt already is not repeated."""
+    of three retrieved items as the reasoning, which --no-reasoning omits, then what the user really
+    wrote as the answer. A <think> that ends the prompt already is not repeated."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
     for example in examples:
@@ -359,8 +351,8 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
 
 
 def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
-    """Makes the policy, in place, that of a checkpoint of its own after --warm-start steps.
-    A step is cross-entropy on 8 whole completions, in nats per token."""
+    """Makes the policy, in place, that of a checkpoint of its own after --warm-start steps. A step
+    is cross-entropy on 8 whole completions, in nats per token."""
     folder = out / "warm_start"
     if not o.warm_start:
         return
@@ -378,11 +370,11 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
                 loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
                 loss.backward()
                 total += loss.item()
-            line = {"step": step + 1, "loss": sum(prlm.gather(total))}
-            line["grad_norm"] = optimizer_step(optimizer)
+            loss = sum(prlm.gather(total))
+            line = {"step": step + 1, "loss": loss, "grad_norm": optimizer_step(optimizer)}
             prlm.append(folder / "metrics.jsonl", [line])
             loud = (step + 1) % max(1, o.warm_start // 5) == 0
-            return f"warm start, step {step + 1}: {line['loss']:.3f} nats per token" if loud else ""
+            return f"warm start, step {step + 1}: {loss:.3f} nats per token" if loud else ""
 
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
@@ -417,15 +409,11 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 
 # ==== Below: not the method =====================================================================
 
-# ---- The policy and its copies -------------------------------------------------------------------
-
 
 def make_policy(o: Options) -> Policy:
-    """The checkpoint o.model, ready to be trained as the options ask.
-
-    AdamW needs float32 weights: at a learning rate of 1e-6 a bfloat16 weight would never move. With
-    LoRA only the adapters move, so the frozen base may be as small as the products are, and the
-    decoder, adapters on, samples itself."""
+    """The checkpoint o.model, ready to be trained as the options ask. AdamW needs float32 weights:
+    at a learning rate of 1e-6 a bfloat16 weight would never move. With LoRA only the adapters do,
+    so the base may be as small as the products are, and the decoder samples itself."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
@@ -472,8 +460,8 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "format": "share that close their reasoning, before its weight",
     "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
     "spread": "standard deviation of the reward within a group, averaged: 0 teaches nothing",
-    "zero_spread_groups": "share of groups whose completions all earned the same. Near 1 is good "
-    "where the reward is high; else try a higher --temperature or --group-size",
+    "zero_spread_groups": "share of groups whose completions all earned the same: near 1 is good "
+    "where the reward is high, else try a higher --temperature or --group-size",
     "truncated": "share cut off at --max-new-tokens; where it is high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy no longer explores",
@@ -508,8 +496,8 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
 
 
 def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[str, float]:
-    """The part of METRICS that an update shows, of tensors [P, G, C]: the log-probabilities of the
-    last pass, of the first, of the reference."""
+    """The part of METRICS that an update shows: new, old, ref [P, G, C] are the log-probabilities
+    of its last pass, its first, and the reference."""
     for x in (new, old, ref) if dist.is_initialized() else ():
         dist.all_reduce(x)  # each process has filled its share, and has 0 elsewhere
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
@@ -635,8 +623,8 @@ def report(out: Path) -> None:
     pairs = zip(*map(prlm.read_lines, files), strict=True)
     before, after = max(pairs, key=lambda two: two[1].get("rouge-l", 0) - two[0].get("rouge-l", 0))
     shown = {"prompt": after["prompt"].rpartition("</answer>\n")[2]}
-    shown |= {"the user wrote": after["target"], "before RL": before["completion"]}
-    shown |= {"after RL": after["completion"]}
+    shown |= {"the user wrote": after["target"]}
+    shown |= {"before RL": before["completion"], "after RL": after["completion"]}
     print(f"\nthe held-out record that gained most, {after['id']}:")
     for title, text in shown.items():
         print(f"--- {title}\n{prlm.printable(str(text)).strip()}")
