@@ -60,8 +60,7 @@ def longest_common_subsequence(a: list, b: list) -> int:
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """Evaluation: ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
-
+    """ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
     >>> rouge("a b c", "a b d")
     {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}"""
     a, b = words(prediction), words(reference)
@@ -73,10 +72,9 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def bleu(prediction: str, reference: str) -> float:
-    """Evaluation: BLEU-4 over lowercased characters, the geometric mean of the n-gram precisions
-    p_1 .. p_4, times exp(1 - r / c) if the prediction's length c is below the reference's, r. By
-    NLTK's smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
-
+    """BLEU-4 over lowercased characters: the geometric mean of the n-gram precisions p_1 .. p_4,
+    times exp(1 - r / c) if the prediction's length c is below the reference's, r. By NLTK's
+    smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
     >>> bleu("a", "b"), bleu("abcd", "abcd")
     (0.0, 1.0)"""
     a, b = list(prediction.lower()), list(reference.lower())
@@ -96,8 +94,7 @@ ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """Evaluation: the value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
-
+    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
        that, what stands between the last <answer> and the first </answer>, if they are there.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
@@ -106,7 +103,6 @@ def extract_answer(completion: str, task: str) -> str:
        the end of its line, a closing brace, or a comma and another key: so it may hold quotes and
        apostrophes. Any other value ends with its line, or at a closing brace.
     4. The answer is the first value that is neither empty nor the placeholder; else the latter.
-
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"
     """
@@ -132,8 +128,7 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     escaped = r"\\(['\"\\])"
     if sort := MARKS.get(text[start : start + 1]):
         after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*{ANY}[\w -]+{ANY}\s*:"
-        found = re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start)
-        if found:
+        if found := re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start):
             return re.sub(escaped, r"\1", found[1]).strip(), found.end()
     found = re.compile(rf"{ANY}?([^\n}}]*)").match(text, start)
     return re.sub(escaped, r"\1", found[1].strip("* \t")).strip(), found.end()
@@ -184,7 +179,7 @@ def make_records(o: EvalOptions, decoder, tokenizer, examples, prompts, *how) ->
     groups = complete(o, decoder, tokenizer, prompts, *how)
     for e, prompt, group in zip(examples, prompts, groups):
         asked = {"id": e.id, "query": e.query, "target": e.target}
-        asked["prompt"] = tokenizer.decode(prompt)
+        asked |= {"prompt": tokenizer.decode(prompt)}
         for completion in group:
             text = opened + tokenizer.decode(completion.tokens)
             said = {"completion": text, "answer": extract_answer(text, e.task)}
@@ -212,7 +207,7 @@ def mean_scores(records: list[dict]) -> dict[str, float]:
 
 
 def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tuple[dict, dict]:
-    """Evaluation: (mean scores, answers by record id), greedy unless a temperature is given."""
+    """(mean scores, answers by record id), greedy unless a temperature is given."""
     records = answer_all(options or EvalOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
@@ -221,7 +216,7 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
 
 
 def write_predictions(path, task: str, records: list[dict]) -> None:
-    """The answers in LaMP's submission format, which its evaluation script reads."""
+    """The answers as LaMP's own evaluation script reads them."""
     golds = [{"id": record["id"], "output": record["answer"]} for record in records]
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 

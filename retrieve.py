@@ -52,8 +52,6 @@ from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
 
 @dataclass(frozen=True)
 class Task:
-    """All that makes one task differ from another: to add a task, add an entry to TASKS."""
-
     prefix: str  # the task's own instruction at the start of every input; not part of the query
     fields: dict[str, str]  # a profile item's keys, in the order shown -> the names shown
     request: str  # with a profile it follows "Based on the historical profiles provided, "
@@ -68,7 +66,7 @@ class Task:
         return f"generated {self.answer}"
 
 
-TASKS = {
+TASKS = {  # to add a task, add an entry: all that makes it differ from others is in it
     "LaMP-4": Task(
         prefix="Generate a headline for the following article: ",
         fields={"text": "text", "title": "title"},
@@ -103,22 +101,20 @@ def task_of(name: str) -> Task:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One LaMP record. `profile` holds the file's own dictionaries; `target` may be withheld."""
-
+class Example:  # one LaMP record
     id: str
     user_id: str
     task: str
     query: str
-    profile: list[dict]
-    target: str | None
+    profile: list[dict]  # the file's own dictionaries
+    target: str | None  # None where it is withheld
 
 
 # ---- Retrieval -------------------------------------------------------------------------------
 
 
 class BM25:
-    """Retrieval: Okapi BM25 over tokenised documents. A profile is small: each gets a new index."""
+    """Okapi BM25 over tokenised documents. A profile is small: each gets a new index."""
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
@@ -144,8 +140,7 @@ class BM25:
         self.norm = k1 * (1 - b + b * lengths / (lengths.mean() if lengths.any() else 1.0))
 
     def scores(self, query: list[str]) -> np.ndarray:
-        """The score of every document [N]; a repeated query word counts each time, one that no
-        document holds adds 0."""
+        """The documents' scores [N]: a repeated query word counts each time, an unknown one 0."""
         scores = np.zeros(len(self.norm))
         for word in query:
             if found := self.counts.get(word):
@@ -157,12 +152,12 @@ class BM25:
 
 def show(item: dict, task: str) -> str:
     """A profile item as the corpus and the prompt show it: 'text': 'We are.' 'title': 'Open'"""
-    fields = TASKS[task].fields.items()
-    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in fields)
+    named = TASKS[task].fields.items()
+    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in named)
 
 
 def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> list[dict]:
-    """Retrieval: the best k of the profile's own dictionaries, best first; fewer if it has fewer.
+    """The best k of the profile's own dictionaries, best first; fewer if it has fewer.
     Items that tie, at 0 too, keep the profile's order. bm25 (Okapi's idf) and lucene split the
     items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
     newest first (a date is a year, perhaps a month, a day, a time); random is the same draw for the
@@ -220,22 +215,20 @@ def question(task: str, query: str) -> str:
 
 
 def answer_block(task: str) -> str:
-    """The form of an answer that the prompt asks for, with {} for its text."""
+    """An answer in the form that the prompt asks for, with {} for its text."""
     return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
 
 
-def one_line(answer: str) -> str:
-    """The answer without line breaks, since `extract_answer` reads one line."""
+def one_line(answer: str) -> str:  # `extract_answer` reads one
     return re.sub(r"\s*\n\s*", " ", answer.strip())
 
 
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
-    """Prompt: SYSTEM, then one user message of lines: `show` of each item, `instruction`,
-    `question`. With a tokenizer and a budget, `tokenizer.chat` of both messages has at most
-    `max_prompt_tokens` ids: every field, of the items and of the query, is cut to the same number
-    of tokens, the largest that fits, so what short ones leave goes to the others. Where one token
-    of each is too much, the last items are left out. ValueError if even the bare instruction is too
-    long."""
+    """SYSTEM, then one user message of lines: `show` of each item, `instruction`, `question`. With
+    a tokenizer and a budget, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: every
+    field, of the items and of the query, is cut to the same number of tokens, the largest that
+    fits, so what short ones leave goes to the others. Where one token of each is too much, the last
+    items are left out. ValueError if even the bare instruction is too long."""
     fields = TASKS[example.task].fields
 
     def messages(most: int | None, items: list[dict]) -> list[dict]:
@@ -266,7 +259,7 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
 
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
-    """Prompt: the token ids of `build_messages` for each example, with `k` items (default o.k)."""
+    """The token ids of `build_messages` for each example, with `k` items (default o.k)."""
     rank, said = make_ranker(o), None if o.reasoning else CLOSED
     budget, prompts = o.max_prompt_tokens - len(tokenizer.fill(said or "")), []
     for example in prlm.progress(examples, "prompts", delay=1):
@@ -334,7 +327,6 @@ class Dense:
 
     @torch.no_grad()
     def embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        """Unit vectors [N, H]."""
         encoder, limit, found = self.encoder, min(512, self.encoder.max_length), []
         rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         for start in range(0, len(rows), 32):
@@ -342,11 +334,10 @@ class Dense:
             hidden = encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
             total = (hidden * ids.mask[..., None]).sum(1)  # the mean's direction
             found.append(torch.nn.functional.normalize(total).cpu())
-        return torch.cat(found).numpy()
+        return torch.cat(found).numpy()  # [N, H], of length 1
 
     def scores(self, query: str, texts: list[str]) -> np.ndarray:
-        """Cosine similarity of the query to each text [N]."""
-        return self.embed_profile(tuple(texts)) @ self.embed((query,))[0]
+        return self.embed_profile(tuple(texts)) @ self.embed((query,))[0]  # [N] cosines
 
 
 load_dense = cache(lambda directory, device: Dense(prlm.load_encoder(directory, device)))

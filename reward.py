@@ -5,13 +5,11 @@ A completion o with answer a for a query q whose user really wrote y earns
   R(o) = 1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
-  personalization = sigmoid(s), s the score of one of two judges
+  personalization = sigmoid(s), s a judge's score: at most .1 in all, it decides where ROUGE ties
 
-So the judge adds at most .1: it decides where ROUGE ties. An empty LaMP-4 answer has -10 in its
-place, as in the authors' code, and dominates its group's standard deviation.
-
---judge bert is the paper's: s(q, a) of a BERT cross-encoder. It learns, without labels, to tell an
-answer that the policy gave WITH the user's profile d (a+) from ones it gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 in its place, as in the authors' code. --judge bert is the paper's, a
+BERT cross-encoder s(q, a). It learns, without labels, to tell an answer that the policy gave WITH
+the user's profile d (a+) from ones it gave without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
@@ -49,8 +47,8 @@ PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the
 
 
 def format_reward(completion: str) -> float:
-    """Paper: reward. 1 if a line that begins with </think> closes the last <think>, else 0. The
-    opening tag is not asked for: some chat formats put it into the prompt."""
+    """1 if a line that begins with </think> closes the last <think>, else 0. The opening tag is not
+    asked for: some chat formats put it into the prompt."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
@@ -62,10 +60,10 @@ def rewards(
     completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """Paper: reward. For each completion its answer, the three parts, unweighted, and their
-    weighted sum, the "reward"; the last three arguments are the weights. An answer that is empty or
-    an echo of the placeholder earns no accuracy and is not shown to the judge: its personalization
-    is the task's penalty. ValueError unless the judge gives each a finite number."""
+    """For each completion its answer, the three parts, unweighted, and their weighted sum, the
+    "reward"; the last three arguments are the weights. An answer that is empty or an echo of the
+    placeholder earns no accuracy and is not shown to the judge: its personalization is the task's
+    penalty. ValueError unless the judge gives each a finite number."""
     rows, judged = [], []  # `judged`: (row, example) of what the judge will see
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
@@ -95,15 +93,15 @@ def rewards(
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
-    """Paper: reward. InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B,
-    in nats. A negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
+    """InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B, in nats. A
+    negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 class RewardModel(nn.Module):
-    """Paper: reward. s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one
-    linear output. Its weights have the names of transformers' BertForSequenceClassification."""
+    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output.
+    The weights have the names of transformers' BertForSequenceClassification."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -155,9 +153,9 @@ class RewardOptions(EvalOptions):
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
-    """Paper: reward. [{"id", "query", "positive", "negatives"}]: an answer with the profile against
-    one without, as the policy gives them before RL. Sampled at T = 0.7, each kind with noise of its
-    own, else the two would begin alike. A pair with an empty answer is dropped."""
+    """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
+    as the policy gives them before RL. Sampled at T = 0.7, each kind with noise of its own, else
+    the two would begin alike. A pair with an empty answer is dropped."""
 
     def answers(kind: str, k: int) -> list[dict]:
         prompts, how = make_prompts(o, tokenizer, examples, k), (o.pairs_per_query, 0.7)
@@ -216,7 +214,7 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
 
 
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
-    """Paper: reward. Trains the model in place; returns a report on the queries held out."""
+    """Trains the model in place; returns a report on the queries held out."""
     kept, held = split_pairs(pairs, o.seed)
     steps = o.reward_epochs * math.ceil(len(kept) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
@@ -326,10 +324,10 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
-    model, part = RewardModel(prlm.load_encoder(directory, device)), "classifier."
+    model = RewardModel(prlm.load_encoder(directory, device))
     tensors = prlm.read_safetensors(Path(directory) / "model.safetensors")
-    head = {n.removeprefix(part): x for n, x in tensors.items() if n.startswith(part)}
     with prlm.faults_in(directory):
+        head = {name: tensors[f"classifier.{name}"] for name in ("weight", "bias")}
         model.classifier.load_state_dict(head)
     return model
 

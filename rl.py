@@ -52,9 +52,9 @@ Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
-    """Paper: optimization. (r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's
-    correction; "none" does not divide (Dr. GRPO). A group whose rewards are equal up to rounding
-    (8 eps of the largest), or a group of one, gets exact zeros. ValueError for another scale."""
+    """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
+    not divide (Dr. GRPO). A group whose rewards are equal up to rounding (8 eps of the largest), or
+    a group of one, gets exact zeros. ValueError for another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -71,15 +71,15 @@ LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would o
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Paper: optimization. Each token's KL(policy | reference) as exp(d) - d - 1, d = ref - policy:
-    unbiased on tokens that the policy sampled, never negative (Schulman 2020)."""
+    """Each token's KL(policy | reference) as exp(d) - d - 1, d = ref - policy: unbiased on tokens
+    that the policy sampled, never negative (Schulman 2020)."""
     difference = ref_logprobs - logprobs
     return difference.clamp(max=LARGEST).exp() - difference - 1
 
 
 def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = None) -> Tensor:
-    """Paper: optimization. Each token's weight in the loss of a step, [P, G, C]; 0 off the mask.
-    "grpo": 1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
+    """Each token's weight in the loss of a step, [P, G, C]; 0 off the mask. "grpo":
+    1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
     1 / (P G max_new_tokens). ValueError for another name, or "dr_grpo" without max_new_tokens."""
     mask, completions = mask.float(), mask.shape[0] * mask.shape[1]
     if normalizer == "grpo":
@@ -98,10 +98,10 @@ def grpo_loss(
     beta: float = 0.0, normalizer: str = "grpo", max_new_tokens: int | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Paper: optimization. The loss of step 4, a scalar: log-probabilities and mask [P, G, C],
-    advantages [P, G]. `clip_high` widens the upper side of the clip (DAPO). What lies outside the
-    mask never counts, NaN included. `weights` are `token_weights` of this mask, or, for a
-    micro-batch, its part of those of the whole step. ValueError: beta without ref_logprobs."""
+    """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
+    `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
+    NaN included. `weights` are `token_weights` of this mask, or, for a micro-batch, its part of
+    those of the whole step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -150,8 +150,6 @@ class Options(RewardOptions):
 
 @dataclass
 class Policy:
-    """The model in training and the copies that belong to it."""
-
     decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
     sampler: Decoder  # what generates: the decoder itself, or its copy in the products' precision
     tokenizer: Tokenizer
@@ -159,10 +157,9 @@ class Policy:
 
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list[dict]:
-    """Paper: optimization, steps 1 to 3. A line of samples.jsonl for each of P G completions."""
+    """Steps 1 to 3: a line of samples.jsonl for each of P G completions, group by group."""
     # 1. roll out
     G, batch = o.group_size, math.ceil(len(prompts) / prlm.world()[1]) * o.group_size
-
     how = (policy.sampler, policy.tokenizer, examples, prompts, G, o.temperature)
     rows = scoring.make_records(o, *how, ("rollout", step), batch)
     # 2. reward
@@ -177,9 +174,8 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
-    """Paper: optimization, step 4. `updates_per_rollout` optimizer steps on one rollout; returns
-    `update_metrics` of the last. pi_old is the decoder at its first pass over the rollout, since
-    the sampler may be a bfloat16 copy."""
+    """Step 4, `updates_per_rollout` times; returns the last `update_metrics`. pi_old is the decoder
+    at its first pass over the rollout: the sampler may be a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
     mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)  # [P, G, C]
@@ -188,7 +184,7 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
-        for batch, *asked in my_batches(o, prompts, in_groups(o, tokens)):
+        for batch, *asked in my_batches(o, prompts, tokens):
             logprobs, _ = prlm.token_logprobs(policy.decoder, *asked, o.temperature)
             part = (batch, slice(None), slice(logprobs.shape[-1]))  # of the tensors [P, G, C]
             new[part] = logprobs.detach()
@@ -205,21 +201,19 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     return update_metrics(o, rows, advantages, mask, new, old, ref) | {"grad_norm": norm}
 
 
-def in_groups(o: Options, rows: list) -> list[list]:
-    return [rows[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
-
-
 def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
     return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)  # [P, G]
 
 
 def my_batches(o: Options, prompts, completions) -> list[tuple]:
-    """This process's share in micro-batches: (indices, their prompts, their groups, all whole)."""
-    mine = prlm.my_share(range(len(prompts)))
-    sizes = [len(prompts[n]) + sum(map(len, completions[n])) for n in mine]
+    """This process's share of P prompts and P G completions in micro-batches of whole groups:
+    (indices [p], prompts [p], completions [p][G])."""
+    G, mine = len(completions) // len(prompts), prlm.my_share(range(len(prompts)))
+    groups = [completions[n : n + G] for n in range(0, len(completions), G)]
+    sizes = [len(prompts[n]) + sum(map(len, groups[n])) for n in mine]
     batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
     chosen = [[mine[n] for n in batch] for batch in batches]
-    return [(c, [prompts[n] for n in c], [completions[n] for n in c]) for c in chosen]
+    return [(c, [prompts[n] for n in c], [groups[n] for n in c]) for c in chosen]
 
 
 def optimizer_step(optimizer) -> float:
@@ -291,8 +285,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     refresh(policy)  # to nearest, as whoever loads the checkpoint will have it
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
-    # Last: it says that all is there.
-    scoring.write_predictions(out / "predictions.json", o.task, records)
+    scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
 
 
 def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
@@ -364,8 +357,8 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
 
         def take(step: int, optimizer) -> str:
             chosen = choose(len(train), step, 8, o.seed)
-            asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]
-            tokens, total = sum(len(targets[n]) for n in chosen), 0.0
+            asked, wanted = [prompts[n] for n in chosen], [targets[n] for n in chosen]
+            tokens, total = sum(map(len, wanted)), 0.0
             for _, *batch in my_batches(o, asked, wanted):
                 loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
                 loss.backward()
@@ -390,9 +383,10 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
     rows = roll_out(o, policy, None, shown, make_prompts(o, policy.tokenizer, shown), "look")
     answers = ["" if scoring.is_placeholder(a, o.task) else a for a in (r["answer"] for r in rows)]
+    groups = [answers[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
     differing = by_group(o, rows, "advantage").any(1)
     if o.personalization:  # a judge would value answers differently
-        differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, answers)])
+        differing |= torch.tensor([len({*group} - {""}) > 1 for group in groups])
     found = {"answered": sum(map(bool, answers)) / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
     found["groups_with_spread"] = differing.float().mean().item()
@@ -450,7 +444,7 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
-# ---- The log of a step ---------------------------------------------------------------------------
+# ---- What a run leaves: its log, saved states, scores --------------------------------------------
 
 METRICS = {  # the keys of a line of metrics.jsonl: means over all completions of the step
     "step": "counted from 1",
@@ -460,8 +454,8 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "format": "share that close their reasoning, before its weight",
     "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
     "spread": "standard deviation of the reward within a group, averaged: 0 teaches nothing",
-    "zero_spread_groups": "share of groups whose completions all earned the same: near 1 is good "
-    "where the reward is high, else try a higher --temperature or --group-size",
+    "zero_spread_groups": "share whose completions all earned the same: good where the reward is "
+    "high, else try a higher --temperature or --group-size",
     "truncated": "share cut off at --max-new-tokens; where it is high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy no longer explores",
@@ -470,8 +464,8 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "kl": "k3 estimate per token, in nats: how far from the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
     "gap": "largest difference of a token's log-probability between sampler and trainer: 1e-4 in "
-    "float32, .1 to .3 in bfloat16 (.0004 to .03 on average). Much more: stop, the two disagree",
-    "gap_mean": "its mean over tokens",
+    "float32, .1 to .3 in bfloat16; with much more the two disagree, so stop",
+    "gap_mean": "its mean over tokens: .0004 to .03 in bfloat16",
     "tokens_per_second": "prompt and completion tokens, over the whole step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
@@ -482,11 +476,10 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
 def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dict[str, float]:
     """The part of METRICS that a rollout shows."""
     means = {name: by_group(o, rows, name).mean().item() for name in ("reward", *PARTS)}
-    teaches = by_group(o, rows, "advantage").any(1).float()
     count = sum(len(row["tokens"]) for row in rows)
     return means | {
         "spread": by_group(o, rows, "reward").std(1).mean().item(),
-        "zero_spread_groups": 1 - teaches.mean().item(),
+        "zero_spread_groups": 1 - by_group(o, rows, "advantage").any(1).float().mean().item(),
         "truncated": sum(not row["finished"] for row in rows) / len(rows),
         "completion_tokens": count / len(rows),
         "entropy": -sum(sum(row["logprobs"]) for row in rows) / count,
@@ -514,9 +507,6 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
         "gap": max(gap.tolist(), default=0.0),
         "gap_mean": gap.sum().item() / count,
     }
-
-
-# ---- What a run leaves: saved states, scores, its end ------------------------------------------
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
@@ -577,18 +567,17 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 def stop_after_step():
     """Ctrl-C and SIGTERM wait until the step is done and saved; a second one does not. Yields a
     function that says which signal has come, or 0."""
-    came, both = 0, (signal.SIGINT, signal.SIGTERM)
+    came, both = [0], (signal.SIGINT, signal.SIGTERM)
 
     def ask(number, _frame) -> None:
-        nonlocal came
-        came = number
+        came.append(number)
         for each in both:
             signal.signal(each, signal.SIG_DFL)
         say("\nstopping after this step; again: at once")
 
     before = {number: signal.signal(number, ask) for number in both}
     try:
-        yield lambda: max(prlm.gather(came))  # whichever of the processes was asked
+        yield lambda: max(prlm.gather(came[-1]))  # whichever of the processes was asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
