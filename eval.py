@@ -46,8 +46,8 @@ def common(a: list, b: list, n: int) -> int:
 def longest_common_subsequence(a: list, b: list) -> int:
     """L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1, elsewhere
     max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0. From one column to the next, a row of this
-    table grows by 1 or not at all: so one bit per column says it all, and arithmetic on one integer
-    computes a row at once (Hyyrö 2004), 7 times as fast as a loop over the columns."""
+    table grows by 1 or not at all: one bit per column says it all, and arithmetic on one integer
+    computes a row at once (Hyyrö 2004)."""
     columns: dict = {}  # token -> the columns with this token, one bit each
     for j, token in enumerate(b):
         columns[token] = columns.get(token, 0) | 1 << j

@@ -275,9 +275,7 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
     """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy
     with its reasoning closed: the probability that a was written with the profile, if both were
     equally likely beforehand. What the query explains cancels out, so an answer on another topic is
-    worth as much: where no accuracy is rewarded beside it, keep the policy near the base with
-    --beta. With the ratio itself as the reward, the best policy is then
-    pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a constant."""
+    worth as much: without accuracy beside it, keep the policy near the base with --beta."""
     how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
@@ -316,7 +314,7 @@ def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
-    """Writes it as transformers' BertForSequenceClassification with one label."""
+    """As transformers' BertForSequenceClassification with one label."""
     labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
     raw = model.bert.raw | {"architectures": ["BertForSequenceClassification"]} | labels
     prlm.save_checkpoint(model.state_dict(), raw, model.tokenizer, directory)

@@ -10,13 +10,13 @@ One step, for P prompts with G completions each:
                  with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
 
 With one update per rollout the ratio is 1, and the "grpo" loss is 0 up to rounding, since a group's
-advantages sum to 0. But the gradient of ratio A is A grad log pi there: the step is REINFORCE with
-the group's mean as baseline. Watch the reward, not the loss.
+advantages sum to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is
+REINFORCE with the group's mean as baseline. Watch the reward instead.
 
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` in the log watches it); length penalties, and new samples for groups
 whose rewards are all equal (the paper has neither). The policy is trained on the very ids that it
-sampled. Every random choice is a function of (seed, purpose, step): there is no state to save.
+sampled. Every random choice is a function of (seed, purpose, step): no generator's state is saved.
 
     python rl.py                                        # the toy, on a CPU, in minutes
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ...  # on four GPUs"""
@@ -425,8 +425,8 @@ def make_policy(o: Options) -> Policy:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed they
-    are rounded at random, up or down in proportion to the distance: rounded to nearest, a copy
-    would not follow at all where steps are small (20 of 1e-6: .09 of the change arrives)."""
+    are rounded at random, up or down in proportion to the distance: rounded to nearest, the copy
+    would hardly follow small steps."""
     device = policy.decoder.head.device
     noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
