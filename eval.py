@@ -1,8 +1,7 @@
 """Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
 
-ROUGE measures how many words of two texts match. It is that of LaMP's official evaluation, Google's
-rouge_score without stemming: lowercased [a-z0-9]+ words, n-gram counts (a repeated word counts as
-often as both sides have it), and F1, the harmonic mean of precision and recall:
+ROUGE is that of LaMP's official evaluation, Google's rouge_score without stemming: it counts which
+n-grams of lowercased [a-z0-9]+ words two texts share, a repeated one as often as both have it.
 
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
@@ -34,8 +33,7 @@ def words(text: str) -> list[str]:
 
 
 def f1(matches: int, predicted: int, wanted: int) -> float:
-    precision = matches / max(predicted, 1)
-    recall = matches / max(wanted, 1)
+    precision, recall = matches / max(predicted, 1), matches / max(wanted, 1)
     return 2 * precision * recall / (precision + recall) if matches else 0.0
 
 
@@ -47,11 +45,9 @@ def common(a: list, b: list, n: int) -> int:
 
 def longest_common_subsequence(a: list, b: list) -> int:
     """L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1, elsewhere
-    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0.
-
-    From one column to the next, a row of this table grows by 1 or not at all. So one bit per column
-    says it all, and arithmetic on one integer computes a row at once (Hyyrö 2004): 7 times as fast
-    as a loop over the columns, and the reward scores every completion."""
+    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0. From one column to the next, a row of this
+    table grows by 1 or not at all: one bit per column says it all, and arithmetic on one integer
+    computes a row at once (Hyyrö 2004)."""
     columns: dict = {}  # token -> the columns with this token, one bit each
     for j, token in enumerate(b):
         columns[token] = columns.get(token, 0) | 1 << j
@@ -64,8 +60,7 @@ def longest_common_subsequence(a: list, b: list) -> int:
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """Evaluation: ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
-
+    """ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
     >>> rouge("a b c", "a b d")
     {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}"""
     a, b = words(prediction), words(reference)
@@ -77,10 +72,9 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def bleu(prediction: str, reference: str) -> float:
-    """Evaluation: BLEU-4 over lowercased characters, the geometric mean of the n-gram precisions
-    p_1 .. p_4, times exp(1 - r / c) if the prediction's length c is below the reference's, r. By
-    NLTK's smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
-
+    """BLEU-4 over lowercased characters: the geometric mean of the n-gram precisions p_1 .. p_4,
+    times exp(1 - r / c) if the prediction's length c is below the reference's, r. By NLTK's
+    smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
     >>> bleu("a", "b"), bleu("abcd", "abcd")
     (0.0, 1.0)"""
     a, b = list(prediction.lower()), list(reference.lower())
@@ -100,8 +94,7 @@ ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """Evaluation: the value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
-
+    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
        that, what stands between the last <answer> and the first </answer>, if they are there.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
@@ -110,7 +103,6 @@ def extract_answer(completion: str, task: str) -> str:
        the end of its line, a closing brace, or a comma and another key: so it may hold quotes and
        apostrophes. Any other value ends with its line, or at a closing brace.
     4. The answer is the first value that is neither empty nor the placeholder; else the latter.
-
     >>> extract_answer("<think>\\nhm\\n</think>\\n{'title': 'It's a start'}", "LaMP-4")
     "It's a start"
     """
@@ -136,8 +128,7 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     escaped = r"\\(['\"\\])"
     if sort := MARKS.get(text[start : start + 1]):
         after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*{ANY}[\w -]+{ANY}\s*:"
-        found = re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start)
-        if found:
+        if found := re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start):
             return re.sub(escaped, r"\1", found[1]).strip(), found.end()
     found = re.compile(rf"{ANY}?([^\n}}]*)").match(text, start)
     return re.sub(escaped, r"\1", found[1].strip("* \t")).strip(), found.end()
@@ -169,28 +160,26 @@ def complete(
     little padding. Several processes share the batches, and each gets all completions. `purpose`
     and the batch's place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    size = max(1, batch // group_size)
-    groups: dict[int, list[Completion]] = {}  # by the prompt's index
-    starts = prlm.my_share(range(0, len(order), size))
+    starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
-    for start in prlm.progress(starts, purpose[0], delay=1):
-        chosen = order[start : start + size]
-        seed = seed_of(o.seed, *purpose, start)
-        found = prlm.generate(decoder, [prompts[n] for n in chosen], *how, seed)
-        groups |= zip(chosen, found)
+    groups: dict[int, list[Completion]] = {}  # by the prompt's index
+    for start in prlm.progress(prlm.my_share(starts), purpose[0], delay=1):
+        chosen = order[start : start + starts.step]
+        asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
+        groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
     for share in prlm.gather(groups):
         groups |= share
     return [groups[n] for n in range(len(prompts))]
 
 
-def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups) -> list[dict]:
-    """What the policy was asked and what it said, for each completion: its id, query, target,
-    prompt and completion (text), answer, tokens (ids), their logprobs, and finished."""
-    opened = tokenizer.opening if o.reasoning else CLOSED
-    records = []
+def make_records(o: EvalOptions, decoder, tokenizer, examples, prompts, *how) -> list[dict]:
+    """What the policy was asked and what it says (`how`: see `complete`), for each completion: id,
+    query, target, prompt and completion (text), answer, tokens (ids), logprobs, finished."""
+    opened, records = tokenizer.opening if o.reasoning else CLOSED, []
+    groups = complete(o, decoder, tokenizer, prompts, *how)
     for e, prompt, group in zip(examples, prompts, groups):
         asked = {"id": e.id, "query": e.query, "target": e.target}
-        asked["prompt"] = tokenizer.decode(prompt)
+        asked |= {"prompt": tokenizer.decode(prompt)}
         for completion in group:
             text = opened + tokenizer.decode(completion.tokens)
             said = {"completion": text, "answer": extract_answer(text, e.task)}
@@ -202,8 +191,7 @@ def make_records(o: EvalOptions, tokenizer: Tokenizer, examples, prompts, groups
 def answer_all(o: EvalOptions, decoder, tokenizer, examples, temperature=0.0, k=None) -> list[dict]:
     """`make_records` of one completion for each example, with every metric if there is a target."""
     prompts = make_prompts(o, tokenizer, examples, k)
-    groups = complete(o, decoder, tokenizer, prompts, temperature=temperature)
-    records = make_records(o, tokenizer, examples, prompts, groups)
+    records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
         if record["target"] is not None:
             record |= rouge(record["answer"], record["target"])
@@ -219,7 +207,7 @@ def mean_scores(records: list[dict]) -> dict[str, float]:
 
 
 def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tuple[dict, dict]:
-    """Evaluation: (mean scores, answers by record id), greedy unless a temperature is given."""
+    """(mean scores, answers by record id), greedy unless a temperature is given."""
     records = answer_all(options or EvalOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
@@ -228,13 +216,12 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
 
 
 def write_predictions(path, task: str, records: list[dict]) -> None:
-    """The answers in LaMP's submission format, which its evaluation script reads."""
+    """The answers as LaMP's own evaluation script reads them."""
     golds = [{"id": record["id"], "output": record["answer"]} for record in records]
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 
 
 def line(name: str, scores: dict[str, float]) -> str:
-    """The scores as a line of text."""
     return f"{name:<12}" + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
 
 

@@ -2,8 +2,8 @@
 
 A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
 the same user wrote before. Retrieval ranks the profile by the query, and the best k items stand
-before the question. This is a prompt of the toy with k = 2, its long lines broken or shortened (…);
-at its end the policy begins to write, <think> first:
+before the question. A prompt of the toy with k = 2, long lines broken or shortened (…), after which
+the policy writes, <think> first:
 
     <|im_start|>system
     You infer the user's preferences from the historical records and the query. First reason step by
@@ -22,10 +22,8 @@ at its end the policy begins to write, <think> first:
     'text': 'crystals with singer in cairo on (saturday)' 'title':<|im_end|>
     <|im_start|>assistant
 
-SYSTEM is the first message; in the second are a line of `show` for each item, `instruction` and
-`question`. `build_messages` joins them within a budget, `make_prompts` makes token ids of them. The
-paper gives the parts and their order; the wording is ours. BM25 is Okapi, as rank_bm25 computes it
-and as the authors used it: whitespace tokens, case kept,
+The paper gives the parts and their order; the wording is ours. BM25 is Okapi, as rank_bm25 computes
+it and as the authors used it: whitespace tokens, case kept,
 
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
@@ -39,7 +37,7 @@ import re
 from bisect import bisect
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -47,15 +45,13 @@ import numpy as np
 import torch
 
 import prlm
-from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option, printable
+from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
 
 # ---- Tasks and records -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that makes one task differ from another: to add a task, add an entry to TASKS."""
-
     prefix: str  # the task's own instruction at the start of every input; not part of the query
     fields: dict[str, str]  # a profile item's keys, in the order shown -> the names shown
     request: str  # with a profile it follows "Based on the historical profiles provided, "
@@ -70,7 +66,7 @@ class Task:
         return f"generated {self.answer}"
 
 
-TASKS = {
+TASKS = {  # to add a task, add an entry: all that makes it differ from others is in it
     "LaMP-4": Task(
         prefix="Generate a headline for the following article: ",
         fields={"text": "text", "title": "title"},
@@ -105,31 +101,27 @@ def task_of(name: str) -> Task:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One LaMP record. `profile` holds the file's own dictionaries; `target` may be withheld."""
-
+class Example:  # one LaMP record
     id: str
     user_id: str
     task: str
     query: str
-    profile: list[dict]
-    target: str | None
+    profile: list[dict]  # the file's own dictionaries
+    target: str | None  # None where it is withheld
 
 
 # ---- Retrieval -------------------------------------------------------------------------------
 
 
 class BM25:
-    """Retrieval: Okapi BM25 over tokenised documents. A profile is small: each gets a new index."""
+    """Okapi BM25 over tokenised documents. A profile is small: each gets a new index."""
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
-        and norm [N], k1 (1 - b + b |d|/mean) of each document.
-
-        `idf` "okapi" is the formula above: 0 for a word in half of the documents. "lucene" is
-        ln(1 + (N - n + 0.5) / (n + 0.5)), always above 0. The mean idf is over all words, negative
-        ones included; a mean length of 0 counts as 1. Sums and products are taken in rank_bm25's
-        order, so that what ties there ties here. ValueError for another idf."""
+        and norm [N], k1 (1 - b + b |d|/mean) of each document. `idf` "okapi" is the formula above,
+        "lucene" ln(1 + (N - n + 0.5) / (n + 0.5)). The mean idf is over all words, negative ones
+        included; a mean length of 0 counts as 1. Sums and products are in rank_bm25's order, so
+        that what ties there ties here. ValueError for another idf."""
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
         self.k1 = k1
@@ -148,8 +140,7 @@ class BM25:
         self.norm = k1 * (1 - b + b * lengths / (lengths.mean() if lengths.any() else 1.0))
 
     def scores(self, query: list[str]) -> np.ndarray:
-        """The score of every document [N]; a repeated query word counts each time, one that no
-        document holds adds 0."""
+        """The documents' scores [N]: a repeated query word counts each time, an unknown one 0."""
         scores = np.zeros(len(self.norm))
         for word in query:
             if found := self.counts.get(word):
@@ -161,13 +152,12 @@ class BM25:
 
 def show(item: dict, task: str) -> str:
     """A profile item as the corpus and the prompt show it: 'text': 'We are.' 'title': 'Open'"""
-    fields = TASKS[task].fields.items()
-    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in fields)
+    named = TASKS[task].fields.items()
+    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in named)
 
 
 def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> list[dict]:
-    """Retrieval: the best k of the profile's own dictionaries, best first; fewer if it has fewer.
-
+    """The best k of the profile's own dictionaries, best first; fewer if it has fewer.
     Items that tie, at 0 too, keep the profile's order. bm25 (Okapi's idf) and lucene split the
     items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
     newest first (a date is a year, perhaps a month, a day, a time); random is the same draw for the
@@ -225,24 +215,20 @@ def question(task: str, query: str) -> str:
 
 
 def answer_block(task: str) -> str:
-    """The form of an answer that the prompt asks for, with {} for its text."""
+    """An answer in the form that the prompt asks for, with {} for its text."""
     return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
 
 
-def one_line(answer: str) -> str:
-    """The answer without line breaks, since `extract_answer` reads one line."""
+def one_line(answer: str) -> str:  # `extract_answer` reads one
     return re.sub(r"\s*\n\s*", " ", answer.strip())
 
 
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
-    """Prompt: the system message, then one user message of lines: `show` of each item,
-    `instruction`, `question`.
-
-    With a tokenizer and a budget, `tokenizer.chat` of them has at most `max_prompt_tokens` ids:
-    every field, of the items and of the query, is cut to the same number of tokens, the largest
-    that fits. So a short title stays whole beside a long text, and what one field leaves unused
-    goes to the others. Where one token of each is too much, the last items are left out. ValueError
-    if even the bare instruction is too long."""
+    """SYSTEM, then one user message of lines: `show` of each item, `instruction`, `question`. With
+    a tokenizer and a budget, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: every
+    field, of the items and of the query, is cut to the same number of tokens, the largest that
+    fits, so what short ones leave goes to the others. Where one token of each is too much, the last
+    items are left out. ValueError if even the bare instruction is too long."""
     fields = TASKS[example.task].fields
 
     def messages(most: int | None, items: list[dict]) -> list[dict]:
@@ -273,9 +259,8 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
 
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
-    """Prompt: the token ids of `build_messages` for each example, with `k` items (default o.k)."""
-    rank = make_ranker(o)
-    said = None if o.reasoning else CLOSED
+    """The token ids of `build_messages` for each example, with `k` items (default o.k)."""
+    rank, said = make_ranker(o), None if o.reasoning else CLOSED
     budget, prompts = o.max_prompt_tokens - len(tokenizer.fill(said or "")), []
     for example in prlm.progress(examples, "prompts", delay=1):
         items = rank(example, o.k if k is None else k)
@@ -288,12 +273,10 @@ def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> 
 
 def load_lamp(directory, task: str, split: str) -> list[Example]:
     """The records of a split ("train" | "dev" | "test"), in file order, outputs joined by id.
-
     The files are in `directory` or its LaMP_4 (LaMP_4_time, as the authors name it), or there in a
     folder named after the split. Only "test" may lack outputs. ValueError names file and record."""
     task_of(task)  # ValueError for an unknown one
-    folder = task.replace("-", "_")
-    name = f"{split}_questions.json"
+    folder, name = task.replace("-", "_"), f"{split}_questions.json"
     places = [Path(directory, a, b) for a in ("", folder, f"{folder}_time") for b in (split, "")]
     path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
@@ -316,8 +299,8 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
         golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # only a str
     asked, given = Counter(e.id for e in examples), Counter(id for id, _ in golds)
     if odd := [id for id in asked | given if not asked[id] == given[id] == 1]:
-        wrong = "has not one question and one output"
-        raise ValueError(f"{path}: record {odd[0]!r} {wrong} ({len(odd)} such records)")
+        wrong = f"has not one question and one output ({len(odd)} such records)"
+        raise ValueError(f"{path}: record {odd[0]!r} {wrong}")
     targets = dict(golds)
     return [replace(example, target=targets[example.id]) for example in examples]
 
@@ -344,20 +327,17 @@ class Dense:
 
     @torch.no_grad()
     def embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        """Unit vectors [N, H]."""
-        encoder, found = self.encoder, []
-        limit = min(512, encoder.max_length)
+        encoder, limit, found = self.encoder, min(512, self.encoder.max_length), []
         rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
         for start in range(0, len(rows), 32):
             ids = Ragged(rows[start : start + 32], encoder.embeddings.LayerNorm.weight.device)
             hidden = encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
             total = (hidden * ids.mask[..., None]).sum(1)  # the mean's direction
             found.append(torch.nn.functional.normalize(total).cpu())
-        return torch.cat(found).numpy()
+        return torch.cat(found).numpy()  # [N, H], of length 1
 
     def scores(self, query: str, texts: list[str]) -> np.ndarray:
-        """Cosine similarity of the query to each text [N]."""
-        return self.embed_profile(tuple(texts)) @ self.embed((query,))[0]
+        return self.embed_profile(tuple(texts)) @ self.embed((query,))[0]  # [N] cosines
 
 
 load_dense = cache(lambda directory, device: Dense(prlm.load_encoder(directory, device)))
@@ -367,7 +347,7 @@ def make_ranker(o: "PromptOptions"):
     """rank(example, k) with the retriever that the options ask for."""
     wanted = o.retriever == "dense" and o.encoder
     dense = load_dense(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
-    return lambda example, k: retrieve(example, k, o.retriever, o.seed, dense)
+    return partial(retrieve, retriever=o.retriever, seed=o.seed, dense=dense)
 
 
 @dataclass
@@ -397,8 +377,8 @@ class Options(PromptOptions):
 def main(o: Options) -> None:
     examples, tokenizer = load_examples(o, o.split), prlm.load_tokenizer(o.model)
     for e, prompt in zip(examples, make_prompts(o, tokenizer, examples[: o.show])):
-        print(f"--- record {printable(e.id)}: {len(prompt)} tokens, target {e.target!r}")
-        print(printable(tokenizer.decode(prompt)))  # without the control tokens
+        print(f"--- record {prlm.printable(e.id)}: {len(prompt)} tokens, target {e.target!r}")
+        print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
 
 
 if __name__ == "__main__":

@@ -5,23 +5,19 @@ A completion o with answer a for a query q whose user really wrote y earns
   R(o) = 1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
-  personalization = sigmoid(s), s the score of one of two judges
+  personalization = sigmoid(s), s a judge's score: at most .1 in all, it decides where ROUGE ties
 
-So the judge adds at most .1: it decides where ROUGE ties. An empty LaMP-4 answer has -10 in its
-place, as in the authors' code, and dominates its group's standard deviation, which divides all
-advantages.
-
---judge bert is the paper's: s(q, a) of a BERT cross-encoder. It learns, without labels, to tell an
-answer that the policy gave WITH the user's profile d (a+) from ones it gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 in its place, as in the authors' code. --judge bert is the paper's, a
+BERT cross-encoder s(q, a). It learns, without labels, to tell an answer that the policy gave WITH
+the user's profile d (a+) from ones it gave without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
-can learn what personal answers have in common, not whose style an answer has. All answers come from
-the policy before RL and the judge is never trained again: the further the policy moves, the less of
-its answers the judge has seen. InfoNCE fixes scores only up to a constant for each query, so
-sigmoid(s) is no calibrated probability; but GRPO compares answers to one query, where the constant
-cancels, nearly. --judge ratio is this project's own: see `likelihood_ratio`.
+can learn what personal answers have in common, not whose style an answer has. It is trained once,
+on answers of the policy before RL: the further the policy moves, the less it knows of its answers.
+And InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but
+GRPO compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
 
     python reward.py --out runs/reward
     python reward.py --judge ratio --out runs/ratio"""
@@ -41,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import prlm
-from eval import EvalOptions, complete, extract_answer, is_placeholder, make_records, rouge
+from eval import EvalOptions, extract_answer, is_placeholder, make_records, rouge
 from prlm import Decoder, Encoder, Ragged, Tokenizer, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
@@ -51,9 +47,8 @@ PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the
 
 
 def format_reward(completion: str) -> float:
-    """Paper: reward. 1 if a line that begins with </think> closes the last <think>, else 0.
-
-    The opening tag is not asked for: some chat formats put it into the prompt."""
+    """1 if a line that begins with </think> closes the last <think>, else 0. The opening tag is not
+    asked for: some chat formats put it into the prompt."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
@@ -65,12 +60,10 @@ def rewards(
     completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """Paper: reward. For each completion its answer, the three parts, unweighted, and their
-    weighted sum, the "reward"; the last three arguments are the weights.
-
-    An answer that is empty, or an echo of the placeholder, earns no accuracy and is not shown to
-    the judge; its personalization is the task's penalty (LaMP-4: -10), because a learned judge
-    likes such answers and RL finds out. ValueError unless the judge gives each a finite number."""
+    """For each completion its answer, the three parts, unweighted, and their weighted sum, the
+    "reward"; the last three arguments are the weights. An answer that is empty or an echo of the
+    placeholder earns no accuracy and is not shown to the judge: its personalization is the task's
+    penalty. ValueError unless the judge gives each a finite number."""
     rows, judged = [], []  # `judged`: (row, example) of what the judge will see
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
@@ -100,15 +93,15 @@ def rewards(
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
-    """Paper: reward. InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B,
-    in nats. A negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
+    """InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B, in nats. A
+    negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 class RewardModel(nn.Module):
-    """Paper: reward. s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one
-    linear output. Its weights have the names of transformers' BertForSequenceClassification."""
+    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output.
+    The weights have the names of transformers' BertForSequenceClassification."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -123,10 +116,9 @@ class RewardModel(nn.Module):
         self.eval()
 
     def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch.
-
-        The classifier reads tanh(pooler(hidden state of [CLS])), in training mode through a dropout
-        of the encoder's rate. A pair is cut to `limit` tokens."""
+        """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch. The
+        classifier reads tanh(pooler(hidden state of [CLS])), in training mode through a dropout of
+        the encoder's rate. A pair is cut to `limit` tokens."""
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), self.limit) for q, a in pairs]
         ids, types = (Ragged(part, self.classifier.weight.device) for part in zip(*rows))
@@ -161,23 +153,20 @@ class RewardOptions(EvalOptions):
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
-    """Paper: reward. [{"id", "query", "positive", "negatives"}]: an answer with the profile against
-    one without, as the policy gives them before RL. Sampled at T = 0.7, each kind with noise of its
-    own, else the two would begin alike. A pair with an empty answer is dropped."""
+    """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
+    as the policy gives them before RL. Sampled at T = 0.7, each kind with noise of its own, else
+    the two would begin alike. A pair with an empty answer is dropped."""
 
-    def answers(purpose: str, k: int) -> list[str]:
-        prompts, count = make_prompts(o, tokenizer, examples, k), o.pairs_per_query
-        groups = complete(o, decoder, tokenizer, prompts, count, 0.7, (purpose,))
-        return [r["answer"] for r in make_records(o, tokenizer, examples, prompts, groups)]
+    def answers(kind: str, k: int) -> list[dict]:
+        prompts, how = make_prompts(o, tokenizer, examples, k), (o.pairs_per_query, 0.7)
+        return make_records(o, decoder, tokenizer, examples, prompts, *how, (f"answers {kind}",))
 
-    with_profile = answers("answers with profile", o.k)
-    without_profile = answers("answers without profile", 0)
-    asked = [example for example in examples for _ in range(o.pairs_per_query)]
-    return [
-        {"id": e.id, "query": e.query.strip(), "positive": own, "negatives": [other]}
-        for e, own, other in zip(asked, with_profile, without_profile, strict=True)
-        if own and other
-    ]
+    pairs = []
+    for a, b in zip(answers("with profile", o.k), answers("without profile", 0), strict=True):
+        if a["answer"] and b["answer"]:
+            asked = {"id": a["id"], "query": a["query"].strip()}
+            pairs.append(asked | {"positive": a["answer"], "negatives": [b["answer"]]})
+    return pairs
 
 
 def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
@@ -209,9 +198,8 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
-    """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean.
-
-    As many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted."""
+    """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean. As
+    many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted."""
     texts = 1 + max(len(pair["negatives"]) for pair in pairs)
     longest = max(len(p["query"]) + max(map(len, (p["positive"], *p["negatives"]))) for p in pairs)
     longest = min(model.limit, longest)  # a token has at least one character
@@ -226,7 +214,7 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
 
 
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
-    """Paper: reward. Trains the model in place; returns a report on the queries held out."""
+    """Trains the model in place; returns a report on the queries held out."""
     kept, held = split_pairs(pairs, o.seed)
     steps = o.reward_epochs * math.ceil(len(kept) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
@@ -262,14 +250,12 @@ def likelihood_ratio(
     answers: list[list[list[int]]], tokens_per_batch: int = 8192,
 ) -> Tensor:  # fmt: skip
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
-
     Both lists [P] are prompts for the same queries; the answers [P][G] continue either, and an
     empty one has 0. Why this is the judge to have: shown a+ ~ p(a | q, d) among a1- .. aN- ~
     p(a | q), the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
     w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that, so
     its minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
-    (van den Oord et al. 2018; Poole et al. 2019). Here pi takes the place of p, with its reasoning
-    closed and at temperature 1: it has written both kinds of answers."""
+    (van den Oord et al. 2018; Poole et al. 2019). Here pi, at temperature 1, is in p's place."""
     group_size = len(answers[0]) if answers else 0
 
     def log_likelihood(prompts: list[list[int]]) -> Tensor:
@@ -286,13 +272,10 @@ def likelihood_ratio(
 
 
 def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
-    """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy:
-    the probability that a was written with the profile, if both were equally likely beforehand.
-
-    What the query explains cancels out: an answer on another topic is worth as much. So where no
-    accuracy is rewarded beside it, keep the policy near the base with --beta. With the ratio itself
-    as the reward the best policy is pi(a | q, d) (pi(a | q, d) / pi(a | q))^(1 / beta) up to a
-    constant: more of what the profile adds, on the topic that pi would choose."""
+    """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy
+    with its reasoning closed: the probability that a was written with the profile, if both were
+    equally likely beforehand. What the query explains cancels out, so an answer on another topic is
+    worth as much: without accuracy beside it, keep the policy near the base with --beta."""
     how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
@@ -300,11 +283,10 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
         # equal ids and queries, but other profiles (the swap test's do): `is` tells them apart.
         runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
         asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
-        with_profile, without = (make_prompts(how, tokenizer, asked, k) for k in (o.k, 0))
+        prompts = (make_prompts(how, tokenizer, asked, k) for k in (o.k, 0))
         ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
         padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
-        budget = o.tokens_per_micro_batch
-        ratios = likelihood_ratio(decoder, with_profile, without, padded, budget)  # [P, G]
+        ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
         shares = ratios.double().sigmoid().tolist()  # float32 would round those above 17 nats to 1
         return [x for row, run in zip(shares, runs, strict=True) for x in row[: len(run)]]
 
@@ -313,50 +295,50 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text scores higher with the user's own profile than with another
-    user's; ties are a half. .5 is chance, and what a judge has that does not see the profile. None
+    user's, ties half; .5 is chance, and what a judge has that does not see the profile. None
     without a second user: users that share a profile item count as one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
-    own, swapped = [], []
+    pairs = []
     for n, e in enumerate(examples):
         others = (x for x in (*examples[n + 1 :], *examples[:n]) if x.user_id != e.user_id)
         if other := next((x for x in others if not items[id(e)] & items[id(x)]), None):
-            own.append(e)
-            swapped.append(replace(e, profile=other.profile))
-    if not own:
+            pairs.append((e, replace(e, profile=other.profile)))
+    if not pairs:
         return None
-    texts = [e.target for e in own]
-    pairs = zip(judge(own, texts), judge(swapped, texts), strict=True)
-    return sum(0.5 if a == b else float(a > b) for a, b in pairs) / len(own)
+    texts = [e.target for e, _ in pairs]
+    scores = zip(*(judge([*asked], texts) for asked in zip(*pairs)), strict=True)
+    return sum(0.5 if own == other else float(own > other) for own, other in scores) / len(pairs)
 
 
 # ==== Below: not the method =====================================================================
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
-    """Writes it as transformers' BertForSequenceClassification with one label."""
-    head = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "personal"}}
-    raw = model.bert.raw | head | {"label2id": {"personal": 0}}
+    """As transformers' BertForSequenceClassification with one label."""
+    labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
+    raw = model.bert.raw | {"architectures": ["BertForSequenceClassification"]} | labels
     prlm.save_checkpoint(model.state_dict(), raw, model.tokenizer, directory)
 
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
-    model, part = RewardModel(prlm.load_encoder(directory, device)), "classifier."
+    model = RewardModel(prlm.load_encoder(directory, device))
     tensors = prlm.read_safetensors(Path(directory) / "model.safetensors")
-    head = {n.removeprefix(part): x for n, x in tensors.items() if n.startswith(part)}
     with prlm.faults_in(directory):
+        head = {name: tensors[f"classifier.{name}"] for name in ("weight", "bias")}
         model.classifier.load_state_dict(head)
     return model
 
 
 def check_judge(o: RewardOptions) -> None:
     """ValueError for a judge that would have nothing to tell apart."""
-    trained = o.judge == "bert" and o.reward_model
-    if not trained and (o.k == 0 or o.retriever == "none"):
+    if o.judge == "bert" and o.reward_model:
+        return
+    if o.k == 0 or o.retriever == "none":
         none = "--k 0" if o.k == 0 else "--retriever none"
         text = f"--judge {o.judge} compares answers with and without a profile: {none} leaves none"
         raise ValueError(f"{text}. Take --personalization 0")
-    if o.judge == "bert" and not trained and o.encoder is None:
+    if o.judge == "bert" and o.encoder is None:
         raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
 
 
@@ -388,7 +370,6 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
 
 
 def describe(report: dict) -> str:
-    """What is known of a judge, as text."""
     known = {key: round(value, 3) for key, value in report.items() if value is not None}
     return ", ".join(f"{key} {value}" for key, value in known.items())
 

@@ -9,15 +9,14 @@ One step, for P prompts with G completions each:
                  -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta (exp(d) - d - 1)
                  with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
 
-With one update per rollout the ratio is exactly 1, and the "grpo" loss is 0 up to rounding, since
-the advantages of a group sum to 0. Its gradient is not 0: that of ratio A at ratio 1 is
-A grad log pi, so the step is REINFORCE with the group's mean as baseline. Watch the reward instead.
+With one update per rollout the ratio is 1, and the "grpo" loss is 0 up to rounding, since a group's
+advantages sum to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is
+REINFORCE with the group's mean as baseline. Watch the reward instead.
 
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` in the log watches it); length penalties, and new samples for groups
-whose rewards are all equal (both change what is compared, and the paper has neither). Every random
-choice is a function of (seed, purpose, step), so a run saves no generator state. The policy is
-trained on the very ids that it sampled: no text is tokenized again.
+whose rewards are all equal (the paper has neither). The policy is trained on the very ids that it
+sampled. Every random choice is a function of (seed, purpose, step): no generator's state is saved.
 
     python rl.py                                        # the toy, on a CPU, in minutes
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ...  # on four GPUs"""
@@ -53,10 +52,9 @@ Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
-    """Paper: optimization. (r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's
-    correction; "none" does not divide (Dr. GRPO). A group whose rewards are equal up to rounding
-    (8 eps of the largest), or a group of one, gets exact zeros: it does not say which completion
-    was better. ValueError for another scale."""
+    """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
+    not divide (Dr. GRPO). A group whose rewards are equal up to rounding (8 eps of the largest), or
+    a group of one, gets exact zeros. ValueError for another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -73,15 +71,15 @@ LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would o
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Paper: optimization. Each token's KL(policy | reference) as exp(d) - d - 1, d = ref - policy:
-    unbiased on tokens that the policy sampled, never negative (Schulman 2020)."""
+    """Each token's KL(policy | reference) as exp(d) - d - 1, d = ref - policy: unbiased on tokens
+    that the policy sampled, never negative (Schulman 2020)."""
     difference = ref_logprobs - logprobs
     return difference.clamp(max=LARGEST).exp() - difference - 1
 
 
 def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = None) -> Tensor:
-    """Paper: optimization. Each token's weight in the loss of a step, [P, G, C]; 0 off the mask.
-    "grpo": 1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
+    """Each token's weight in the loss of a step, [P, G, C]; 0 off the mask. "grpo":
+    1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
     1 / (P G max_new_tokens). ValueError for another name, or "dr_grpo" without max_new_tokens."""
     mask, completions = mask.float(), mask.shape[0] * mask.shape[1]
     if normalizer == "grpo":
@@ -100,10 +98,10 @@ def grpo_loss(
     beta: float = 0.0, normalizer: str = "grpo", max_new_tokens: int | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Paper: optimization. The loss of step 4, a scalar: log-probabilities and mask [P, G, C],
-    advantages [P, G]. `clip_high` widens the upper side of the clip (DAPO). What lies outside the
-    mask never counts, NaN included. `weights` are `token_weights` of this mask, or, for a
-    micro-batch, its part of those of the whole step. ValueError: beta without ref_logprobs."""
+    """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
+    `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
+    NaN included. `weights` are `token_weights` of this mask, or, for a micro-batch, its part of
+    those of the whole step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -152,8 +150,6 @@ class Options(RewardOptions):
 
 @dataclass
 class Policy:
-    """The model in training and the copies that belong to it."""
-
     decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
     sampler: Decoder  # what generates: the decoder itself, or its copy in the products' precision
     tokenizer: Tokenizer
@@ -161,13 +157,11 @@ class Policy:
 
 
 def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list[dict]:
-    """Paper: optimization, steps 1 to 3. A line of samples.jsonl for each of the P G completions,
-    group by group."""
+    """Steps 1 to 3: a line of samples.jsonl for each of P G completions, group by group."""
     # 1. roll out
     G, batch = o.group_size, math.ceil(len(prompts) / prlm.world()[1]) * o.group_size
-    how = (G, o.temperature, ("rollout", step), batch)
-    groups = scoring.complete(o, policy.sampler, policy.tokenizer, prompts, *how)
-    rows = scoring.make_records(o, policy.tokenizer, examples, prompts, groups)
+    how = (policy.sampler, policy.tokenizer, examples, prompts, G, o.temperature)
+    rows = scoring.make_records(o, *how, ("rollout", step), batch)
     # 2. reward
     asked = [example for example in examples for _ in range(G)]  # [P*G]
     weights = {name: getattr(o, name) for name in PARTS}
@@ -180,22 +174,17 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
-    """Paper: optimization, step 4. `updates_per_rollout` optimizer steps on one rollout; returns
-    `update_metrics` of the last. All log-probabilities are at the sampling temperature. pi_old is
-    the decoder at its first pass over the rollout; the sampler may be a bfloat16 copy."""
-    completions = in_groups(o, [row["tokens"] for row in rows])  # [P][G]
-    device = policy.decoder.head.device
+    """Step 4, `updates_per_rollout` times; returns the last `update_metrics`. pi_old is the decoder
+    at its first pass over the rollout: the sampler may be a bfloat16 copy."""
+    device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
-    # From lengths, never from ids: padding may have the id of the end of a sequence.
-    lengths = torch.tensor([len(row["tokens"]) for row in rows]).view(-1, o.group_size, 1)
-    mask = torch.arange(int(lengths.max())) < lengths  # [P, G, C]
+    mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)  # [P, G, C]
     if o.mask_truncated:
-        mask &= by_group(o, rows, "finished").bool()[..., None]
-    mask = mask.to(device)
+        mask &= by_group(o, rows, "finished").bool().to(device)[..., None]
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
-        for batch, *asked in my_batches(o, prompts, completions):
+        for batch, *asked in my_batches(o, prompts, tokens):
             logprobs, _ = prlm.token_logprobs(policy.decoder, *asked, o.temperature)
             part = (batch, slice(None), slice(logprobs.shape[-1]))  # of the tensors [P, G, C]
             new[part] = logprobs.detach()
@@ -212,22 +201,19 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     return update_metrics(o, rows, advantages, mask, new, old, ref) | {"grad_norm": norm}
 
 
-def in_groups(o: Options, rows: list) -> list[list]:
-    return [rows[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
-
-
 def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
-    """One number of each completion's line. [P, G]"""
-    return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)
+    return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)  # [P, G]
 
 
 def my_batches(o: Options, prompts, completions) -> list[tuple]:
-    """This process's share in micro-batches: (indices, their prompts, their groups, all whole)."""
-    mine = prlm.my_share(range(len(prompts)))
-    sizes = [len(prompts[n]) + sum(map(len, completions[n])) for n in mine]
+    """This process's share of P prompts and P G completions in micro-batches of whole groups:
+    (indices [p], prompts [p], completions [p][G])."""
+    G, mine = len(completions) // len(prompts), prlm.my_share(range(len(prompts)))
+    groups = [completions[n : n + G] for n in range(0, len(completions), G)]
+    sizes = [len(prompts[n]) + sum(map(len, groups[n])) for n in mine]
     batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
     chosen = [[mine[n] for n in batch] for batch in batches]
-    return [(c, [prompts[n] for n in c], [completions[n] for n in c]) for c in chosen]
+    return [(c, [prompts[n] for n in c], [groups[n] for n in c]) for c in chosen]
 
 
 def optimizer_step(optimizer) -> float:
@@ -255,8 +241,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples: each step goes on where the last one stopped, the first behind
-    `start` examples. Every epoch has a shuffle of its own."""
+    """Indices of a step's examples: step 0 begins after `start` of them, each later one where the
+    last one stopped. Every epoch has a shuffle of its own."""
     read, order = range(start + step * size, start + (step + 1) * size), {}
     for epoch in {n // count for n in read}:
         order[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
@@ -299,8 +285,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     refresh(policy)  # to nearest, as whoever loads the checkpoint will have it
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
-    # Last: it says that all is there.
-    scoring.write_predictions(out / "predictions.json", o.task, records)
+    scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
 
 
 def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
@@ -342,8 +327,8 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # for so many items: a title, or how a 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The completion to imitate for each training record, as ids that end with the EOS id: quotes
-    of three retrieved items as the reasoning, then what the user really wrote as the answer.
-    --no-reasoning omits the block. A <think> that ends the prompt already is not repeated."""
+    of three retrieved items as the reasoning, which --no-reasoning omits, then what the user really
+    wrote as the answer. A <think> that ends the prompt already is not repeated."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
     for example in examples:
@@ -359,8 +344,8 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
 
 
 def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
-    """Makes the policy, in place, that of a checkpoint of its own after --warm-start steps.
-    A step is cross-entropy on 8 whole completions, in nats per token."""
+    """Makes the policy, in place, that of a checkpoint of its own after --warm-start steps. A step
+    is cross-entropy on 8 whole completions, in nats per token."""
     folder = out / "warm_start"
     if not o.warm_start:
         return
@@ -372,17 +357,17 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
 
         def take(step: int, optimizer) -> str:
             chosen = choose(len(train), step, 8, o.seed)
-            asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]
-            tokens, total = sum(len(targets[n]) for n in chosen), 0.0
+            asked, wanted = [prompts[n] for n in chosen], [targets[n] for n in chosen]
+            tokens, total = sum(map(len, wanted)), 0.0
             for _, *batch in my_batches(o, asked, wanted):
                 loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
                 loss.backward()
                 total += loss.item()
-            line = {"step": step + 1, "loss": sum(prlm.gather(total))}
-            line["grad_norm"] = optimizer_step(optimizer)
+            loss = sum(prlm.gather(total))
+            line = {"step": step + 1, "loss": loss, "grad_norm": optimizer_step(optimizer)}
             prlm.append(folder / "metrics.jsonl", [line])
             loud = (step + 1) % max(1, o.warm_start // 5) == 0
-            return f"warm start, step {step + 1}: {line['loss']:.3f} nats per token" if loud else ""
+            return f"warm start, step {step + 1}: {loss:.3f} nats per token" if loud else ""
 
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
@@ -398,9 +383,10 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
     rows = roll_out(o, policy, None, shown, make_prompts(o, policy.tokenizer, shown), "look")
     answers = ["" if scoring.is_placeholder(a, o.task) else a for a in (r["answer"] for r in rows)]
+    groups = [answers[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
     differing = by_group(o, rows, "advantage").any(1)
     if o.personalization:  # a judge would value answers differently
-        differing |= torch.tensor([len({*group} - {""}) > 1 for group in in_groups(o, answers)])
+        differing |= torch.tensor([len({*group} - {""}) > 1 for group in groups])
     found = {"answered": sum(map(bool, answers)) / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
     found["groups_with_spread"] = differing.float().mean().item()
@@ -417,15 +403,11 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 
 # ==== Below: not the method =====================================================================
 
-# ---- The policy and its copies -------------------------------------------------------------------
-
 
 def make_policy(o: Options) -> Policy:
-    """The checkpoint o.model, ready to be trained as the options ask.
-
-    AdamW needs float32 weights: at a learning rate of 1e-6 a bfloat16 weight would never move. With
-    LoRA only the adapters move, so the frozen base may be as small as the products are, and the
-    decoder, adapters on, samples itself."""
+    """The checkpoint o.model, ready to be trained as the options ask. AdamW needs float32 weights:
+    at a learning rate of 1e-6 a bfloat16 weight would never move. With LoRA only the adapters do,
+    so the base may be as small as the products are, and the decoder samples itself."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
@@ -443,8 +425,8 @@ def make_policy(o: Options) -> Policy:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed they
-    are rounded at random, up or down in proportion to the distance: rounded to nearest, a copy
-    would not follow at all where steps are small (20 of 1e-6: .09 of the change arrives)."""
+    are rounded at random, up or down in proportion to the distance: rounded to nearest, the copy
+    would hardly follow small steps."""
     device = policy.decoder.head.device
     noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
@@ -462,7 +444,7 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
-# ---- The log of a step ---------------------------------------------------------------------------
+# ---- What a run leaves: its log, saved states, scores --------------------------------------------
 
 METRICS = {  # the keys of a line of metrics.jsonl: means over all completions of the step
     "step": "counted from 1",
@@ -472,8 +454,8 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "format": "share that close their reasoning, before its weight",
     "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
     "spread": "standard deviation of the reward within a group, averaged: 0 teaches nothing",
-    "zero_spread_groups": "share of groups whose completions all earned the same. Near 1 is good "
-    "where the reward is high; else try a higher --temperature or --group-size",
+    "zero_spread_groups": "share whose completions all earned the same: good where the reward is "
+    "high, else try a higher --temperature or --group-size",
     "truncated": "share cut off at --max-new-tokens; where it is high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy no longer explores",
@@ -482,8 +464,8 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
     "kl": "k3 estimate per token, in nats: how far from the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
     "gap": "largest difference of a token's log-probability between sampler and trainer: 1e-4 in "
-    "float32, .1 to .3 in bfloat16 (.0004 to .03 on average). Much more: stop, the two disagree",
-    "gap_mean": "its mean over tokens",
+    "float32, .1 to .3 in bfloat16; with much more the two disagree, so stop",
+    "gap_mean": "its mean over tokens: .0004 to .03 in bfloat16",
     "tokens_per_second": "prompt and completion tokens, over the whole step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
@@ -494,11 +476,10 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over all completions o
 def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dict[str, float]:
     """The part of METRICS that a rollout shows."""
     means = {name: by_group(o, rows, name).mean().item() for name in ("reward", *PARTS)}
-    teaches = by_group(o, rows, "advantage").any(1).float()
     count = sum(len(row["tokens"]) for row in rows)
     return means | {
         "spread": by_group(o, rows, "reward").std(1).mean().item(),
-        "zero_spread_groups": 1 - teaches.mean().item(),
+        "zero_spread_groups": 1 - by_group(o, rows, "advantage").any(1).float().mean().item(),
         "truncated": sum(not row["finished"] for row in rows) / len(rows),
         "completion_tokens": count / len(rows),
         "entropy": -sum(sum(row["logprobs"]) for row in rows) / count,
@@ -508,8 +489,8 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
 
 
 def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[str, float]:
-    """The part of METRICS that an update shows, of tensors [P, G, C]: the log-probabilities of the
-    last pass, of the first, of the reference."""
+    """The part of METRICS that an update shows: new, old, ref [P, G, C] are the log-probabilities
+    of its last pass, its first, and the reference."""
     for x in (new, old, ref) if dist.is_initialized() else ():
         dist.all_reduce(x)  # each process has filled its share, and has 0 elsewhere
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
@@ -526,9 +507,6 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
         "gap": max(gap.tolist(), default=0.0),
         "gap_mean": gap.sum().item() / count,
     }
-
-
-# ---- What a run leaves: saved states, scores, its end ------------------------------------------
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
@@ -589,18 +567,17 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 def stop_after_step():
     """Ctrl-C and SIGTERM wait until the step is done and saved; a second one does not. Yields a
     function that says which signal has come, or 0."""
-    came, both = 0, (signal.SIGINT, signal.SIGTERM)
+    came, both = [0], (signal.SIGINT, signal.SIGTERM)
 
     def ask(number, _frame) -> None:
-        nonlocal came
-        came = number
+        came.append(number)
         for each in both:
             signal.signal(each, signal.SIG_DFL)
         say("\nstopping after this step; again: at once")
 
     before = {number: signal.signal(number, ask) for number in both}
     try:
-        yield lambda: max(prlm.gather(came))  # whichever of the processes was asked
+        yield lambda: max(prlm.gather(came[-1]))  # whichever of the processes was asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -635,8 +612,8 @@ def report(out: Path) -> None:
     pairs = zip(*map(prlm.read_lines, files), strict=True)
     before, after = max(pairs, key=lambda two: two[1].get("rouge-l", 0) - two[0].get("rouge-l", 0))
     shown = {"prompt": after["prompt"].rpartition("</answer>\n")[2]}
-    shown |= {"the user wrote": after["target"], "before RL": before["completion"]}
-    shown |= {"after RL": after["completion"]}
+    shown |= {"the user wrote": after["target"]}
+    shown |= {"before RL": before["completion"], "after RL": after["completion"]}
     print(f"\nthe held-out record that gained most, {after['id']}:")
     for title, text in shown.items():
         print(f"--- {title}\n{prlm.printable(str(text)).strip()}")

@@ -296,7 +296,7 @@ class TestPairs:
             said = [[f"{{'title': '{answer}'}}" for answer in group] for group in groups]
             return [[prlm.Completion(tokenizer.encode(x), [], True) for x in row] for row in said]
 
-        monkeypatch.setattr(reward, "complete", fake)
+        monkeypatch.setattr("eval.complete", fake)
         o = reward.RewardOptions(pairs_per_query=4, k=2)
         assert reward.build_pairs(o, None, tokenizer, examples) == [
             {"id": e.id, "query": e.query.strip(), "positive": f"with {e.id} {n}",
