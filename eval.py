@@ -23,7 +23,7 @@ import prlm
 from prlm import Completion, Decoder, Tokenizer, option
 from retrieve import CLOSED, PromptOptions, Split, load_examples, make_prompts, task_of
 
-# ---- Metrics of two texts --------------------------------------------------------------------
+# ---- The paper's evaluation: metrics of two texts --------------------------------------------
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
 

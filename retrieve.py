@@ -22,8 +22,9 @@ the policy writes, <think> first:
     'text': 'crystals with singer in cairo on (saturday)' 'title':<|im_end|>
     <|im_start|>assistant
 
-The paper gives the parts and their order; the wording is ours. BM25 is Okapi, as rank_bm25 computes
-it and as the authors used it: whitespace tokens, case kept,
+`build_messages` joins the parts, `make_prompts` and `Tokenizer.chat` make ids of them. The paper
+gives the parts and their order; the wording is ours. BM25 is Okapi, as rank_bm25 computes it and as
+the authors used it: whitespace tokens, case kept,
 
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
@@ -110,7 +111,7 @@ class Example:  # one LaMP record
     target: str | None  # None where it is withheld
 
 
-# ---- Retrieval -------------------------------------------------------------------------------
+# ---- The paper's retrieval -------------------------------------------------------------------
 
 
 class BM25:
@@ -189,7 +190,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
     return [profile[n] for n in np.argsort(-scores, kind="stable")[:k]]
 
 
-# ---- The personalized prompt -----------------------------------------------------------------
+# ---- The paper's prompt ----------------------------------------------------------------------
 
 SYSTEM = (
     "You infer the user's preferences from the historical records and the query. First reason "

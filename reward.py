@@ -7,9 +7,10 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s a judge's score: at most .1 in all, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in its place, as in the authors' code. --judge bert is the paper's, a
-BERT cross-encoder s(q, a). It learns, without labels, to tell an answer that the policy gave WITH
-the user's profile d (a+) from ones it gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 in its place, as in the authors' code, and dominates its group's
+standard deviation, which divides all advantages. --judge bert is the paper's, a BERT cross-encoder
+s(q, a). It learns, without labels, to tell an answer that the policy gave WITH the user's profile d
+(a+) from ones it gave without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
@@ -41,7 +42,7 @@ from eval import EvalOptions, extract_answer, is_placeholder, make_records, roug
 from prlm import Decoder, Encoder, Ragged, Tokenizer, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
-# ---- The three parts -----------------------------------------------------------------------------
+# ---- The paper's reward: its three parts ---------------------------------------------------------
 
 PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
 

@@ -48,7 +48,7 @@ from reward import PARTS, RewardOptions, check_judge, make_judge, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 
-# ---- The algorithm (the paper's optimization; Shao et al. 2024) ----------------------------------
+# ---- The paper's optimization: GRPO (Shao et al. 2024) -------------------------------------------
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:

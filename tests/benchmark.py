@@ -10,9 +10,7 @@ the bytes at the measured memory bandwidth, whichever is longer. For a GPU: test
     python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
-On one core of a 2-core AMD server (2 GHz, AVX2), float32, medians of 5 alternating runs; "floor":
-how many times the floor. The rows below the line, and all of TRL's, are of the version before the
-chapters were rewritten, on a faster one:
+On one core of an AMD server (2 GHz, AVX2), float32, medians of 5 runs; the last column is in floors:
 
                                                 ours            peer             ratio  floor
     sample, small, 8 prompts x 8 x 64 tokens    2.17 s          6.55 s           3.0    2.6
@@ -20,12 +18,9 @@ chapters were rewritten, on a faster one:
     BM25, 300 items, 20 words asked             105 users/s     77 users/s       1.4
     BM25, 300 items, 150 words asked            80 users/s      47 users/s       1.7
     ROUGE-1, -2, -L of 10 words                 14,700 pairs/s  5,390 pairs/s    2.7
-    ----
-    sample, 0.5B, 2 prompts x 4 x 32 tokens     20.7 s          41.0 s           2.0    2.9
-    update, 0.5B, the same prompts              35.2 s          130 s            3.7    1.7
 
-A step of GRPO beside TRL's GRPOTrainer: SmolLM2-135M, the toy's prompts, 2 x 4 completions of at
-most 64 tokens, the second core busy; seconds of a median step, GiB at the process's peak:
+A step of GRPO beside TRL's GRPOTrainer, on another machine, commit 9ba772a: SmolLM2-135M, the toy's
+prompts, 2 x 4 completions of at most 64 tokens; seconds of a median step, GiB at the peak:
 
     step, no checkpointing                      31.9 s          78.5 s         2.5
     its memory                                  4.1 GiB         10.0 GiB       2.4

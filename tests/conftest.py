@@ -22,7 +22,6 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 
 def difference(got, expected, relative=0.0, absolute=0.0) -> str:
     """The first place where two values differ and what stands there, in one line; else "".
-
     `relative` is how far numbers may be apart, as a share of the largest one expected."""
     numbers = torch.Tensor | np.ndarray | float
     if isinstance(expected, numbers) and isinstance(got, numbers | int):
@@ -118,6 +117,7 @@ def write_policy(folder, seed=0, answers=ANSWERS):
     """A random Qwen2 whose tokenizer knows bytes and a few whole answers, which it likes."""
     backend = byte_tokenizer()
     backend.add_tokens(["<think>\n", "\n</think>\n", *answers, retrieve.SYSTEM])
+    torch.manual_seed(seed)  # of the biases
     generator = torch.Generator().manual_seed(seed)
     raw = dict(
         model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=272, hidden_size=16,

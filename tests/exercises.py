@@ -1025,7 +1025,6 @@ def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
 
 def grade(e: Exercise, directory: Path) -> dict:
     """Gradescope's results: the exercise with its points, then every test of it, passed or not.
-
     The tests are the reference's own. The points are for all of them: a constant may pass one or
     two, and a function is right or it is not.
     """
@@ -1072,7 +1071,6 @@ def nothing(value):
 
 def cheat(owner, name: str, how: str) -> None:
     """Replaces owner.name by one that answers "0", its "first" answer, or ignores argument `how`.
-
     A method that returns None answers by what it leaves in its object.
     """
     real, first = getattr(owner, name), {}
@@ -1120,7 +1118,6 @@ def variants(e: Exercise):
 
 def agree(e: Exercise) -> str:
     """What the comparison on random input says; a second line follows where it is not content.
-
     Original and second solution must agree. And some mutant must not: else nothing is compared.
     """
     compare, text = importlib.import_module("differentials").compare, reference(e)

@@ -113,7 +113,6 @@ class TestAdapters:
 
     def test_on_a_base_in_bfloat16_all_of_the_change_arrives(self, tmp_path):
         """BA is smaller than a step of bfloat16's grid, on which W lies.
-
         What is sampled, trained and saved is W + BA none the less, measured against float32."""
         base = small().bfloat16().float()
         exact = adapted(copy.deepcopy(base), std=1e-3)

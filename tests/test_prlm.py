@@ -298,7 +298,6 @@ class TestCache:
 
     def test_scores_are_not_rounded_to_bfloat16(self):
         """Real Qwen2 checkpoints have key biases of 170 in their slow rotary channels.
-
         They add several hundred to all scores of a query alike, which the softmax cancels, unless
         the scores were rounded before: then sampler and trainer differ by up to 1.6 nats here."""
         decoder = small(rope_theta=1e6)
@@ -325,7 +324,6 @@ class TestCache:
 
 class Recording(TorchDispatchMode):
     """What a CUDA graph does, on a CPU: the operations of a stretch, on their tensors, once more.
-
     Numbers that Python held meanwhile are as they were, and looking at a tensor's content fails."""
 
     def __init__(self):
@@ -468,7 +466,6 @@ class TestTwins:
     @pytest.mark.parametrize("grid", ["on", "off"])
     def test_equal_weights_score_equally_in_bfloat16(self, grid):
         """float32 weights under bfloat16 products, and the copy that samples: kl is exactly 0.
-
         Whether the checkpoint was published in bfloat16, on its grid, or in float32."""
         policy = small().bfloat16().float() if grid == "on" else small()
         copied = prlm.for_sampling(copy.deepcopy(policy), torch.bfloat16)
