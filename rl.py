@@ -178,7 +178,8 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     at its first pass over the rollout: the sampler may be a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
-    mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)  # [P, G, C]
+    # [P, G, C]; from lengths, never from ids: padding may have the id of the end of a sequence.
+    mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)
     if o.mask_truncated:
         mask &= by_group(o, rows, "finished").bool().to(device)[..., None]
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
