@@ -87,7 +87,7 @@ def bleu(prediction: str, reference: str) -> float:
     return math.exp(brevity + math.fsum(logs) / 4)
 
 
-# ---- The answer in a completion: what this parser cannot read earns no reward --------------------
+# ---- The answer in a completion: what this parser cannot read earns no accuracy ------------------
 
 MARKS = {mark: f"[{sort}]" for sort in ("'‘’", '"“”') for mark in sort}  # a mark: its sort
 ANY = "['‘’\"“”]"
@@ -96,7 +96,7 @@ ANY = "['‘’\"“”]"
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
-       that, what stands between the last <answer> and the first </answer>, if they are there.
+       that, what stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
        its line, after blanks and Markdown's marks.
     3. A value in quotation marks ends at the first mark of the same sort, single or double, before

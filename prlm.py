@@ -68,7 +68,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
     `visible` is True where query t may look at key s. k and v [B, S, K, D] may have fewer heads
-    (grouped queries): R = heads / K of them share one: query head h looks at key head h // R."""
+    (grouped queries): R = heads / K query heads share one: head h looks at key head h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
@@ -83,7 +83,7 @@ class Linear(nn.Linear):
     [outputs, r]. Products are of the type `products`, or W's own where that is None."""
 
     products: torch.dtype | None = None
-    scale = 0.0  # alpha / r; 0: there are no lora_A and lora_B
+    scale = 0.0  # alpha / r; 0: there is no adapter, or it is off
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.products or self.weight.dtype
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
-        The sum that runs through the layers is float32 even where products are bfloat16: so the
+        The residual stream is float32 even where products are bfloat16: so the
         sampler, whose weights may be a bfloat16 copy, agrees with the trainer's float32 ones."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
@@ -270,7 +270,7 @@ class Cache:
 
     G stands behind K, so that a group's queries of one key-value head, G R of them, meet the
     prompt's keys in one product, which reads them once. A step reads the first `window` slots:
-    what is written, or a little more where shapes must last."""
+    what is written, or on CUDA the next power of 2."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
@@ -346,10 +346,10 @@ def generate(
     A completion ends with its first id of `eos_ids`, and is then finished, or after
     `max_new_tokens`; rows that have ended leave the batch. Without `seed` the noise is torch's own.
     Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are never sampled. ValueError for a
-    prompt, a group or a length below 1 and a temperature below COLDEST that is not 0."""
+    prompt, a group or a length below 1, or a temperature below COLDEST that is not 0."""
     good = temperature == 0 or temperature >= COLDEST
     if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
-        raise ValueError(f"a prompt, a size or a temperature is below its least: 1, 1, {COLDEST}")
+        raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
     if not prompts:
         return []
     P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
@@ -600,7 +600,7 @@ def chat_format(known, template: str) -> str | None:
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} go into a checkpoint.
-    Control tokens, <think> and </think> among them, come from formats alone, never from a text."""
+    Control tokens, <think> and </think> among them, come from our words alone, never from data."""
 
     def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
         self.files = files or {"tokenizer.json": backend.to_str()}
@@ -641,7 +641,7 @@ class Tokenizer:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
         for piece in CONTROL.split(form):
-            theirs = "{}" in piece  # else it is ours: its <think> may be a token or part of one
+            theirs = "{}" in piece  # else it is ours, and its <think> is meant as the token
             self.backend.encode_special_tokens = theirs
             for part in MARKS.split(piece) if theirs and "<think>" in self.control else [piece]:
                 text = re.sub(r"\{\}", lambda _: next(texts), part)
@@ -700,8 +700,8 @@ class Tokenizer:
 # ==== Below: not the method =====================================================================
 
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
-# For CUDA alone, elsewhere: a line in `attention`, `sample` and `processes`, bfloat16 in
-# `device_and_dtype`, the fused AdamW in `rl.py: make_optimizer`.
+# CUDA alone, elsewhere: a line in `attention`, `sample` and `processes`, bfloat16 in
+# `device_and_dtype`, the fused AdamW in `rl.py: make_optimizer` and `load_state`.
 
 
 class Pace(NamedTuple):
@@ -709,7 +709,7 @@ class Pace(NamedTuple):
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
     coarse: bool  # cache windows in powers of 2, since a CUDA graph needs shapes that last
     logits: int  # how many numbers a chunk of logits may have
-    multiple: int  # of which a prompt batch's width should be: a GPU reads 16 bytes at a time
+    multiple: int  # a prompt batch's width is one of it: a GPU reads 16 bytes at a time
     record: bool  # whether a decode step is a CUDA graph
 
 
@@ -1030,8 +1030,9 @@ def printable(text: str) -> str:
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# They meet in `complete`, `my_batches`, `optimizer_step`, `update_metrics`, `train_reward_model`,
-# `stop_after_step`, and where one waits for a file; the first one writes (`replacing`, `append`).
+# `complete` and `my_batches` share them out; what each has is put together in `complete`,
+# `optimizer_step`, `update_metrics`, `warm_start`, `stop_after_step`; `gather()` waits for a file.
+# All else every process computes alike, and the first one writes (`replacing`, `append`).
 
 
 def world() -> tuple[int, int]:
@@ -1089,7 +1090,7 @@ PRESETS = {  # what differs from the defaults, which are the toy's; a command ta
         "lr": 1e-6, "beta": 0.04, "checkpointing": True, "eval_every": 500, "save_every": 100,
     },
 }  # fmt: skip
-# What may change when a run is resumed: it costs time or memory, or is of this command alone.
+# What may change when a run is resumed: its length and place, what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 
@@ -1122,7 +1123,7 @@ def resolve(options: type, given: dict):
     names = {field.name for field in dataclasses.fields(options)}
     config = Path(given.get("run") or given.get("out") or options.out or "") / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
-    if "run" in given:  # eval.py scores a run's checkpoint under the run's own options
+    if "run" in given:  # eval.py scores a run's checkpoint as the run does, on all records
         base = read_json(config) | {"model": str(config.parent / "checkpoint"), "limit": 0}
     elif given.get("resume") and config.is_file():
         base = read_json(config)
@@ -1131,7 +1132,7 @@ def resolve(options: type, given: dict):
     else:
         recipes = "--preset small is for models like SmolLM2-135M, paper for 1.5 B parameters"
         raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
-    # A temperature in a preset or a run is that of rollouts.
+    # Of this command alone; eval.py's temperature, too: that of a run is for rollouts.
     own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
     chosen = {name: base[name] for name in base.keys() - own} | given
     o = options(**{name: chosen[name] for name in chosen.keys() & names})
@@ -1170,7 +1171,7 @@ def run_directory(o, record="config.json") -> Path:
             words = ", ".join(f"--{name.replace('_', '-')} {held.get(name)}" for name in wrong)
             raise ValueError(f"{out} was made with {words}: resume it so, or take another --out")
     elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
-        if "overwrite" not in held:
+        if held.keys() != mine.keys():
             raise ValueError(f"{out} is not empty, and no result of this: take another --out")
         if not o.overwrite:
             ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"

@@ -220,7 +220,7 @@ def answer_block(task: str) -> str:
     return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
 
 
-def one_line(answer: str) -> str:  # `extract_answer` reads one
+def one_line(answer: str) -> str:  # since `extract_answer` reads one
     return re.sub(r"\s*\n\s*", " ", answer.strip())
 
 
@@ -281,7 +281,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     places = [Path(directory, a, b) for a in ("", folder, f"{folder}_time") for b in (split, "")]
     path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{directory}: no {name}, there or in {folder}, or in its {split}")
+        raise FileNotFoundError(f"{directory}: no {name} in it, in {folder} or in its {split}")
     examples = []
     for n, record in enumerate(prlm.read_json(path, list)):
         with prlm.faults_in(f"{path}: record {n}"):
@@ -297,7 +297,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
         content = prlm.read_json(outputs)
         if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
             raise ValueError(f"it holds {content['task']}, not {task}")
-        golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # only a str
+        golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # a str
     asked, given = Counter(e.id for e in examples), Counter(id for id, _ in golds)
     if odd := [id for id in asked | given if not asked[id] == given[id] == 1]:
         wrong = f"has not one question and one output ({len(odd)} such records)"
@@ -317,13 +317,13 @@ def load_examples(o, split: str) -> list[Example]:
 
 
 class Dense:
-    """Ranks by the cosine of BERT embeddings, means of a text's hidden states as the authors'."""
+    """Ranks by the cosine of BERT embeddings, mean hidden states, as the authors do."""
 
     def __init__(self, encoder: Encoder):
         if encoder.tokenizer is None:
             raise ValueError("the encoder's directory has no tokenizer.json")
         self.encoder = encoder
-        # By text, since item ids are not unique; 1,000 profiles of 300 items take about 1 GB.
+        # Cached by text: item ids are not unique. 1,000 profiles of 300 items take about 1 GB.
         self.embed_profile = lru_cache(1000)(self.embed)
 
     @torch.no_grad()

@@ -5,18 +5,18 @@ A completion o with answer a for a query q whose user really wrote y earns
   R(o) = 1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
-  personalization = sigmoid(s), s a judge's score: at most .1 in all, it decides where ROUGE ties
+  personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in its place, as in the authors' code, and dominates its group's
-standard deviation, which divides all advantages. --judge bert is the paper's, a BERT cross-encoder
-s(q, a). It learns, without labels, to tell an answer that the policy gave WITH the user's profile d
-(a+) from ones it gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code, which dominates its
+group's standard deviation, the divisor of its advantages. --judge bert is the paper's, a BERT
+cross-encoder s(q, a). It learns, without labels, to tell an answer that the policy gave WITH the
+user's profile d (a+) from ones it gave without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
 can learn what personal answers have in common, not whose style an answer has. It is trained once,
-on answers of the policy before RL: the further the policy moves, the less it knows of its answers.
+on answers of the policy before RL: the further that moves, the less the judge has seen the like.
 And InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but
 GRPO compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
 
@@ -273,7 +273,7 @@ def likelihood_ratio(
 
 
 def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
-    """sigmoid(likelihood ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy
+    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy
     with its reasoning closed: the probability that a was written with the profile, if both were
     equally likely beforehand. What the query explains cancels out, so an answer on another topic is
     worth as much: without accuracy beside it, keep the policy near the base with --beta."""
@@ -296,7 +296,7 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text scores higher with the user's own profile than with another
-    user's, ties half; .5 is chance, and what a judge has that does not see the profile. None
+    user's, ties half; .5 is chance, and the score of a judge that sees no profile. None
     without a second user: users that share a profile item count as one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     pairs = []
@@ -332,7 +332,7 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 
 
 def check_judge(o: RewardOptions) -> None:
-    """ValueError for a judge that would have nothing to tell apart."""
+    """ValueError for a judge that has no encoder, or nothing to tell apart."""
     if o.judge == "bert" and o.reward_model:
         return
     if o.k == 0 or o.retriever == "none":
@@ -345,7 +345,7 @@ def check_judge(o: RewardOptions) -> None:
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
     """The judge that the options name. The decoder is frozen: "bert" samples its pairs from it,
-    "ratio" keeps it. What is in `directory` already, pairs or model, is not made again."""
+    "ratio" keeps it. What is in `directory` already, pairs or a model with its report, stays."""
     check_judge(o)
     file = Path(directory) / "report.json"  # written last: it says that all is there
     report = prlm.read_json(file) if file.is_file() else {}

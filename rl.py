@@ -9,7 +9,7 @@ One step, for P prompts with G completions each:
                  -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta (exp(d) - d - 1)
                  with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
 
-With one update per rollout the ratio is 1, and the "grpo" loss is 0 up to rounding, since a group's
+With one update per rollout and no KL the "grpo" loss is 0 up to rounding: the ratio is 1, a group's
 advantages sum to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is
 REINFORCE with the group's mean as baseline. Watch the reward instead.
 
@@ -175,7 +175,7 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
     """Step 4, `updates_per_rollout` times; returns the last `update_metrics`. pi_old is the decoder
-    at its first pass over the rollout: the sampler may be a bfloat16 copy."""
+    at its first pass over the rollout, not the sampler, which may be a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
     # [P, G, C]; from lengths, never from ids: padding may have the id of the end of a sequence.
@@ -274,7 +274,7 @@ def main(o: Options, judge=None) -> None:
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     """The stages; each is skipped if its result is in the run directory: warm_start/'s weights,
     look.json, reward/report.json, held_out/'s files, the steps of trainer.pt."""
-    for stale in ("predictions.json", "held_out/after.jsonl"):  # of fewer steps
+    for stale in ("predictions.json", "held_out/after.jsonl"):  # perhaps of fewer steps
         (out / stale).unlink(missing_ok=True)
     warm_start(o, out, policy, train)
     first_look(o, out, policy, train)
@@ -322,13 +322,13 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
 
 # ---- Before RL: a warm start, and a first look -------------------------------------------------
 
-EVIDENCE = "The user wrote: {}\n"  # what the warm start puts into the reasoning block,
-EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # for so many items: a title, or how a tweet begins
+EVIDENCE = "The user wrote: {}\n"  # a line of the reasoning that the warm start teaches
+EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # how many: a title, or how a tweet begins
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The completion to imitate for each training record, as ids that end with the EOS id: quotes
-    of three retrieved items as the reasoning, which --no-reasoning omits, then what the user really
+    of three items, at most, as the reasoning, which --no-reasoning omits, then what the user really
     wrote as the answer. A <think> that ends the prompt already is not repeated."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
@@ -345,8 +345,8 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
 
 
 def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
-    """Makes the policy, in place, that of a checkpoint of its own after --warm-start steps. A step
-    is cross-entropy on 8 whole completions, in nats per token."""
+    """Trains the policy for --warm-start steps, saves it, and loads it, in place, as the one before
+    RL. A step is cross-entropy on 8 whole completions, in nats per token."""
     folder = out / "warm_start"
     if not o.warm_start:
         return
@@ -373,7 +373,7 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.gather()  # the others wait for the first process
-    # In place: a second policy would keep the memory of the first one taken.
+    # In place: else the caller would keep the first policy's memory.
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 
@@ -383,7 +383,7 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
         return
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
     rows = roll_out(o, policy, None, shown, make_prompts(o, policy.tokenizer, shown), "look")
-    answers = ["" if scoring.is_placeholder(a, o.task) else a for a in (r["answer"] for r in rows)]
+    answers = ["" if scoring.is_placeholder(r["answer"], o.task) else r["answer"] for r in rows]
     groups = [answers[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
     differing = by_group(o, rows, "advantage").any(1)
     if o.personalization:  # a judge would value answers differently
@@ -407,8 +407,8 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 
 def make_policy(o: Options) -> Policy:
     """The checkpoint o.model, ready to be trained as the options ask. AdamW needs float32 weights:
-    at a learning rate of 1e-6 a bfloat16 weight would never move. With LoRA only the adapters do,
-    so the base may be as small as the products are, and the decoder samples itself."""
+    at a learning rate of 1e-6 a bfloat16 weight would never move. With LoRA only adapters are
+    trained: the base has the products' type, and the decoder is its own sampler."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
@@ -447,7 +447,7 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
 
 # ---- What a run leaves: its log, saved states, scores --------------------------------------------
 
-METRICS = {  # the keys of a line of metrics.jsonl: means over all completions of the step
+METRICS = {  # the keys of a line of metrics.jsonl: means over the step's completions, mostly
     "step": "counted from 1",
     "lr": "its learning rate",
     "reward": "what the completions earned: the signal to watch",

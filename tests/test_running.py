@@ -122,6 +122,8 @@ class TestDirectory:
         before = files_of(out)
         with pytest.raises(ValueError, match=r"holds a result.*--resume.*--overwrite"):
             rl.main(quick(world, out, temperature=0.5))
+        with pytest.raises(ValueError, match="no result of this"):  # nor does another command
+            scoring.main(prlm.resolve(scoring.Options, {"run": out, "out": out, "overwrite": True}))
         assert files_of(out) == before
         rl.main(quick(world, out, temperature=0.5, overwrite=True, force=True))
         assert steps(out) == 2 and not (out / "left.txt").exists()
