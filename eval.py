@@ -94,7 +94,8 @@ ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
+    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none. ValueError
+    for an unknown task.
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
        that, what stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins

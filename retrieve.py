@@ -121,8 +121,7 @@ class BM25:
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
         and norm [N], k1 (1 - b + b |d|/mean) of each document. `idf` "okapi" is the formula above,
         "lucene" ln(1 + (N - n + 0.5) / (n + 0.5)). The mean idf is over all words, negative ones
-        included; a mean length of 0 counts as 1. Sums and products are in rank_bm25's order, so
-        that what ties there ties here. ValueError for another idf."""
+        included; a mean length of 0 counts as 1. ValueError for another idf."""
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
         self.k1 = k1
@@ -163,7 +162,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
     items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
     newest first (a date is a year, perhaps a month, a day, a time); random is the same draw for the
     same seed and record. ValueError: k below 0, an unknown retriever, "recency" of an item without
-    a date, "dense" without `dense`, a Dense."""
+    a date (the record is named), "dense" without `dense`, a Dense."""
     profile = example.profile
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")

@@ -54,7 +54,7 @@ Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
     not divide (Dr. GRPO). A group whose rewards are equal up to rounding (8 eps of the largest), or
-    a group of one, gets exact zeros. ValueError for another scale."""
+    a group of one, gets exact zeros. Computed in float32 at least. ValueError: another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -99,7 +99,7 @@ def grpo_loss(
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
-    `clip_high` widens the upper side of the clip (DAPO). What lies outside the mask never counts,
+    `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts,
     NaN included. `weights` are `token_weights` of this mask, or, for a micro-batch, its part of
     those of the whole step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
@@ -233,7 +233,8 @@ def optimizer_step(optimizer) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth."""
+    """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth of it.
+    The first step is 0."""
     rising = max(1, round(0.1 * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -327,9 +328,10 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # how many: a title, or how a tweet beg
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The completion to imitate for each training record, as ids that end with the EOS id: quotes
-    of three items, at most, as the reasoning, which --no-reasoning omits, then what the user really
-    wrote as the answer. A <think> that ends the prompt already is not repeated."""
+    """The completion to imitate for each training record, as ids that end with the EOS id. In its
+    reasoning, unless --no-reasoning, is a line EVIDENCE for each of the best items, at most o.k and
+    EVIDENCE_ITEMS: the last field, cut to EVIDENCE_TOKENS; an empty line for none. The answer is
+    what the user really wrote. A <think> that ends the prompt already is not repeated."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
     for example in examples:

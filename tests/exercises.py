@@ -12,8 +12,6 @@ the repository's own tests. `selftest` finds out how good they are: they have to
 and a second solution, and to fail the blank, each of the typical mistakes below, a function that
 answers zero, one that repeats its first answer, and, for each argument, one that ignores it. And
 the two solutions have to agree on random input (differentials.py).
-
-Standard library only, but for what the tests themselves import.
 """
 
 import argparse
@@ -134,8 +132,8 @@ EXERCISES = [
         """),
     Exercise(3, "The best k items of a profile", "retrieve.py", "retrieve", 3,
         "TestRetrieve TestDense::test_ranks_by_cosine",
-        {"": "Rank a profile of three items by hand. Which texts are compared with which query?",
-         "naive": "What ties keeps the profile's order, also where all scores are 0.",
+        {"": "Rank three items by hand. Which texts are compared with which query? What ties keeps "
+             "the profile's order, also where all scores are 0.",
          "random": "Does the draw depend on anything but the seed and the record's id?",
          "recency": "A date is its numbers, the year first; equal ones keep their order."}, [
             Mutant("ties go to the higher index", "Rankings are rank_bm25's, but for ties.",
@@ -713,8 +711,8 @@ EXERCISES = [
         """),
     # GRPO
     Exercise(24, "Group advantages", "rl.py", "group_advantages", 4, "TestAdvantages",
-        {"": "A_i = (r_i - mean r) / (std r + 1e-4) within the group, std with G - 1.",
-         "naive": "Two groups with very different rewards do not influence each other.",
+        {"": "A_i = (r_i - mean r) / (std r + 1e-4) within each group, whatever the others.",
+         "few_bits": "Which types have too few bits to compute in, and which cannot be divided?",
          "zero": "Rewards that differ in the last bit at most have advantages of exactly 0.",
          "damped": "What does 1e-4 do to a group whose rewards hardly differ?"}, [
             Mutant("the mean over the batch", "Easy prompts push all up, hard ones all down.",
@@ -741,8 +739,8 @@ EXERCISES = [
         return torch.tensor(rows, dtype=rewards.dtype, device=rewards.device)
         """),
     Exercise(25, "The k3 estimate of the KL divergence", "rl.py", "k3", 2, "TestK3",
-        {"": "exp(d) - d - 1: of which of the two log-probabilities is d how far above the other?",
-         "mean": "The mean over the policy's samples is the KL divergence; no value is below 0."}, [
+        {"": "exp(d) - d - 1: of which of the two log-probabilities is d how far above the other? "
+             "The mean over the policy's samples is the KL divergence; no value is below 0."}, [
             Mutant("policy and reference swap", "`kl` is far too large where the policy is sure.",
                    "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
             Mutant("the plain difference", "`kl` is negative in some steps.",
@@ -807,7 +805,8 @@ EXERCISES = [
                 total = total + (terms * weights[p, g][real]).sum()
         return total
         """),
-    Exercise(28, "The learning rate", "rl.py", "learning_rate", 1, "TestSchedule",
+    Exercise(28, "The learning rate", "rl.py", "learning_rate", 1,
+        "TestSchedule::test_warm_up_then_cosine_to_a_tenth TestSchedule::test_few_steps_are_fine",
         {"": "Plot 10 steps, then 40. What are the first rate, the highest and the last one?",
          "few_steps": "A run of one step has the peak, and nothing is divided by 0."}, [
             Mutant("the first step has rate 0", "The first rollout changes nothing.",
@@ -827,7 +826,7 @@ EXERCISES = [
     Exercise(29, "What the warm start imitates", "rl.py", "warm_start_targets", 4,
         "TestWarmStartTargets",
         {"": "Decode a target behind its prompt. Which items does it quote, and how does it end?",
-         "without": "With the reasoning closed by the prompt, the answer block is all there is.",
+         "reasoning False": "The prompt closes the reasoning: the answer block is all there is.",
          "<think>": "What the prompt has opened already is not said again."}, [
             Mutant("no end of sequence", "After the warm start `truncated` is 1.",
                    ", tokenizer.end_id])", "])"),
@@ -1026,8 +1025,7 @@ def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
 def grade(e: Exercise, directory: Path) -> dict:
     """Gradescope's results: the exercise with its points, then every test of it, passed or not.
     The tests are the reference's own. The points are for all of them: a constant may pass one or
-    two, and a function is right or it is not.
-    """
+    two, and a function is right or it is not."""
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         install = f"pip install -r {ROOT / 'tests' / 'requirements.txt'}"
         raise ValueError(f"the tests need {', '.join(missing)}: {install}")
@@ -1040,9 +1038,10 @@ def grade(e: Exercise, directory: Path) -> dict:
         wrong = [(name, *one) for name, cases in tests.items() for one in cases if one[1]]
         name, case, said = wrong[0] if wrong else ("", "", "")
         begin = f"begin with {name}{case and f', case {case}'}. " * bool(wrong)
-        hints = e.hints | HINTS
+        hints = HINTS | e.hints
         hint = hints[next((key for key in hints if key and key in f"{name} {case} {said}"), "")]
-        problem = f"{problem}\n{begin}hint: {hint}".strip()
+        hint = f"{begin}hint: {hint}" if tests or "still blank" in problem else ""
+        problem = f"{problem}\n{hint}".strip()
     name, score = f"exercise {e.number}: {e.title}", e.points * passed
     results = [{"name": name, "score": score, "max_score": e.points, "output": problem}]
     for name, cases in tests.items():
@@ -1071,8 +1070,7 @@ def nothing(value):
 
 def cheat(owner, name: str, how: str) -> None:
     """Replaces owner.name by one that answers "0", its "first" answer, or ignores argument `how`.
-    A method that returns None answers by what it leaves in its object.
-    """
+    A method that returns None answers by what it leaves in its object."""
     real, first = getattr(owner, name), {}
     signature = inspect.signature(real)
 
@@ -1118,8 +1116,7 @@ def variants(e: Exercise):
 
 def agree(e: Exercise) -> str:
     """What the comparison on random input says; a second line follows where it is not content.
-    Original and second solution must agree. And some mutant must not: else nothing is compared.
-    """
+    Original and second solution must agree. And some mutant must not: else nothing is compared."""
     compare, text = importlib.import_module("differentials").compare, reference(e)
     count, said = compare(e.file, e.function, text, with_body(text, e.function, e.solution))
     if not any(compare(e.file, e.function, text, mutated(text, e, m))[1] for m in e.mutants):
@@ -1265,7 +1262,9 @@ def run_start(e: Exercise, directory: Path, o) -> int:
     print(f"exercise {e.number}, {e.points} points: {e.title}")
     print(f"write the body of {e.function} at {directory / e.file}:{line}\n")
     print(textwrap.indent(said, "  "))
-    print(f"\nAny way of computing it will do. Try it there with\n  cd {directory} && {e.in_full}")
+    print(f"\nAny way of computing it will do. Exercise {e.number} of tests/README.md says more.")
+    print(f"To check it: python {Path(__file__).resolve()} check {e.number} {directory}")
+    print(f"In full: cd {directory} && {e.in_full}")
     return 0
 
 

@@ -1,15 +1,14 @@
 # %% [markdown]
 # # One step of PrLM, by hand
-# Ten cells, about a minute on a laptop. VS Code, Spyder and Jupytext open this file as a notebook;
+# Ten cells, seconds on a laptop. VS Code, Spyder and Jupytext open this file as a notebook;
 # `python toy/tour.py` runs it as it is. Change numbers, run a cell again, and look.
 
 # %% 1. The toy: users who write headlines, and a language model of 0.9 M parameters
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
+sys.path += [f"{sys.path[0] or '.'}/..", "."]  # the chapters lie beside toy/
 
 import prlm
 import retrieve
