@@ -170,8 +170,8 @@ class Decoder(nn.Module):
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
-        The residual stream is float32 even where products are bfloat16: so the
-        sampler, whose weights may be a bfloat16 copy, agrees with the trainer's float32 ones."""
+        The residual stream is float32 even where products are bfloat16: so the sampler, whose
+        weights may be a bfloat16 copy, agrees with the trainer's float32 ones."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
@@ -1166,7 +1166,7 @@ def run_directory(o, record="config.json") -> Path:
     options but the FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = read_json(out / record) if (out / record).is_file() else {}
-    if held and mine.get("resume"):
+    if held.keys() == mine.keys() and mine.get("resume"):
         wrong = [name for name in mine if name not in FREE and mine[name] != held.get(name)]
         if wrong := wrong or ["steps"] * (o.steps < held["steps"]):
             words = ", ".join(f"--{name.replace('_', '-')} {held.get(name)}" for name in wrong)
