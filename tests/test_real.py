@@ -127,8 +127,8 @@ def test_other_tasks_and_judges():
     command = " ".join(real.chain(o, "no_gold", 0)[0][0])
     for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):
         assert option in command
-    for arm, k in (("warm", 0), ("none", 5)):  # rl.py scores the other side
-        assert f"--k {k} " in " ".join(real.chain(o, arm, 0)[1][0])
+    for arm, words in (("warm", "--k 0 "), ("warm", "--no-reasoning"), ("none", "--k 5 ")):
+        assert words in " ".join(real.chain(o, arm, 0)[1][0])  # rl.py scores the other side
 
 
 def test_sigterm_ends_the_commands_and_starts_no_more(jobs, monkeypatch, tmp_path):

@@ -11,8 +11,8 @@ The tables go to --out.
     python toy/real.py ... --task LaMP-7 --limit 500 --arms warm,prlm
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
-the same policy scores without. Held-out authors are in two halves. Recipes are chosen on one; the
-other is looked at once, at the end, with --half report."""
+the same policy scores without, answering at once. Held-out authors are in two halves. Recipes are
+chosen on one; the other is looked at once, at the end, with --half report."""
 
 import shlex
 import sys
@@ -103,6 +103,8 @@ def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     out, options, (k, own) = place(o, arm, seed), options_of(o, arm, seed), items_of(o, arm)
     other = {"run": out, "k": 0 if own else k, "limit": o.limit, "device": o.device}
     other |= {"temperature": 0.0, "overwrite": True, "out": out / "other_side"}
+    # Without a profile at once: a policy that has learned to quote would invent quotations.
+    other |= {"reasoning": not own and options.get("reasoning", True)}
     known = {field.name for field in fields(reward.Options)}
     swap = {name: value for name, value in options.items() if name in known}
     swap |= {"model": out / "checkpoint", "judge": "ratio", "k": k}
