@@ -13,11 +13,11 @@ the bytes at the measured memory bandwidth, whichever is longer. For a GPU: test
 On one core of an AMD server (2 GHz, AVX2), float32, medians of 5 runs; at the right, in floors:
 
                                                 ours            peer             ratio  floor
-    sample, small, 8 prompts x 8 x 64 tokens    2.17 s          6.55 s           3.0    2.6
-    update, small, the same prompts             3.86 s          15.6 s           4.1    1.9
-    BM25, 300 items, 20 words asked             105 users/s     77 users/s       1.4
-    BM25, 300 items, 150 words asked            80 users/s      47 users/s       1.7
-    ROUGE-1, -2, -L of 10 words                 14,700 pairs/s  5,390 pairs/s    2.7
+    sample, small, 8 prompts x 8 x 64 tokens    2.47 s          7.05 s           2.9    2.9
+    update, small, the same prompts             4.04 s          16.4 s           4.1    1.9
+    BM25, 300 items, 20 words asked             94 users/s      68 users/s       1.4
+    BM25, 300 items, 150 words asked            69 users/s      41 users/s       1.7
+    ROUGE-1, -2, -L of 10 words                 13,500 pairs/s  5,080 pairs/s    2.7
 
 A step of GRPO beside TRL's GRPOTrainer, on another machine, commit 9ba772a: SmolLM2-135M, the toy's
 prompts, 2 x 4 completions of at most 64 tokens; seconds of a median step, GiB at the peak:
