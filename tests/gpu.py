@@ -315,7 +315,7 @@ def decode_speed(decoder, P: int, G: int, rates) -> dict:
     found, first = speed(lambda: run(C), P * G * C, 2), seconds(lambda: run(1), 3)
     with pace(record=False):
         run(2)
-        plain = (seconds(lambda: run(1 + C // 6)) - first) / (C // 6)
+        plain = (seconds(lambda: run(1 + (C // 16 or 1))) - first) / (C // 16 or 1)
     step = (found["seconds"] - first) / (C - 1)
     floor = step_floor(decoder, P * T, P * G, C, *rates)
     found |= {"prompt_s": first, "step_ms": 1e3 * step, "plain_step_ms": 1e3 * plain}
