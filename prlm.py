@@ -582,7 +582,7 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
         f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
 CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
-MARKS = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>|</?think>)")
+THINK = re.compile(r"(</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>")
@@ -618,8 +618,8 @@ class Tokenizer:
         self.end_id = min(end or self.eos_ids, default=None)
         content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
         for token in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
-            named = MARKS.fullmatch(token["content"]) is not None
-            token["special"] |= named or token["id"] in self.eos_ids
+            named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
+            token["special"] |= bool(named) or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
@@ -644,7 +644,7 @@ class Tokenizer:
         for piece in CONTROL.split(form):
             theirs = "{}" in piece  # else it is ours, and its <think> is meant as the token
             self.backend.encode_special_tokens = theirs
-            for part in MARKS.split(piece) if theirs and "<think>" in self.control else [piece]:
+            for part in THINK.split(piece) if theirs and "<think>" in self.control else [piece]:
                 text = re.sub(r"\{\}", lambda _: next(texts), part)
                 ids += [self.control[part]] if part in self.control else self.encode(text)
         self.backend.encode_special_tokens = True
@@ -1031,9 +1031,9 @@ def printable(text: str) -> str:
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# `complete` and `my_batches` share them out; what each has is put together in `complete`,
-# `optimizer_step`, `update_metrics`, `warm_start`, `stop_after_step`; `gather()` waits for a file.
-# All else every process computes alike, and the first one writes (`replacing`, `append`).
+# `complete` and `my_batches` share them out; the parts meet in `complete`, `optimizer_step`,
+# `update_metrics`, `warm_start`, `stop_after_step`; `gather()` waits for a file. Every process does
+# all else, the judge too (`train_reward_model`); the first one writes (`replacing`, `append`).
 
 
 def world() -> tuple[int, int]:
@@ -1042,7 +1042,7 @@ def world() -> tuple[int, int]:
 
 
 def my_share(items):
-    """What falls to this process of a range, list or tensor."""
+    """What falls to this process of a range or a list."""
     process, count = world()
     return items[process::count]
 
@@ -1133,7 +1133,7 @@ def resolve(options: type, given: dict):
     else:
         recipes = "--preset small is for models like SmolLM2-135M, paper for 1.5 B parameters"
         raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
-    # Of this command alone; eval.py's temperature, too: that of a run is for rollouts.
+    # A command's own, never a run's; eval.py's temperature, too, since a run's is for rollouts.
     own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
     chosen = {name: base[name] for name in base.keys() - own} | given
     o = options(**{name: chosen[name] for name in chosen.keys() & names})
@@ -1167,9 +1167,9 @@ def run_directory(o, record="config.json") -> Path:
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = read_json(out / record) if (out / record).is_file() else {}
     if held.keys() == mine.keys() and mine.get("resume"):
-        wrong = [name for name in mine if name not in FREE and mine[name] != held.get(name)]
+        wrong = [name for name in mine if name not in FREE and mine[name] != held[name]]
         if wrong := wrong or ["steps"] * (o.steps < held["steps"]):
-            words = ", ".join(f"--{name.replace('_', '-')} {held.get(name)}" for name in wrong)
+            words = ", ".join(f"--{name.replace('_', '-')} {held[name]}" for name in wrong)
             raise ValueError(f"{out} was made with {words}: resume it so, or take another --out")
     elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
         if held.keys() != mine.keys():

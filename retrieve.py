@@ -296,7 +296,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
         content = prlm.read_json(outputs)
         if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
             raise ValueError(f"it holds {content['task']}, not {task}")
-        golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # a str
+        golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # only a str
     asked, given = Counter(e.id for e in examples), Counter(id for id, _ in golds)
     if odd := [id for id in asked | given if not asked[id] == given[id] == 1]:
         wrong = f"has not one question and one output ({len(odd)} such records)"

@@ -7,7 +7,7 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code, which dominates its
+An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code. It dominates its
 group's standard deviation, the divisor of its advantages. --judge bert is the paper's, a BERT
 cross-encoder s(q, a). It learns, without labels, to tell an answer that the policy gave WITH the
 user's profile d (a+) from ones it gave without (a1- .. aN-):
@@ -16,7 +16,7 @@ user's profile d (a+) from ones it gave without (a1- .. aN-):
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
 can learn what personal answers have in common, not whose style an answer has. It is trained once,
-on answers of the policy before RL: the further that moves, the less the judge has seen the like.
+before RL: the further the policy moves, the fewer of its answers are like those the judge has seen.
 And InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but
 GRPO compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
 
@@ -273,9 +273,9 @@ def likelihood_ratio(
 
 
 def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
-    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), under a frozen policy
-    with its reasoning closed: the probability that a was written with the profile, if both were
-    equally likely beforehand. What the query explains cancels out, so an answer on another topic is
+    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy with its
+    reasoning closed: the probability that a was written with the profile, if both were equally
+    likely beforehand. What the query explains cancels out, so an answer on another topic is
     worth as much: without accuracy beside it, keep the policy near the base with --beta."""
     how = replace(o, reasoning=False)
 

@@ -10,7 +10,7 @@ the bytes at the measured memory bandwidth, whichever is longer. For a GPU: test
     python tests/benchmark.py --large            # also Qwen2.5-0.5B's shape: + 20 minutes
     python tests/benchmark.py --trl models/smollm2    # whole GRPO steps beside TRL's
 
-On one core of an AMD server (2 GHz, AVX2), float32, medians of 5 runs; at the right, in floors:
+On one core of an AMD server (2 GHz, AVX2), float32, medians of 5 runs; "floor": in floors.
 
                                                 ours            peer             ratio  floor
     sample, small, 8 prompts x 8 x 64 tokens    2.47 s          7.05 s           2.9    2.9

@@ -238,8 +238,8 @@ def lora_runs() -> dict:
     finite = all(bool(p.isfinite().all()) for p in merged.parameters())
     found = {key: [line[key] for line in log] for key in ("gap", "gap_mean", "kl")}
     first, *_, last = found["kl"]
-    # Not quite 0 at first: the policy adds a change of 0 within a product, by another kernel.
-    return found | {"ok": finite and first < 1e-3 and (last > first or HERE.dry)}
+    # On CUDA not quite 0 at first: the change, 0, is added within a product of another kernel.
+    return found | {"ok": finite and first <= 1e-3 * (not HERE.dry) and (last > first or HERE.dry)}
 
 
 def run_resumes() -> dict:

@@ -157,7 +157,7 @@ class TestExtractAnswer:
         for answer in ("", " ", "generated title", "Generated Title: a start"):
             assert module.is_placeholder(answer, "LaMP-4")
         assert not module.is_placeholder("generated tweet", "LaMP-4")
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="LaMP-6"):
             extract_answer("", "LaMP-6")
 
     @quick

@@ -192,7 +192,7 @@ class TestBM25:
         assert BM25([[], []], idf=idf).scores(["a"]).tolist() == [0, 0]
         assert BM25([["a"], []], idf=idf).scores([]).tolist() == [0, 0]
         assert BM25([["a"], [], ["b"]], idf=idf).scores(["unknown", "b"])[:2].tolist() == [0, 0]
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{idf}2"):
             BM25([["a"]], idf=f"{idf}2")
 
 
@@ -218,9 +218,9 @@ class TestRetrieve:
             found = places(retrieve(e, k, retriever), e)
             assert len(set(found)) == len(found) == (0 if retriever == "none" else min(k, 4))
         assert retrieve(example("a"), 3, retriever) == []
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="-1"):
             retrieve(e, -1, retriever)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{retriever}2"):
             retrieve(e, 1, f"{retriever}2")
 
     def test_random_depends_on_seed_and_record_alone(self):
@@ -376,7 +376,7 @@ class TestPrompt:
             for budget in (*draw.choices(range(least, most), k=30), least, most):
                 expected = next(messages for size, messages in every if size <= budget)
                 same(build_messages(e, items, tokenizer, budget), expected, f"budget {budget}")
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=f"bare instruction.*{least - 1}"):
                 build_messages(e, items, tokenizer, least - 1)
 
     @pytest.mark.parametrize(("query", "items"), [

@@ -230,7 +230,7 @@ class TestRewards:
 
     @pytest.mark.parametrize("values", [None, [1.0], [1.0, math.nan], [1.0] * 3])
     def test_a_judge_must_give_a_number_for_each_answer(self, values):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"the judge gave .*not 2 finite numbers"):
             reward.rewards(["'title': 'a'", "'title': 'b'"], [example()] * 2, lambda *_: values)
 
 

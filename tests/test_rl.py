@@ -56,7 +56,7 @@ class TestAdvantages:
                 std = math.sqrt(sum((r - mean) ** 2 for r in row) / (len(row) - 1))
                 expected = [(r - mean) / (std + 1e-4 if scale == "std" else 1) for r in row]
                 same(got, torch.tensor(expected), f"{scale}, the rewards {shorten(row)}", 1e-6)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="neither std nor none"):
             rl.group_advantages(rewards, "x")
 
     @pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -7.3, 1e-20])
@@ -108,7 +108,7 @@ class TestWeights:
             same(found, expected, f"{name} of lengths {lengths.tolist()} in {width}", 1e-6)
             assert not rl.token_weights(mask & False, name, 8).any()  # and no NaN
         for how in (("dr_grpo", None), ("mean", 8)):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=how[0]):
                 rl.token_weights(mask, *how)
 
 
@@ -148,7 +148,7 @@ class TestLoss:
             loss.backward()
             assert loss.isfinite() and logprobs.grad.isfinite().all()
         same(rl.grpo_loss(logprobs, before, gain.clamp(min=0), mask), torch.tensor(-0.4), "", 1e-6)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="reference"):
             rl.grpo_loss(logprobs, before, gain, mask, beta=0.1)
 
     @pytest.mark.parametrize("normalizer", NORMALIZERS)

@@ -103,7 +103,7 @@ def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     out, options, (k, own) = place(o, arm, seed), options_of(o, arm, seed), items_of(o, arm)
     other = {"run": out, "k": 0 if own else k, "limit": o.limit, "device": o.device}
     other |= {"temperature": 0.0, "overwrite": True, "out": out / "other_side"}
-    # Without a profile at once: a policy that has learned to quote would invent quotations.
+    # Without a profile it answers at once: having learned to quote, it would invent quotations.
     other |= {"reasoning": not own and options.get("reasoning", True)}
     known = {field.name for field in fields(reward.Options)}
     swap = {name: value for name, value in options.items() if name in known}

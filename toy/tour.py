@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-sys.path += [f"{sys.path[0] or '.'}/..", "."]  # the chapters lie beside toy/
+sys.path.insert(0, f"{sys.path[0] or '.'}/..")  # the chapters lie beside toy/
 
 import prlm
 import retrieve
