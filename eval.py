@@ -45,18 +45,13 @@ def common(a: list, b: list, n: int) -> int:
 
 def longest_common_subsequence(a: list, b: list) -> int:
     """L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1, elsewhere
-    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0. From one column to the next, a row of this
-    table grows by 1 or not at all: one bit per column says it all, and arithmetic on one integer
-    computes a row at once (Hyyrö 2004)."""
-    columns: dict = {}  # token -> the columns with this token, one bit each
-    for j, token in enumerate(b):
-        columns[token] = columns.get(token, 0) | 1 << j
-    row = all_columns = (1 << len(b)) - 1  # bit j is 0 where the row grows from column j to j + 1
+    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0."""
+    row = [0] * (len(b) + 1)  # L(i, 0) .. L(i, len(b)), so far for i = 0
     for token in a:
-        matches = row & columns.get(token, 0)
-        # The carry of the sum moves each growth back to the first match since the growth before.
-        row = ((row + matches) | (row - matches)) & all_columns
-    return len(b) - row.bit_count()
+        above, row = row, [0]
+        for j, other in enumerate(b, 1):
+            row.append(above[j - 1] + 1 if token == other else max(above[j], row[-1]))
+    return row[-1]
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:

@@ -323,12 +323,8 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
-    model = RewardModel(prlm.load_encoder(directory, device))
-    tensors = prlm.read_safetensors(Path(directory) / "model.safetensors")
-    with prlm.faults_in(directory):
-        head = {name: tensors[f"classifier.{name}"] for name in ("weight", "bias")}
-        model.classifier.load_state_dict(head)
-    return model
+    make, names = lambda *encoder: RewardModel(Encoder(*encoder)), {r".*position_ids": ""}
+    return prlm.load_module(directory, make, names, device, torch.float32)
 
 
 def check_judge(o: RewardOptions) -> None:

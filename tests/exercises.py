@@ -233,23 +233,25 @@ EXERCISES = [
         """),
     Exercise(6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence",
         3, "TestLongestCommonSubsequence TestRouge::test_golden_values",
-        {"": "A subsequence may leave words out, not reorder them. A plain table is right too."}, [
-            Mutant("a word's other places are lost", "Repeated words lower a headline's ROUGE-L.",
-                   "columns.get(token, 0) | 1 << j", "1 << j"),
-            Mutant("the last carry is counted", "ROUGE-L is now and then too low, even negative.",
-                   "(row - matches)) & all_columns", "(row - matches))"),
+        {"": "A subsequence may leave words out, not reorder them. The docstring has the rule."}, [
+            Mutant("a word matches twice", "Repeated words raise a headline's ROUGE-L.",
+                   "above[j - 1] + 1", "row[-1] + 1"),
+            Mutant("the row above is forgotten", "ROUGE-L is now and then too low.",
+                   "max(above[j], row[-1])", "row[-1]"),
             Mutant("a substring, not a subsequence", "One inserted word halves a headline's ROUGE.",
-                   "return len(b) - row.bit_count()",
+                   "return row[-1]",
                    "pieces = {tuple(b[i:j]) for j in range(len(b) + 1) for i in range(j)}\n"
                    "    return max((j - i for j in range(len(a) + 1) for i in range(j)\n"
                    "                if tuple(a[i:j]) in pieces), default=0)"),
         ], """
-        row = [0] * (len(b) + 1)
-        for x in a:
-            above = row[:]
-            for j, y in enumerate(b):
-                row[j + 1] = above[j] + 1 if x == y else max(above[j + 1], row[j])
-        return row[-1]
+        columns = {}  # token -> the columns with this token, one bit each
+        for j, token in enumerate(b):
+            columns[token] = columns.get(token, 0) | 1 << j
+        row = last = (1 << len(b)) - 1  # Hyyrö 2004: bit j is 0 where the row grows at column j
+        for token in a:
+            matches = row & columns.get(token, 0)
+            row = ((row + matches) | (row - matches)) & last
+        return len(b) - row.bit_count()
         """),
     Exercise(7, "The answer in a completion", "eval.py", "extract_answer", 5, "TestExtractAnswer",
         {"": "Take the case that failed through the docstring's rules. `read_value` has rule 3.",
