@@ -218,7 +218,7 @@ def write_predictions(path, task: str, records: list[dict]) -> None:
 
 
 def line(name: str, scores: dict[str, float]) -> str:
-    return f"{name:<12}" + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
+    return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
 
 
 @dataclass

@@ -584,9 +584,10 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
 CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
 THINK = re.compile(r"(</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
-FOREIGN = ("<|im_sep|>", "## Metadata")  # Phi-4's and SmolLM3's: ChatML, and something else
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>")
-OPENS_THINKING = re.compile(r"(?:<｜Assistant｜>|assistant\\n)<think>\\n")
+FOREIGN = ("<|im_sep|>", "## Metadata", "{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
+PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
+DEFAULT_SYSTEM = re.compile(rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>")
+OPENS_THINKING = re.compile(rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)")
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
@@ -621,18 +622,22 @@ class Tokenizer:
             named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
             token["special"] |= bool(named) or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+        acting = [re.escape(name) for name in self.control if "think>" not in name]
+        self.acting = re.compile(f"({'|'.join(acting) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         # What the template adds to its format: a BOS, a system message, how an answer begins.
         bos, plain = settings.get("bos_token"), not self.template
         bos = bos["content"] if isinstance(bos, dict) else bos
         self.bos = bos if bos in self.control and "bos_token" in self.template else ""
-        thinks = OPENS_THINKING.search(self.template) or (self.format == "R1" and plain)
-        self.opening = "<think>\n" if self.format and thinks else ""  # said for the assistant
+        unescape = partial(re.sub, r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1])
+        said = ["<think>\n"] if self.format == "R1" and plain else []  # for the assistant
+        said += OPENS_THINKING.findall(self.template)
+        self.opening = unescape(said[-1]) if self.format and said else ""
         dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
         self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
         found = DEFAULT_SYSTEM.search(self.template)
-        self.default_system = found[1] if found else "" if self.dates else None
+        self.default_system = unescape(found[1]) if found else "" if self.dates else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
@@ -641,7 +646,7 @@ class Tokenizer:
     def fill(self, form: str, *texts: str) -> list[int]:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
-        for piece in CONTROL.split(form):
+        for piece in self.acting.split(form):
             theirs = "{}" in piece  # else it is ours, and its <think> is meant as the token
             self.backend.encode_special_tokens = theirs
             for part in THINK.split(piece) if theirs and "<think>" in self.control else [piece]:
@@ -668,7 +673,6 @@ class Tokenizer:
             return self.backend.encode(plain).ids + self.fill(said or "")
         begin, around = FORMATS[self.format]
         form, texts = (self.bos if self.format == "ChatML" else begin), []
-        acting = [name for name in (*self.control, "{}") if "think>" not in name]
         if self.default_system is not None and "system" not in dict(turns):
             turns = [("system", self.default_system), *turns]
         for role, text in turns:
@@ -677,7 +681,7 @@ class Tokenizer:
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
             # A system message is ours, and stands in the form itself: its <think> is the token.
-            ours = role == "system" and not any(name in text for name in acting)
+            ours = role == "system" and "{}" not in text and not self.acting.search(text)
             form += (text if ours else "{}").join(around[role])
             texts += [] if ours else [text]
         said = self.opening if said is None else said
@@ -783,8 +787,9 @@ class Recorded:
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "BF16": torch.bfloat16}
+DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16}
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 # What tokenizer.json has beside it, copied with a trained checkpoint as it is.
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -924,7 +929,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    if not all(isinstance(x, str) for x in (header.pop("__metadata__", None) or {}).values()):
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
@@ -948,6 +954,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
         begin, end = end, end + x.nbytes
         header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
+    check_header(header, end)
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -1177,6 +1184,9 @@ def run_directory(o, record="config.json") -> Path:
         if not o.overwrite:
             ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"
             raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
+        for name in {"model", "data", "encoder", "reward_model"} & mine.keys():
+            if mine[name] and Path(mine[name]).resolve().is_relative_to(out.resolve()):
+                raise ValueError(f"--overwrite would delete the {name} that it needs, {mine[name]}")
         for path in sorted(out.iterdir(), key=lambda path: path.name == record):  # that last
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(out / record, mine)

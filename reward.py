@@ -106,6 +106,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
+        if encoder.tokenizer is None:
+            raise ValueError("the encoder's directory has no tokenizer.json")
         self.bert, self.tokenizer = encoder, encoder.tokenizer
         like = encoder.embeddings.LayerNorm.weight  # [H]: size, device, dtype of what is added
         if encoder.pooler is None:
@@ -327,38 +329,44 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
     return prlm.load_module(directory, make, names, device, torch.float32)
 
 
+def judge_model(o: RewardOptions, device="cpu") -> RewardModel:
+    """The model of --judge bert: a trained one, or one that starts from the encoder."""
+    if o.reward_model:
+        return load_reward_model(o.reward_model, device)
+    if o.encoder is None:
+        raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
+    torch.manual_seed(o.seed)  # the classifier's first weights
+    return RewardModel(prlm.load_encoder(o.encoder, device))
+
+
 def check_judge(o: RewardOptions) -> None:
-    """ValueError for a judge that has no encoder, or nothing to tell apart."""
-    if o.judge == "bert" and o.reward_model:
-        return
-    if o.k == 0 or o.retriever == "none":
+    """ValueError for a judge whose model is faulty, or with nothing to tell apart."""
+    if (o.k == 0 or o.retriever == "none") and not (o.judge == "bert" and o.reward_model):
         none = "--k 0" if o.k == 0 else "--retriever none"
         text = f"--judge {o.judge} compares answers with and without a profile: {none} leaves none"
         raise ValueError(f"{text}. Take --personalization 0")
-    if o.judge == "bert" and o.encoder is None:
-        raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
+    if o.judge == "bert":
+        judge_model(o)  # before hours of work that lead up to it
 
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
     """The judge that the options name. The decoder is frozen: "bert" samples its pairs from it,
     "ratio" keeps it. What is in `directory` already, pairs or a model with its report, stays."""
-    check_judge(o)
     file = Path(directory) / "report.json"  # written last: it says that all is there
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)
     if o.judge == "ratio":
         judge = ratio_judge(o, decoder, tokenizer)
-    elif source := o.reward_model or (report and directory):
-        judge = prlm.multiply_in(load_reward_model(source, device), dtype).judge
     else:
-        torch.manual_seed(o.seed)  # the classifier's first weights
-        model = prlm.multiply_in(RewardModel(prlm.load_encoder(o.encoder, device)), dtype)
+        trained = o.reward_model or (directory if report else None)
+        model = prlm.multiply_in(judge_model(replace(o, reward_model=trained), device), dtype)
         judge, pairs = model.judge, Path(directory) / "pairs.json"
-        if not pairs.is_file():
-            prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-        prlm.gather()  # the others wait for the first process
-        report = train_reward_model(o, model, prlm.read_json(pairs, list))
-        save_reward_model(model, directory)
+        if not trained:
+            if not pairs.is_file():
+                prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
+            prlm.gather()  # the others wait for the first process
+            report = train_reward_model(o, model, prlm.read_json(pairs, list))
+            save_reward_model(model, directory)
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)

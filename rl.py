@@ -73,8 +73,8 @@ LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would o
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Each token's KL(policy | reference) as exp(d) - d - 1, d = ref - policy: unbiased on tokens
     that the policy sampled, never negative (Schulman 2020)."""
-    difference = ref_logprobs - logprobs
-    return difference.clamp(max=LARGEST).exp() - difference - 1
+    difference = (ref_logprobs - logprobs).clamp(max=LARGEST)
+    return difference.exp() - difference - 1
 
 
 def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = None) -> Tensor:

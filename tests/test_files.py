@@ -67,6 +67,7 @@ REFUSED = {
     "header longer than the file": (50).to_bytes(8, "little") + b"{}",
     "nested without end": raw_file(b'{"a":' + b"[" * 200_000, b""),
     "metadata is no string": raw_file({"__metadata__": {"a": 1}}, b""),
+    "metadata is no map": raw_file({"__metadata__": []}, b""),
     "negative dimensions": raw_file({"a": entry(shape=[-1, -2])}),
     "unknown dtype": raw_file({"a": entry(dtype="F33")}),
     "half a surrogate pair": raw_file({"\ud800": entry()}),
@@ -107,6 +108,9 @@ class TestSafetensors:
             prlm.write_safetensors(tmp_path / "a", {}, metadata)  # transformers demands a format
             with safetensors.safe_open(tmp_path / "a", "pt") as file:
                 assert file.metadata() == expected and not list(file.keys())
+        for content, metadata in (({}, {"a": 1}), ({"__metadata__": torch.zeros(2)}, None)):
+            with pytest.raises(ValueError, match="__metadata__ is not a map of strings"):
+                prlm.write_safetensors(tmp_path / "a", content, metadata)
 
     @pytest.mark.parametrize("case", REFUSED)
     def test_refuses(self, tmp_path, case):
@@ -348,7 +352,7 @@ FAMILIES = {  # by published template: special tokens, and those that are not ca
     "deepseek_r1_distill": ((END, BEGIN), (ASK, REPLY, *THINK)),
 }
 USER = [{"role": "user", "content": "the cat  sat\n\non é😀 {} {'a': 'b'} <|"}]
-BOTH = [{"role": "system", "content": "SYS, reply in <think>\n</think>, the mat"}, *USER]
+BOTH = [{"role": "system", "content": "SYS, reply in <think>\n</think>, the <|mat|>"}, *USER]
 CHATS = [
     USER, BOTH, [{"role": m["role"], "content": f"  {m['content']} \n"} for m in BOTH],
     [*USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nANS"}, *USER],
@@ -362,12 +366,16 @@ DEFAULTS = [
     "", r"{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}",
     "<|im_start|>system\nBe brief.\nBe kind.<|im_end|>\n",
     "<|im_start|>system\r\nBe brief.\r\nBe kind.<|im_end|>\r\n",  # saved on Windows
+    r"{{ '<|im_start|>system\nIt\'s \"<x>\", put it in \\boxed{}.<|im_end|>\n' }}",
+    r"""{{ "<|im_start|>system\nYou're kind.<|im_end|>\n" }}""",
 ]
 FOREIGN = {  # on the tokens of a known format
     "Tulu 3": ("llama3_1", "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
                "{% endfor %}{{ '<|assistant|>\n' }}"),
     "Phi-4": ("qwen2_5", "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + "
               "m['content'] + '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant<|im_sep|>' }}"),
+    "Yi": ("qwen2_5", "{{ system_message }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + "
+           "'\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"),
 }
 CORPUS = ["<|im_start|>user the cat sat on <|im_end|> the mat </s> <think>", "sat on\n\n<|User|>"]
 # fmt: on
@@ -526,14 +534,16 @@ class TestChat:
             ids = tokenizer.chat([{"role": "user", "content": "USR"}] * 2)
         assert tokenizer.decode(ids) == "USR\n\nUSR\n\n"
 
-    @pytest.mark.parametrize("think", ["", "<think>\\n"])
+    @pytest.mark.parametrize("think", [
+        "", "<think>\\n", "<think>\n", "<think>", "<think>\\n\\n</think>\\n\\n",
+    ])  # fmt: skip
     @pytest.mark.parametrize("name", ["qwen3", "deepseek_r1_distill"])
     def test_a_template_that_begins_to_think_has_begun(self, name, think):
         template = TEMPLATE.replace("DEFAULT", "").replace("assistant\\n", "assistant\\n" + think)
         if name == "deepseek_r1_distill":  # the first release's did not begin
             template = published(name)[0].template.replace("<think>\\n", think)
         ours, theirs = with_template(family(name), template, bos_token=BEGIN)
-        assert ours.opening == ("<think>\n" if think else "")
+        assert ours.opening == think.replace("\\n", "\n")
         assert ours.chat(USER) == theirs(USER)
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -469,10 +470,13 @@ class TestMakeJudge:
 
     @pytest.mark.parametrize(("text", "changes"), [
         ("2 pairs of 1 queries are too few", {}), ("policy", {"encoder": "policy"}),
+        ("no tokenizer.json", {"encoder": "alone"}),
         ("encoder", {"reward_model": "encoder"}), ("--encoder", {"encoder": None}),
     ])  # fmt: skip
     def test_what_is_refused(self, world, o, tmp_path, monkeypatch, text, changes):
         monkeypatch.setattr(reward, "build_pairs", lambda *_: contrast(2))
+        world = shutil.copytree(world, tmp_path / "world")
+        shutil.copytree(world / "encoder", world / "alone", ignore=lambda *_: ["tokenizer.json"])
         changes = {name: value and str(world / value) for name, value in changes.items()}
         with pytest.raises(ValueError, match=text):
             reward.make_judge(replace(o, **changes), None, None, [], [], tmp_path / "new")

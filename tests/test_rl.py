@@ -147,6 +147,8 @@ class TestLoss:
             loss = rl.grpo_loss(logprobs, before, gain, mask, ref, beta=0.1)
             loss.backward()
             assert loss.isfinite() and logprobs.grad.isfinite().all()
+        rl.k3(logprobs, -before).sum().backward()  # at most as if it were 20 nats
+        assert logprobs.grad.max() < 1
         same(rl.grpo_loss(logprobs, before, gain.clamp(min=0), mask), torch.tensor(-0.4), "", 1e-6)
         with pytest.raises(ValueError, match="reference"):
             rl.grpo_loss(logprobs, before, gain, mask, beta=0.1)

@@ -124,6 +124,8 @@ class TestDirectory:
             rl.main(quick(world, out, temperature=0.5))
         with pytest.raises(ValueError, match="no result of this"):  # nor does another command
             scoring.main(prlm.resolve(scoring.Options, {"run": out, "out": out, "overwrite": True}))
+        with pytest.raises(ValueError, match="would delete the model that it needs"):
+            rl.main(quick(world, out, overwrite=True, model=str(out / "checkpoint")))
         assert files_of(out) == before
         rl.main(quick(world, out, temperature=0.5, overwrite=True, force=True))
         assert steps(out) == 2 and not (out / "left.txt").exists()
@@ -233,6 +235,7 @@ class TestOptions:
         ({"encoder": None}, "--encoder DIRECTORY"), ({"k": 0}, "--k 0 leaves none"),
         ({"retriever": "none", "judge": "ratio"}, "--retriever none leaves none"),
         ({"model": "no/where"}, "hf download no/where"), ({"data": "no"}, "no"),
+        ({"encoder": "no/bert"}, "hf download no/bert"), ({"reward_model": "no/judge"}, "no/judge"),
     ])  # fmt: skip
     def test_nothing_is_written_before_what_cannot_be(self, world, tmp_path, changes, text):
         with pytest.raises((ValueError, OSError), match=text):
