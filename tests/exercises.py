@@ -238,15 +238,10 @@ EXERCISES = [
                    "above[j - 1] + 1", "row[-1] + 1"),
             Mutant("the row above is forgotten", "ROUGE-L is now and then too low.",
                    "max(above[j], row[-1])", "row[-1]"),
-            Mutant("a substring, not a subsequence", "One inserted word halves a headline's ROUGE.",
-                   "return row[-1]",
-                   "pieces = {tuple(b[i:j]) for j in range(len(b) + 1) for i in range(j)}\n"
-                   "    return max((j - i for j in range(len(a) + 1) for i in range(j)\n"
-                   "                if tuple(a[i:j]) in pieces), default=0)"),
+            Mutant("a substring, not a subsequence", "ROUGE-L is 0 where the last words differ.",
+                   "max(above[j], row[-1])", "0"),
         ], """
-        columns = {}  # token -> the columns with this token, one bit each
-        for j, token in enumerate(b):
-            columns[token] = columns.get(token, 0) | 1 << j
+        columns = {x: sum(1 << j for j, other in enumerate(b) if other == x) for x in b}
         row = last = (1 << len(b)) - 1  # Hyyrö 2004: bit j is 0 where the row grows at column j
         for token in a:
             matches = row & columns.get(token, 0)
@@ -316,10 +311,8 @@ EXERCISES = [
         return torch.tensor(found)
         """),
     Exercise(9, "RoPE: the rotation", "prlm.py", "rotate", 2,
-        "TestRope::test_channels_turn_as_complex_numbers "
-        "TestRope::test_scores_depend_on_the_distance_alone",
-        {"": "Rotate (1, 0, 0, 0) by hand: which channel gets the sine? `sin` has the minus sign.",
-         "distance": "Queries and keys turn the same way, each by its own position."}, [
+        "TestRope::test_channels_turn_as_complex_numbers",
+        {"": "Rotate (1, 0, 0, 0) by hand: which channel gets the sine? `sin` has its minus."}, [
             Mutant("neighbouring channels are paired", "A checkpoint loads, and writes word salad.",
                    "x.roll(x.shape[-1] // 2, -1)", "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)"),
             Mutant("rotated backwards", "Short texts look plausible; word order is mixed up.",
@@ -746,9 +739,9 @@ EXERCISES = [
             Mutant("policy and reference swap", "`kl` is far too large where the policy is sure.",
                    "ref_logprobs - logprobs", "logprobs - ref_logprobs"),
             Mutant("the plain difference", "`kl` is negative in some steps.",
-                   "difference.clamp(max=LARGEST).exp() - difference - 1", "-difference"),
+                   "difference.exp() - difference - 1", "-difference"),
             Mutant("half the square", "`kl` is right where it is small, and nowhere else.",
-                   "difference.clamp(max=LARGEST).exp() - difference - 1", "difference**2 / 2"),
+                   "difference.exp() - difference - 1", "difference**2 / 2"),
         ], """
         ratio = torch.exp(ref_logprobs - logprobs)
         return (ratio - 1) - (ref_logprobs - logprobs)

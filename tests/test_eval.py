@@ -1,6 +1,7 @@
 """ROUGE and BLEU equal the reference libraries, and a policy's answers end at the right record."""
 
 import doctest
+import functools
 import itertools
 import json
 import random
@@ -42,12 +43,12 @@ def soups(count, seed=0, longest=14):
 
 
 def naive_lcs(a, b):
-    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            both = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
-            table[i + 1][j + 1] = both
-    return table[-1][-1]
+    @functools.cache
+    def length(i, j):  # of the first i and j tokens
+        both = i and j and a[i - 1] == b[j - 1] and length(i - 1, j - 1) + 1
+        return both or (max(length(i - 1, j), length(i, j - 1)) if i and j else 0)
+
+    return length(len(a), len(b))
 
 
 class TestLongestCommonSubsequence:

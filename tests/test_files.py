@@ -108,9 +108,8 @@ class TestSafetensors:
             prlm.write_safetensors(tmp_path / "a", {}, metadata)  # transformers demands a format
             with safetensors.safe_open(tmp_path / "a", "pt") as file:
                 assert file.metadata() == expected and not list(file.keys())
-        for content, metadata in (({}, {"a": 1}), ({"__metadata__": torch.zeros(2)}, None)):
-            with pytest.raises(ValueError, match="__metadata__ is not a map of strings"):
-                prlm.write_safetensors(tmp_path / "a", content, metadata)
+        with pytest.raises(ValueError, match="__metadata__ is not a map of strings"):
+            prlm.write_safetensors(tmp_path / "a", {}, {"a": 1})
 
     @pytest.mark.parametrize("case", REFUSED)
     def test_refuses(self, tmp_path, case):
@@ -341,6 +340,7 @@ EOS = [  # generation_config, config, tokenizer_config, and the ids they name to
 ]
 BEGIN, END = (f"<\uff5c{word}\u2581of\u2581sentence\uff5c>" for word in ("begin", "end"))
 ASK, REPLY = (f"<\uff5c{word}\uff5c>" for word in ("User", "Assistant"))
+OPENED_AND_CLOSED = r"<think>\n\n</think>\n\n"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 THINK = ("<think>", "</think>")
@@ -534,9 +534,7 @@ class TestChat:
             ids = tokenizer.chat([{"role": "user", "content": "USR"}] * 2)
         assert tokenizer.decode(ids) == "USR\n\nUSR\n\n"
 
-    @pytest.mark.parametrize("think", [
-        "", "<think>\\n", "<think>\n", "<think>", "<think>\\n\\n</think>\\n\\n",
-    ])  # fmt: skip
+    @pytest.mark.parametrize("think", ["", r"<think>\n", "<think>\n", "<think>", OPENED_AND_CLOSED])
     @pytest.mark.parametrize("name", ["qwen3", "deepseek_r1_distill"])
     def test_a_template_that_begins_to_think_has_begun(self, name, think):
         template = TEMPLATE.replace("DEFAULT", "").replace("assistant\\n", "assistant\\n" + think)

@@ -146,20 +146,6 @@ class TestRope:
         turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
         close(prlm.rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1), 1e-5)
 
-    def test_scores_depend_on_the_distance_alone(self):
-        noise = generator()
-        q, k = torch.randn(2, 16, generator=noise)
-        frequencies = 10 ** -torch.rand(8, generator=noise)
-
-        def at(x, place):
-            cos, sin = (place * frequencies).cos(), (place * frequencies).sin()
-            return prlm.rotate(x, torch.cat([cos, cos]), torch.cat([-sin, sin]))
-
-        near, again, far = (at(q, m) @ at(k, n) for m, n in ((3, 1), (40, 38), (3, 2)))
-        close(near, again, 1e-3)
-        assert abs(near - far) > 0.1
-        close(at(q, 7).norm(), q.norm(), 1e-5)
-
 
 class TestLinear:
     @pytest.mark.parametrize("bias", [True, False])

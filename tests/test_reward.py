@@ -470,14 +470,15 @@ class TestMakeJudge:
 
     @pytest.mark.parametrize(("text", "changes"), [
         ("2 pairs of 1 queries are too few", {}), ("policy", {"encoder": "policy"}),
-        ("no tokenizer.json", {"encoder": "alone"}),
         ("encoder", {"reward_model": "encoder"}), ("--encoder", {"encoder": None}),
+        ("no tokenizer.json", {"encoder": "alone"}),
     ])  # fmt: skip
     def test_what_is_refused(self, world, o, tmp_path, monkeypatch, text, changes):
         monkeypatch.setattr(reward, "build_pairs", lambda *_: contrast(2))
-        world = shutil.copytree(world, tmp_path / "world")
-        shutil.copytree(world / "encoder", world / "alone", ignore=lambda *_: ["tokenizer.json"])
-        changes = {name: value and str(world / value) for name, value in changes.items()}
+        shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+        shutil.copytree(world / "encoder", tmp_path / "alone")
+        (tmp_path / "alone/tokenizer.json").unlink()
+        changes = {name: value and str(tmp_path / value) for name, value in changes.items()}
         with pytest.raises(ValueError, match=text):
             reward.make_judge(replace(o, **changes), None, None, [], [], tmp_path / "new")
 

@@ -58,7 +58,8 @@ TASK = TASKS[0]  # of everything but the main table
 class Options:
     quick: bool = option(False, "one seed of the main table, and nothing else")
     seeds: int = option(3, "trainings of every arm", 1)
-    steps: int = option(30, "of every training", 1)
+    steps: int = option(20, "of every training", 1)
+    lr: float = option(5e-4, "of every training by GRPO", 1e-12)
     jobs: int = option(2, "processes at a time, each on one core", 1)
     model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the base policy")
     encoder: str = option(str(SHIPPED / "encoder"), "BERT checkpoint")
@@ -78,7 +79,7 @@ def seeds_of(o: Options, arm: str) -> range:
 def chain(o: Options, task: str, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     """The commands of an arm and seed, each with the file that shows it is done."""
     same = {"model": o.model, "encoder": o.encoder, "data": o.data, "preset": "toy"}
-    same |= {"task": task, "seed": seed, "steps": o.steps, "lr": 1e-3, "device": "cpu"}
+    same |= {"task": task, "seed": seed, "steps": o.steps, "lr": o.lr, "device": "cpu"}
     same["eval_every"] = 5 if task == TASK else 0  # for the curves
     if arm in ("bert_no_gold", "bert_no_gold_kl"):  # the very judge of PrLM, to save time
         same["reward_model"] = str(place(o, task, "prlm", seed) / "reward")
