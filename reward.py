@@ -370,13 +370,9 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
+    known = (f"{key} {round(value, 3)}" for key, value in report.items() if value is not None)
+    print(f"judge {o.judge} (.5 is chance): {', '.join(known)}")
     return judge
-
-
-def describe(report: dict) -> str:
-    known = {key: round(value, 3) for key, value in report.items() if value is not None}
-    return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
 @dataclass
