@@ -17,7 +17,7 @@ On one core of an AMD server (2 GHz, AVX2), float32, medians of 5 runs; "floor":
     update, small, the same prompts             4.04 s          16.4 s           4.1    1.9
     BM25, 300 items, 20 words asked             94 users/s      68 users/s       1.4
     BM25, 300 items, 150 words asked            69 users/s      41 users/s       1.7
-    ROUGE-1, -2, -L of 10 words                 13,500 pairs/s  5,080 pairs/s    2.7
+    ROUGE-1, -2, -L of 10 words                 7,930 pairs/s   5,090 pairs/s    1.6
 
 A step of GRPO beside TRL's GRPOTrainer, on another machine, commit 9ba772a: SmolLM2-135M, the toy's
 prompts, 2 x 4 completions of at most 64 tokens; seconds of a median step, GiB at the peak:
