@@ -581,10 +581,10 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
     "Llama 3": ("<|begin_of_text|>", {role: (
         f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
-CONTROL = re.compile(r"(<\|\w+\|>|<｜[\w▁]+｜>)")
+CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>")
 THINK = re.compile(r"(</?think>)")
 # What a template says beyond its format: it is a program, and it is not run, only searched.
-FOREIGN = ("<|im_sep|>", "## Metadata", "{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
+FOREIGN = ("<|im_sep|>", "## Metadata", "%}{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
 PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
 DEFAULT_SYSTEM = re.compile(rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>")
 OPENS_THINKING = re.compile(rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)")
@@ -633,7 +633,7 @@ class Tokenizer:
         unescape = partial(re.sub, r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1])
         said = ["<think>\n"] if self.format == "R1" and plain else []  # for the assistant
         said += OPENS_THINKING.findall(self.template)
-        self.opening = unescape(said[-1]) if self.format and said else ""
+        self.opening = unescape(min(said, key=len, default=""))  # open, where it can be either
         dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
         self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
         found = DEFAULT_SYSTEM.search(self.template)
@@ -647,7 +647,7 @@ class Tokenizer:
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
         for piece in self.acting.split(form):
-            theirs = "{}" in piece  # else it is ours, and its <think> is meant as the token
+            theirs = "{}" in piece  # else ours, encoded whole: the toy's SYSTEM is a single token
             self.backend.encode_special_tokens = theirs
             for part in THINK.split(piece) if theirs and "<think>" in self.control else [piece]:
                 text = re.sub(r"\{\}", lambda _: next(texts), part)

@@ -113,7 +113,7 @@ class RewardModel(nn.Module):
         if encoder.pooler is None:
             encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
         self.classifier = prlm.Linear(len(like), 1).to(like)
-        nn.init.normal_(self.classifier.weight, std=0.02)
+        prlm.start_random(self.classifier)
         nn.init.zeros_(self.classifier.bias)
         self.limit = min(512, encoder.max_length)  # tokens of a pair
         self.eval()

@@ -374,8 +374,8 @@ FOREIGN = {  # on the tokens of a known format
                "{% endfor %}{{ '<|assistant|>\n' }}"),
     "Phi-4": ("qwen2_5", "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + "
               "m['content'] + '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant<|im_sep|>' }}"),
-    "Yi": ("qwen2_5", "{{ system_message }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + "
-           "'\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"),
+    "Yi": ("qwen2_5", "{% if 1 %}{{ system_message }}{% endif %}{% for m in messages %}{{ '<|im_st"
+           "art|>user\n' + m['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}{% endfor %}"),
 }
 CORPUS = ["<|im_start|>user the cat sat on <|im_end|> the mat </s> <think>", "sat on\n\n<|User|>"]
 # fmt: on

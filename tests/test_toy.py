@@ -330,9 +330,9 @@ class TestShipped:
 
     @pytest.mark.parametrize("task", make.TASKS)
     def test_records(self, task):
-        """They fit the prompts, whose sentences the policy knows as whole tokens (after a change of
-        them, build it anew); the answer is in no profile, whose newest item comes last."""
+        """They fit the prompts; the answer is in no profile, whose newest item comes last."""
         tokenizer = prlm.load_tokenizer(TOY / "policy")
+        assert len(tokenizer.fill(retrieve.SYSTEM)) == 1  # after a change of it, build toy/ anew
         for example in retrieve.load_lamp(TOY / "lamp", task, "dev"):
             messages = retrieve.build_messages(example, retrieve.retrieve(example, 4))
             assert len(tokenizer.chat(messages)) < 170
