@@ -44,8 +44,8 @@ def common(a: list, b: list, n: int) -> int:
 
 
 def longest_common_subsequence(a: list, b: list) -> int:
-    """L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1, elsewhere
-    max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0."""
+    """Its length, L(len(a), len(b)): where a's i-th token is b's j-th, L(i, j) = L(i-1, j-1) + 1,
+    elsewhere max(L(i-1, j), L(i, j-1)), and L(i, 0) = L(0, j) = 0."""
     row = [0] * (len(b) + 1)  # L(i, 0) .. L(i, len(b)), so far for i = 0
     for token in a:
         above, row = row, [0]

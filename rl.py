@@ -145,7 +145,7 @@ class Options(RewardOptions):
     out: str = option("runs/toy", "run directory")
     resume: bool = option(False, "go on with the run in --out, or start it there")
     overwrite: bool = option(False, "delete the run in --out")
-    force: bool = option(False, "train though the first look saw nothing to learn")
+    force: bool = option(False, "train even though the first look saw nothing to learn")
 
 
 @dataclass

@@ -233,7 +233,7 @@ EXERCISES = [
         """),
     Exercise(6, "ROUGE-L: the longest common subsequence", "eval.py", "longest_common_subsequence",
         3, "TestLongestCommonSubsequence TestRouge::test_golden_values",
-        {"": "A subsequence may leave words out, not reorder them. The docstring has the rule."}, [
+        {"": "A subsequence may leave words out, not reorder or repeat them; see the docstring."}, [
             Mutant("a word matches twice", "Repeated words raise a headline's ROUGE-L.",
                    "above[j - 1] + 1", "row[-1] + 1"),
             Mutant("the row above is forgotten", "ROUGE-L is now and then too low.",
@@ -1272,7 +1272,7 @@ def run_check(e: Exercise, directory: Path, o) -> int:
         print(first["name"])
         for test in tests:
             print(f"  {test['status']}  {test['name']}  {test['output']}".rstrip())
-        print(f"{results['score']} of {e.points} points, which are for all of the tests")
+        print(f"{results['score']} of {e.points} points: all of its tests must pass")
         print(first["output"], end="\n" * bool(first["output"]))
         if not results["score"]:
             print(f"in full: cd {directory} && {e.in_full}")
@@ -1284,7 +1284,7 @@ def run_bug(e: Exercise, directory: Path, o) -> int:
         mutant = e.mutants[o.seed % len(e.mutants)]
         start(e, directory, mutated(reference(e), e, mutant), bug=o.seed)
         print(f"{directory / e.file} has a bug in {e.function}. What one sees:\n  {mutant.symptom}")
-        print(f"Which line? bug {e.number} {directory} --line K (--seed {o.seed + 1}: another bug)")
+        print(f"Which line? bug {e.number} {directory} --line K")
         return 0
     found, made = submitted(e, directory)
     if "bug" not in made:

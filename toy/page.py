@@ -164,7 +164,7 @@ def charts(metrics: list[dict], held: dict[str, list[dict]]) -> str:
     curves["ROUGE-L, no profile"] = level("no_profile", "rouge-l", 0, steps)
     rewards = {"all completions of a step": curve("reward")}
     silent = {"all rewards equal: they teach nothing": curve("zero_spread_groups")}
-    figures = chart("Held-out users: greedy answers", curves, steps)
+    figures = chart("The first 64 held-out users, greedy", curves, steps)
     figures += chart("Training: mean reward", rewards, steps)
     figures += chart("Training: share of the groups", silent, steps)
     rows = ""

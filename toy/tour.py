@@ -29,7 +29,7 @@ for item in example.profile[:6]:
 # %% 3. Retrieval: BM25 ranks the items by the words that they share with the query
 corpus = [retrieve.show(item, example.task).split() for item in example.profile]
 scores = retrieve.BM25(corpus).scores(example.query.split())
-print("best scores:", sorted(scores.round(2).tolist(), reverse=True)[:6])
+print("BM25, the best scores:", sorted(scores.round(2).tolist(), reverse=True)[:6])
 for item in retrieve.retrieve(example, k=o.k):
     print(retrieve.show(item, example.task))
 
@@ -53,14 +53,15 @@ for row in rows:
 r = torch.tensor([[row["reward"] for row in rows]])  # [P=1, G=8]
 by_hand = (r - r.mean()) / (r.std() + 1e-4)
 advantages = rl.group_advantages(r)
-print([round(x, 2) for x in by_hand[0].tolist()])
+print("advantages:", [round(x, 2) for x in by_hand[0].tolist()])
 assert torch.allclose(by_hand, advantages, atol=1e-5)
 
 # %% 8. Log-probabilities of the sampled tokens: the sampler's, and once more with gradient
 tokens = [[completion.tokens for completion in group]]  # [P][G]
 logprobs, mask = prlm.token_logprobs(policy.decoder, [prompt], tokens, o.temperature)  # [P, G, C]
 sampled = torch.tensor(group[0].logprobs)
-print("largest difference:", (logprobs[0, 0, : len(sampled)] - sampled).abs().max().item())
+apart = (logprobs[0, 0, : len(sampled)] - sampled).abs().max().item()
+print(f"sampler and trainer differ by {apart:.1e} nats at most")
 
 # %% 9. The loss is 0, its gradient is not: one step of AdamW
 optimizer = rl.make_optimizer(policy, lr=1e-3)
@@ -70,11 +71,11 @@ norm = torch.nn.utils.clip_grad_norm_(policy.decoder.parameters(), 1.0)
 optimizer.step()
 print(f"loss {loss.item():.1e}, norm of its gradient {norm.item():.2f}")
 
-# %% 10. What moved: completions with a positive advantage became more likely
+# %% 10. What moved: the higher the advantage, the likelier, mostly: completions share their tokens
 with torch.no_grad():
     after, _ = prlm.token_logprobs(policy.decoder, [prompt], tokens, o.temperature)
 change = (after - logprobs).sum(-1)[0]  # [G] nats
 for advantage, nats, row in zip(advantages[0].tolist(), change.tolist(), rows, strict=True):
-    print(f"advantage {advantage:+.2f}   log-probability {nats:+.2f} nats   {row['answer']!r}")
+    print(f"advantage {advantage:+.2f}, log-probability up by {nats:+.2f}: {row['answer']!r}")
 both = torch.stack([advantages[0], change])
-print(f"correlation of the two: {torch.corrcoef(both)[0, 1]:.2f}")
+print(f"correlation of advantage and change: {torch.corrcoef(both)[0, 1]:.2f}")
