@@ -34,7 +34,7 @@ of on or our she so that the their they this to was we were what who why will wi
 LEGEND = """<p class="legend">Tokens are shaded by how unlikely the policy found them. Probability:
 <i>.9 and more</i> <i class="s1">.5 to .9</i> <i class="s2">.2 to .5</i> <i class="s3">.05 to .2</i>
 <i class="s4">below .05</i> Tap a shaded token to see its probability. <mark>Underlined</mark> words
-are in the user's own text, too, those left out that say nothing ("the", "of").</p>"""
+also occur in the user's own text; words that say nothing ("the", "of") are not marked.</p>"""
 TOY = """<p>In this invented world an answer is two look-ups away: one item names the column of the
 day that the query is for, another shows the motto of that column. For a fifth of the users the four
 items lack one of the two, and a wrong motto leaves half of the words right, so .90 is about the

@@ -76,6 +76,6 @@ with torch.no_grad():
     after, _ = prlm.token_logprobs(policy.decoder, [prompt], tokens, o.temperature)
 change = (after - logprobs).sum(-1)[0]  # [G] nats
 for advantage, nats, row in zip(advantages[0].tolist(), change.tolist(), rows, strict=True):
-    print(f"advantage {advantage:+.2f}, log-probability up by {nats:+.2f}: {row['answer']!r}")
+    print(f"advantage {advantage:+.2f}, log-probability changed by {nats:+.2f}: {row['answer']!r}")
 both = torch.stack([advantages[0], change])
 print(f"correlation of advantage and change: {torch.corrcoef(both)[0, 1]:.2f}")
