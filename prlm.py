@@ -346,8 +346,7 @@ def generate(
     A completion ends with its first id of `eos_ids`, and is then finished, or after
     `max_new_tokens`; rows that have ended leave the batch. The same seed samples the same; without
     one the noise is torch's own. Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are
-    never sampled. ValueError for a prompt, a group or a length below 1, or a temperature below
-    COLDEST that is not 0."""
+    never sampled. ValueError for a size below 1, or a temperature between 0 and COLDEST."""
     good = temperature == 0 or temperature >= COLDEST
     if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")

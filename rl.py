@@ -233,8 +233,7 @@ def optimizer_step(optimizer) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth of it.
-    The first step is 0."""
+    """Linear to the peak over a tenth of the steps, at least step 0; then a cosine to a tenth."""
     rising = max(1, round(0.1 * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -428,8 +427,7 @@ def make_policy(o: Options) -> Policy:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed they
-    are rounded at random, up or down in proportion to the distance: rounded to nearest, the copy
-    would hardly follow small steps."""
+    are rounded at random, up or down by the distance: to nearest, small steps would be lost."""
     device = policy.decoder.head.device
     noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
