@@ -346,7 +346,7 @@ def generate(
     A completion ends with its first id of `eos_ids`, and is then finished, or after
     `max_new_tokens`; rows that have ended leave the batch. The same seed samples the same; without
     one the noise is torch's own. Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are
-    never sampled. ValueError for a size below 1, or a temperature between 0 and COLDEST."""
+    never sampled. ValueError for an empty prompt, a size below 1, a temperature that is too low."""
     good = temperature == 0 or temperature >= COLDEST
     if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
@@ -621,8 +621,8 @@ class Tokenizer:
             named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
             token["special"] |= bool(named) or token["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
-        acting = [re.escape(name) for name in self.control if "think>" not in name]
-        self.acting = re.compile(f"({'|'.join(acting) or '(?!)'})")
+        self.hidden = {n: i for n, i in self.control.items() if "think>" not in n}  # in `decode`
+        self.acting = re.compile(f"({'|'.join(map(re.escape, self.hidden)) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         # What the template adds to its format: a BOS, a system message, how an answer begins.
@@ -656,7 +656,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
-        hidden = {i for name, i in self.control.items() if "think>" not in name}
+        hidden = {*self.hidden.values()}
         return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
@@ -841,7 +841,7 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     return load_module(directory, Encoder, names, device, dtype)
 
 
-def load_module(directory, kind: type, names: dict[str, str], device, dtype) -> nn.Module:
+def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn.Module:
     """kind(config.json, tokenizer) with exactly the weights of one file or of shards; `names` says
     what is replaced in their names, and what becomes empty is left out."""
     folder, weights = Path(directory), {}

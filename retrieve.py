@@ -2,7 +2,7 @@
 
 A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
 the same user wrote before. Retrieval ranks the profile by the query, and the best k items stand
-before the question. A prompt of the toy with k = 2, long lines shortened (…); the policy goes on:
+before the question. A prompt of the toy with k = 2, its long lines broken or shortened (…):
 
     <|im_start|>system
     You infer the user's preferences from the historical records and the query. First reason step by

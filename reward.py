@@ -325,28 +325,26 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
-    make, names = lambda *encoder: RewardModel(Encoder(*encoder)), {r".*position_ids": ""}
-    return prlm.load_module(directory, make, names, device, torch.float32)
+    return prlm.load_module(
+        directory, lambda *given: RewardModel(Encoder(*given)), {r".*position_ids": ""}, device
+    )
 
 
-def judge_model(o: RewardOptions, device="cpu") -> RewardModel:
-    """The model of --judge bert: a trained one, or one that starts from the encoder."""
-    if o.reward_model:
+def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
+    """The model of --judge bert: a trained one, or one that starts from the encoder; None for
+    ratio. ValueError if the model is faulty, or if the judge would have nothing to tell apart."""
+    if o.judge == "bert" and o.reward_model:
         return load_reward_model(o.reward_model, device)
+    if o.k == 0 or o.retriever == "none":
+        none = "--k 0" if o.k == 0 else "--retriever none"
+        text = f"--judge {o.judge} compares answers with and without a profile: {none} leaves none"
+        raise ValueError(f"{text}. Take --personalization 0")
+    if o.judge == "ratio":
+        return None
     if o.encoder is None:
         raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
     torch.manual_seed(o.seed)  # the classifier's first weights
     return RewardModel(prlm.load_encoder(o.encoder, device))
-
-
-def check_judge(o: RewardOptions) -> None:
-    """ValueError for a judge whose model is faulty, or with nothing to tell apart."""
-    if (o.k == 0 or o.retriever == "none") and not (o.judge == "bert" and o.reward_model):
-        none = "--k 0" if o.k == 0 else "--retriever none"
-        text = f"--judge {o.judge} compares answers with and without a profile: {none} leaves none"
-        raise ValueError(f"{text}. Take --personalization 0")
-    if o.judge == "bert":
-        judge_model(o)  # before hours of work that lead up to it
 
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
@@ -355,12 +353,12 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     file = Path(directory) / "report.json"  # written last: it says that all is there
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)
-    if o.judge == "ratio":
+    trained = o.reward_model or (directory if report else None)
+    model = judge_model(replace(o, reward_model=trained), device)
+    if model is None:
         judge = ratio_judge(o, decoder, tokenizer)
     else:
-        trained = o.reward_model or (directory if report else None)
-        model = prlm.multiply_in(judge_model(replace(o, reward_model=trained), device), dtype)
-        judge, pairs = model.judge, Path(directory) / "pairs.json"
+        judge, pairs = prlm.multiply_in(model, dtype).judge, Path(directory) / "pairs.json"
         if not trained:
             if not pairs.is_file():
                 prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
@@ -370,9 +368,13 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    known = (f"{key} {round(value, 3)}" for key, value in report.items() if value is not None)
-    print(f"judge {o.judge} (.5 is chance): {', '.join(known)}")
+    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
     return judge
+
+
+def describe(report: dict) -> str:
+    known = {key: round(value, 3) for key, value in report.items() if value is not None}
+    return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
 @dataclass
@@ -382,7 +384,7 @@ class Options(RewardOptions):
 
 
 def main(o: Options) -> None:
-    check_judge(o)
+    judge_model(o)  # what is faulty is said before anything is written
     train, held = load_examples(o, "train"), load_examples(o, "dev")
     decoder, tokenizer = prlm.load_policy(o)
     out = prlm.run_directory(o, record="options.json")  # config.json will be the model's

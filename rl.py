@@ -44,7 +44,7 @@ import prlm
 from eval import seed_of
 from prlm import Decoder, Tokenizer, option
 from retrieve import answer_block, load_examples, make_prompts, make_ranker, one_line, task_of
-from reward import PARTS, RewardOptions, check_judge, make_judge, rewards
+from reward import PARTS, RewardOptions, judge_model, make_judge, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 
@@ -233,7 +233,7 @@ def optimizer_step(optimizer) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear to the peak over a tenth of the steps, at least step 0; then a cosine to a tenth."""
+    """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth."""
     rising = max(1, round(0.1 * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -257,7 +257,7 @@ def main(o: Options, judge=None) -> None:
     """The run that the options describe; `judge` takes the place of the one that they name."""
     with prlm.processes():
         if o.personalization and judge is None:
-            check_judge(o)
+            judge_model(o)
         train, held = load_examples(o, "train"), load_examples(o, "dev")
         policy = make_policy(o)  # what is faulty is said before anything is written
         make_prompts(o, policy.tokenizer, train[:1])
@@ -426,8 +426,8 @@ def make_policy(o: Options) -> Policy:
 
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
-    """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed they
-    are rounded at random, up or down by the distance: to nearest, small steps would be lost."""
+    """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
+    rounding is random, in proportion to the distance: rounding to nearest loses small steps."""
     device = policy.decoder.head.device
     noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
     pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)

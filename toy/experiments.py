@@ -58,8 +58,8 @@ TASK = TASKS[0]  # of everything but the main table
 class Options:
     quick: bool = option(False, "one seed of the main table, and nothing else")
     seeds: int = option(3, "trainings of every arm", 1)
-    steps: int = option(20, "of every training", 1)
-    lr: float = option(5e-4, "of every training by GRPO", 1e-12)
+    steps: int = option(rl.Options.steps, "of every training", 1)
+    lr: float = option(rl.Options.lr, "of every training by GRPO", 1e-12)
     jobs: int = option(2, "processes at a time, each on one core", 1)
     model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the base policy")
     encoder: str = option(str(SHIPPED / "encoder"), "BERT checkpoint")

@@ -71,7 +71,7 @@ norm = torch.nn.utils.clip_grad_norm_(policy.decoder.parameters(), 1.0)
 optimizer.step()
 print(f"loss {loss.item():.1e}, norm of its gradient {norm.item():.2f}")
 
-# %% 10. What moved: the higher the advantage, the likelier, mostly: completions share their tokens
+# %% 10. What moved: mostly, the higher the advantage, the likelier; completions share tokens
 with torch.no_grad():
     after, _ = prlm.token_logprobs(policy.decoder, [prompt], tokens, o.temperature)
 change = (after - logprobs).sum(-1)[0]  # [G] nats

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters 
 import prlm
 import retrieve
 from prlm import option
-from reward import Judge, RewardOptions, check_judge, make_judge, rewards
+from reward import Judge, RewardOptions, judge_model, make_judge, rewards
 
 
 def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, **weights: float):
@@ -45,7 +45,7 @@ def main(o: Options) -> None:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    check_judge(o)
+    judge_model(o)
     train, held = retrieve.load_examples(o, "train"), retrieve.load_examples(o, "dev")
     policy, tokenizer = prlm.load_policy(o)
     judge = make_judge(o, policy, tokenizer, train, held, Path(o.out) / "reward")
