@@ -10,21 +10,21 @@ So a text in another script scores 0 even where it is right. The authors score w
 after jieba (sets of n-grams, punctuation as words): their numbers cannot be compared with these.
 BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
-    python eval.py --task LaMP-4 --split dev --k 4
     python eval.py --run runs/toy               # a run's checkpoint, under the run's own options"""
 
+import dataclasses
 import math
 import random
 import re
+import shutil
 from collections import Counter
-from dataclasses import dataclass
+from pathlib import Path
 
 import prlm
-from prlm import Completion, Decoder, Tokenizer, option
+from prlm import option
 from retrieve import CLOSED, PromptOptions, Split, load_examples, make_prompts, task_of
 
 # ---- The paper's evaluation: metrics of two texts --------------------------------------------
-
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
 
 
@@ -37,8 +37,7 @@ def f1(matches: int, predicted: int, wanted: int) -> float:
     return 2 * precision * recall / (precision + recall) if matches else 0.0
 
 
-def common(a: list, b: list, n: int) -> int:
-    """How many n-grams of both match: each the smaller of its two counts."""
+def common(a: list, b: list, n: int) -> int:  # n-grams of both: each the smaller of its counts
     ngrams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 
@@ -83,7 +82,6 @@ def bleu(prediction: str, reference: str) -> float:
 
 
 # ---- The answer in a completion: what this parser cannot read earns no accuracy ------------------
-
 MARKS = {mark: f"[{sort}]" for sort in ("'‘’", '"“”') for mark in sort}  # a mark: its sort
 ANY = "['‘’\"“”]"
 
@@ -136,47 +134,38 @@ def is_placeholder(answer: str, task: str) -> bool:
 
 
 # ---- A policy on a data set --------------------------------------------------------------------
-
-
-@dataclass
+@dataclasses.dataclass
 class EvalOptions(PromptOptions):
     max_new_tokens: int = option(128, "longest completion", 1)
 
 
-def seed_of(*parts) -> int:
-    """A 63-bit seed for one purpose: what should be independent must not share its noise."""
+def seed_of(*parts) -> int:  # for one purpose: what should be independent must not share noise
     return random.Random(repr(parts)).getrandbits(63)
 
 
-def complete(
-    o: EvalOptions, decoder: Decoder, tokenizer: Tokenizer, prompts: list[list[int]],
+def make_records(
+    o: EvalOptions, decoder, tokenizer, examples, prompts: list[list[int]],
     group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
-) -> list[list[Completion]]:  # fmt: skip
-    """Completions [P][G], `batch` of them together: of prompts of similar length, so that there is
-    little padding. Several processes share the batches, and each gets all completions. `purpose`
-    and the batch's place seed the noise."""
+) -> list[dict]:  # fmt: skip
+    """What the policy was asked and what it says, for each of P G completions: id, query, target,
+    prompt and completion (text), answer, tokens (ids), logprobs, finished. `batch` of them are
+    sampled together, of prompts of similar length, so that there is little padding; processes share
+    the batches. `purpose` and the batch's place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
-    groups: dict[int, list[Completion]] = {}  # by the prompt's index
+    groups = {}  # completions, by the prompt's index
     for start in prlm.progress(prlm.my_share(starts), purpose[0], delay=1):
         chosen = order[start : start + starts.step]
         asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
         groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
     for share in prlm.gather(groups):
         groups |= share
-    return [groups[n] for n in range(len(prompts))]
-
-
-def make_records(o: EvalOptions, decoder, tokenizer, examples, prompts, *how) -> list[dict]:
-    """What the policy was asked and what it says (`how`: see `complete`), for each completion: id,
-    query, target, prompt and completion (text), answer, tokens (ids), logprobs, finished."""
     opened, records = tokenizer.opening if o.reasoning else CLOSED, []
-    groups = complete(o, decoder, tokenizer, prompts, *how)
-    for e, prompt, group in zip(examples, prompts, groups):
+    for n, (e, prompt) in enumerate(zip(examples, prompts)):
         asked = {"id": e.id, "query": e.query, "target": e.target}
         asked |= {"prompt": tokenizer.decode(prompt)}
-        for completion in group:
+        for completion in groups[n]:
             text = opened + tokenizer.decode(completion.tokens)
             said = {"completion": text, "answer": extract_answer(text, e.task)}
             rounded = {"logprobs": [round(x, 6) for x in completion.logprobs]}
@@ -185,7 +174,7 @@ def make_records(o: EvalOptions, decoder, tokenizer, examples, prompts, *how) ->
 
 
 def answer_all(o: EvalOptions, decoder, tokenizer, examples, temperature=0.0, k=None) -> list[dict]:
-    """`make_records` of one completion for each example, with every metric if there is a target."""
+    """`make_records` of one completion for each example, with every metric if it has a target."""
     prompts = make_prompts(o, tokenizer, examples, k)
     records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
@@ -209,6 +198,34 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
 
 
 # ==== Below: not the method =====================================================================
+# What may change when a run is resumed: its length and place, what costs time or memory.
+FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
+FREE |= {"out", "resume", "overwrite", "force", "preset"}
+
+
+def run_directory(o, record="config.json") -> Path:
+    """o.out with its options in `record`: a new directory, or a run that --resume continues if all
+    options but the FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
+    out, mine = Path(o.out), dataclasses.asdict(o)
+    held = prlm.read_json(out / record) if (out / record).is_file() else {}
+    if held.keys() == mine.keys() and mine.get("resume"):
+        wrong = [name for name in mine if name not in FREE and mine[name] != held[name]]
+        if wrong := wrong or ["steps"] * (o.steps < held["steps"]):
+            words = ", ".join(f"--{name.replace('_', '-')} {held[name]}" for name in wrong)
+            raise ValueError(f"{out} was made with {words}: resume it so, or take another --out")
+    elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
+        if held.keys() != mine.keys():
+            raise ValueError(f"{out} is not empty, and no result of this: take another --out")
+        if not o.overwrite:
+            ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"
+            raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
+        for name in {"model", "data", "encoder", "reward_model"} & mine.keys():
+            if mine[name] and Path(mine[name]).resolve().is_relative_to(out.resolve()):
+                raise ValueError(f"--overwrite would delete the {name} that it needs, {mine[name]}")
+        for path in sorted(out.iterdir(), key=lambda path: path.name == record):  # that last
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    prlm.write_json(out / record, mine)
+    return out
 
 
 def write_predictions(path, task: str, records: list[dict]) -> None:
@@ -221,7 +238,7 @@ def line(name: str, scores: dict[str, float]) -> str:
     return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
 
 
-@dataclass
+@dataclasses.dataclass
 class Options(EvalOptions):
     run: str | None = option(None, "run directory of rl.py: its checkpoint, its options")
     split: Split = option("dev", "which of LaMP's files")
@@ -233,7 +250,7 @@ class Options(EvalOptions):
 def main(o: Options) -> None:
     examples = load_examples(o, o.split)
     decoder, tokenizer = prlm.load_policy(o)
-    out = prlm.run_directory(o)
+    out = run_directory(o)
     records = answer_all(o, decoder, tokenizer, examples, o.temperature)
     write_predictions(out / "predictions.json", o.task, records)
     prlm.append(out / "samples.jsonl", records)

@@ -1,17 +1,16 @@
 """The language model: a Hugging Face checkpoint read by hand, in plain PyTorch.
 
-  Decoder          Qwen2 (so Qwen2.5 and R1-Distill), Qwen3, Llama; LoRA adapters for it
+  Decoder          Qwen2 (so Qwen2.5 and R1-Distill), Qwen3, Llama
   generate         samples G completions of each of P prompts, with a key-value cache
   token_logprobs   the log-probability of every completion token, with gradient
   Encoder          the BERT family, for the reward model and the dense retriever
   Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
-attend to the prompt's keys and values. With 400 tokens of prompt and 8 completions of 100, that is
-1,200 tokens instead of 4,000. A plain pass, a prompt, a sampling step and a training step differ
-only in which token may look at which: `Decoder.run` loops over the layers, and each of the four
-brings its own `attend`. Left out: sliding windows, rope types but default and llama3, quantised
-weights, top-k and top-p (GRPO needs the probability under the whole distribution).
+attend to its keys and values: with 400 tokens of prompt and 8 completions of 100, that is 1,200
+tokens instead of 4,000. They differ only in which token may look at which: `Decoder.run` loops
+over the layers, and each caller brings its own `attend`. Left out: sliding windows, rope types but
+default and llama3, quantised weights, top-k and top-p (GRPO needs the whole distribution).
 
     python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
 
@@ -19,13 +18,11 @@ Shapes: P prompts, G completions per prompt, B batch, T tokens, C completion tok
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each."""
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
 import os
 import re
-import shutil
 import sys
 import warnings
 from contextlib import contextmanager
@@ -42,9 +39,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+
 # ---- The decoder: modules have Hugging Face's names, so its state dict is the checkpoint ------
-
-
 def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
     llama3 divides by `factor` where a pair turns fewer than `low` times within the original
@@ -60,8 +56,8 @@ def rope_frequencies(c: SimpleNamespace) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split as Hugging Face's: channel i turns with channel i + D/2.
-    `cos`, `sin` [.., D] hold each angle twice; `sin` carries the minus sign of the first half."""
+    """Rotary embedding: channel i turns with channel i + D/2. `cos`, `sin` [.., D] hold each angle
+    twice, `sin` with the minus sign of the first half."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -155,23 +151,20 @@ class Decoder(nn.Module):
         self.checkpointing = False  # True: each layer's activations are recomputed in backward
 
     @property
-    def head(self) -> Tensor:
-        """The output matrix [V, H]; a tied model's is its embedding."""
+    def head(self) -> Tensor:  # the output matrix [V, H]; a tied model's is its embedding
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     @property
-    def products(self) -> torch.dtype:
-        """The precision of matrix products, which `multiply_in` sets."""
+    def products(self) -> torch.dtype:  # the precision of matrix products, see `multiply_in`
         return self.model.norm.products or self.head.dtype
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """hidden [.., H] times the rows of `head` [V, H], in the precision of products."""
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:  # hidden [.., H], rows of the head
         return F.linear(hidden.to(self.products), head.to(self.products))
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
-        The residual stream is float32 even where products are bfloat16: so the sampler, whose
-        weights may be a bfloat16 copy, agrees with the trainer's float32 ones."""
+        The residual stream is float32 even where products are bfloat16: so a sampler with bfloat16
+        weights agrees with a trainer with float32 ones."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
@@ -185,8 +178,8 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side, where
-        logits mean nothing. The plain definition: the tests compare all that is faster with it."""
+        """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side. The plain
+        definition: the tests compare all that is faster with it."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = None  # causal
         if mask is not None:
@@ -205,8 +198,7 @@ def start_random(module: nn.Module) -> None:
         nn.init.normal_(matrix, std=0.02)
 
 
-def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module, whose matrix products are computed in `dtype` from here on."""
+def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:  # from here on, in place
     for part in module.modules():
         if isinstance(part, Linear | RMSNorm):
             part.products = dtype
@@ -222,8 +214,7 @@ def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 # ---- Sampling: the prompt once, its completions many -----------------------------------------
-
-COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature can overflow
+COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature may overflow
 
 
 class Ragged:
@@ -243,13 +234,11 @@ class Ragged:
         self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
         self.cells = self.rows * self.shape[1] + self.positions  # [N] index in the grid
 
-    def grid(self, x: Tensor) -> Tensor:
-        """[N, ..] to [rows, T, ..], zeros after each row's end."""
+    def grid(self, x: Tensor) -> Tensor:  # [N, ..] to [rows, T, ..], zeros after each row's end
         empty = x.new_zeros(self.mask.numel(), *x.shape[1:])
         return empty.index_copy(0, self.cells, x).unflatten(0, self.shape)
 
-    def flat(self, grid: Tensor) -> Tensor:
-        """[rows, T, ..] back to [N, ..]."""
+    def flat(self, grid: Tensor) -> Tensor:  # [rows, T, ..] back to [N, ..]
         return grid.flatten(0, 1).index_select(0, self.cells)
 
 
@@ -267,10 +256,8 @@ class Cache:
       shared  per layer (keys, values), each [P, K, T, D]    what the prompts left, read-only
       own     [layers, 2, P, K, G, C, D]                     a slot for each completion token
       hide    [P, T + C]       0 where a row may look, -inf at padding and slots not yet written
-
-    G stands behind K, so that a group's queries of one key-value head, G R of them, meet the
-    prompt's keys in one product, which reads them once. A step reads the first `window` slots:
-    what is written, or on CUDA the next power of 2."""
+    G stands behind K: so all G R queries of a group for one key-value head meet the prompt's keys
+    in one product. A step reads the first `window` slots: what is written, or a power of 2."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
@@ -283,7 +270,7 @@ class Cache:
         self.hide = torch.where(F.pad(prompts.mask, (0, max_new_tokens)), 0.0, -math.inf)
 
     def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The first pass: causal attention within each prompt, [N, heads, D]; fills `shared`."""
+        """Causal attention within each prompt, [N, heads, D]; fills `shared`."""
         q, k, v = (self.prompts.grid(x) for x in (q, k, v))  # [P, T, heads, D]
         self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
         return self.prompts.flat(attention(q, k, v))
@@ -323,9 +310,8 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
     its log-probability; at temperature 0 the largest logit's id, with that at temperature 1."""
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
-        # A uniform number is looked up in the running sum of the probabilities. torch.multinomial
-        # draws a number for every id of the vocabulary instead: 3 to 7 times slower on a CPU.
-        # CUDA sums in parallel: in float32 a sum could then fall below the one before it.
+        # One uniform number, looked up in running sums: torch.multinomial, which draws one for each
+        # id, is 3 to 7 times slower on a CPU. CUDA's parallel float32 sums could fall in between.
         sums = probabilities.cumsum(-1, dtype=torch.float64 if logits.is_cuda else None)
         uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
@@ -343,10 +329,10 @@ def generate(
     temperature: float = 1.0, eos_ids=(), seed: int | None = None,
 ) -> list[list[Completion]]:  # fmt: skip
     """Samples `group_size` completions of each prompt, [P][G].
-    A completion ends with its first id of `eos_ids`, and is then finished, or after
-    `max_new_tokens`; rows that have ended leave the batch. The same seed samples the same; without
-    one the noise is torch's own. Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are
-    never sampled. ValueError for an empty prompt, a size below 1, a temperature that is too low."""
+    A completion ends with its first id of `eos_ids`, or, not `finished`, after `max_new_tokens`.
+    The same seed samples the same; without one the noise is torch's own. Temperature 0 is greedy.
+    Ids from `decoder.vocab_limit` on are never sampled. ValueError for an empty prompt, a size
+    below 1, a temperature that is too low."""
     good = temperature == 0 or temperature >= COLDEST
     if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
@@ -376,7 +362,7 @@ def generate(
         if step % pace.look == pace.look - 1 and (stay := leave(cache, done, pace.keep)):
             kept, done = stay
             ids, positions, writing = ids[kept], positions[kept], writing[kept]
-        cache.next_slot(pace.coarse)
+        cache.next_slot(pace.record)
         hidden = run_step(ids, positions)
         positions = positions + 1
     completions, ends = [], {*eos.tolist()}
@@ -387,8 +373,6 @@ def generate(
 
 
 # ---- Training: the same tokens once more, with gradient --------------------------------------
-
-
 def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
@@ -416,7 +400,6 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
             return out
         # Unlike in the Cache, the prompt's keys are repeated for each completion: so autograd sums
         # their gradients over the group, which makes the shared prompt exact (arXiv 2506.05433).
-        # The layers' matrices, most of the cost, still meet the prompt once.
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
@@ -449,54 +432,7 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
     return logprobs.masked_fill(targets >= limit, -math.inf)
 
 
-def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
-    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one."""
-    batches, room = [], -1
-    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        if sizes[n] > room:
-            batches, room = [*batches, []], budget
-        batches[-1].append(n)
-        room -= sizes[n]
-    return batches
-
-
-# ---- LoRA: instead of W, 1536 x 1536, A and B are trained: 49,152 numbers at rank 16 ----------
-
-
-def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
-    """Freezes the decoder and gives every matrix of its layers a float32 adapter to train: A, drawn
-    as in PEFT, and B, which is 0, so at first nothing changes."""
-    decoder.requires_grad_(False)
-    for module in decoder.model.layers.modules():
-        if isinstance(module, Linear):
-            how = {"device": module.weight.device, "dtype": torch.float32}
-            module.lora_A = nn.Parameter(torch.empty(rank, module.in_features, **how))
-            module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, **how))
-            nn.init.kaiming_uniform_(module.lora_A, math.sqrt(5))
-            module.scale = alpha / rank
-
-
-def without_lora(decoder: Decoder) -> Decoder:
-    """A decoder of the same weights, in the same memory, whose adapters are off."""
-    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
-    for module in plain.modules():
-        module.scale = 0.0
-    return plain
-
-
-def save_decoder(decoder: Decoder, tokenizer: "Tokenizer", directory) -> None:
-    """Writes a checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A,
-    in float32, since on the grid of a bfloat16 W most of the change would be lost."""
-    state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
-    for path, module in decoder.named_modules():
-        if isinstance(module, Linear) and module.scale:
-            change = module.scale * (module.lora_B.detach() @ module.lora_A.detach())
-            state[f"{path}.weight"] = module.weight.detach().float() + change
-    save_checkpoint(state, decoder.raw, tokenizer, directory)
-
-
 # ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
-
 BERT = {  # the defaults of config.json; the first four are all that is implemented
     "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
     "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
@@ -570,7 +506,6 @@ class Encoder(nn.Module):
 
 
 # ---- Text: control tokens come only from the chat format, never from the text that fills it ----
-
 ROLES = ("system", "user", "assistant")
 FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
     "R1": ("<｜begin▁of▁sentence｜>", {  # its bars are wide ones, U+FF5C
@@ -582,7 +517,6 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
 }  # fmt: skip
 CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>")
 THINK = re.compile(r"(</?think>)")
-# What a template says beyond its format: it is a program, and it is not run, only searched.
 FOREIGN = ("<|im_sep|>", "## Metadata", "%}{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
 PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
 DEFAULT_SYSTEM = re.compile(rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>")
@@ -590,8 +524,7 @@ OPENS_THINKING = re.compile(rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
-def chat_format(known, template: str) -> str | None:
-    """The format whose control tokens are all known and whose turns the template, if any, names."""
+def chat_format(known, template: str) -> str | None:  # a template is not run, only searched
     for name, (begin, turns) in FORMATS.items():
         user, end = turns["user"][0], turns["assistant"][1]
         named = not template or all(token in template for token in CONTROL.findall(user))
@@ -638,8 +571,7 @@ class Tokenizer:
         found = DEFAULT_SYSTEM.search(self.template)
         self.default_system = unescape(found[1]) if found else "" if self.dates else None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no [CLS], and no control token that the text spells."""
+    def encode(self, text: str) -> list[int]:  # no BOS, no control token that the text spells
         return self.backend.encode(as_text(text), add_special_tokens=False).ids
 
     def fill(self, form: str, *texts: str) -> list[int]:
@@ -654,15 +586,14 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text without special tokens (EOS, padding, BOS); <think> and </think> are kept."""
+    def decode(self, ids: list[int]) -> str:  # no EOS, padding, BOS, but <think> and </think>
         hidden = {*self.hidden.values()}
         return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
-        """Ids of a conversation of {"role", "content"} up to where the assistant's turn begins, and
-        of what is `said` for it already (default: how the template opens it). Without a chat format
-        messages are plain text. ValueError for a template that is not known."""
+        """Ids of a conversation of {"role", "content"} up to the assistant's turn, and of what is
+        `said` in it already (default: how the template opens it). Without a chat format messages
+        are plain text. ValueError for a template that is not known."""
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format is None:
             if self.template:
@@ -702,22 +633,20 @@ class Tokenizer:
 
 
 # ==== Below: not the method =====================================================================
-
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
-# CUDA alone, elsewhere: a line in `attention`, `sample` and `processes`, bfloat16 in
-# `device_and_dtype`, the fused AdamW in `rl.py: make_optimizer` and `load_state`.
+# CUDA alone, elsewhere: a line in `attention`, `sample`, `device_and_dtype`; in rl.py `processes`,
+# `make_optimizer`, `load_state`.
 
 
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
-    coarse: bool  # cache windows in powers of 2, since a CUDA graph needs shapes that last
     logits: int  # how many numbers a chunk of logits may have
     multiple: int  # a prompt batch's width is one of it: a GPU reads 16 bytes at a time
-    record: bool  # whether a decode step is a CUDA graph
+    record: bool  # a step is a CUDA graph; its shapes must last: cache windows in powers of 2
 
 
-PACES = {"cpu": Pace(1, 0.75, False, 2**21, 1, False), "cuda": Pace(16, 0.5, True, 2**27, 8, True)}
+PACES = {"cpu": Pace(1, 0.75, 2**21, 1, False), "cuda": Pace(16, 0.5, 2**27, 8, True)}
 PACES["mps"] = PACES["cpu"]
 # cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -743,17 +672,16 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
 
 
 def exact_products(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T of [batch, n, D] and [batch, m, D], in float32, as the trainer's attention has them:
-    they can be several hundred, which bfloat16 would round to steps of 2."""
+    """q k^T of [batch, n, D] and [batch, m, D], in float32: bfloat16 rounds 300 to steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
     return torch.bmm(q.float(), k.float().mT)
 
 
 class Recorded:
-    """The decode step as a CUDA graph, one launch in place of dozens per layer. It keeps addresses
-    and shapes, so it is recorded anew when the number of rows or the cache's window changes: by
-    hand, since `torch.cuda.graph` would first give all cached memory back to the device."""
+    """The decode step as a CUDA graph, one launch in place of dozens per layer; recorded anew when
+    the number of rows or the cache's window changes: by hand, since `torch.cuda.graph` would first
+    give all cached memory back to the device."""
 
     newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
 
@@ -762,7 +690,6 @@ class Recorded:
         Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Final hidden states [rows, H] of the tokens ids [rows]; the next call overwrites them."""
         if self.shape != (shape := (len(ids), self.cache.window)):
             self.shape, self.ids, self.positions = shape, ids.clone(), positions.clone()
             self.graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
@@ -784,7 +711,6 @@ class Recorded:
 
 
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
-
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16}
 DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
@@ -811,15 +737,15 @@ def parse_config(raw: dict) -> SimpleNamespace:
     })  # fmt: skip
     c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
     slides = c.use_sliding_window and c.max_window_layers < c.num_hidden_layers
-    for good, what in (
-        (family in ("qwen2", "qwen3", "llama"), f"model_type {family!r}"),
-        (c.hidden_act == "silu", f"hidden_act {c.hidden_act!r}"),
-        (c.rope_type in ("default", "llama3"), f"rope_type {c.rope_type!r}"),
-        (c.partial_rotary_factor in (1, None), "a partial_rotary_factor"),
-        (c.rope_theta, "a rotary embedding without rope_theta"),
-        (not slides and {*c.layer_types} <= {"full_attention"}, "a sliding window"),
-    ):
-        if not good:
+    for what, refused in {
+        f"model_type {family!r}": family not in ("qwen2", "qwen3", "llama"),
+        f"hidden_act {c.hidden_act!r}": c.hidden_act != "silu",
+        f"rope_type {c.rope_type!r}": c.rope_type not in ("default", "llama3"),
+        "a partial_rotary_factor": c.partial_rotary_factor not in (1, None),
+        "a rotary embedding without rope_theta": not c.rope_theta,
+        "a sliding window": slides or {*c.layer_types} - {"full_attention"},
+    }.items():
+        if refused:
             raise ValueError(f"{what} is not implemented")
     # Qwen2 has biases, but not at the output, though its config.json does not say so.
     c.qkv_bias = c.attention_bias or family == "qwen2"
@@ -842,8 +768,8 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
 
 
 def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn.Module:
-    """kind(config.json, tokenizer) with exactly the weights of one file or of shards; `names` says
-    what is replaced in their names, and what becomes empty is left out."""
+    """kind(config.json, tokenizer) with exactly the weights of one file or of shards. `names`: what
+    is replaced in their names; one that becomes empty is left out."""
     folder, weights = Path(directory), {}
     if not folder.is_dir():
         hub = f"hf download {folder} --local-dir DIR"
@@ -882,6 +808,17 @@ def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, d
         write_text(Path(directory) / file, content)
     write_json(Path(directory) / "config.json", raw)
     write_safetensors(Path(directory) / "model.safetensors", state)
+
+
+def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
+    """Writes a checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A,
+    in float32, since on the grid of a bfloat16 W most of the change would be lost."""
+    state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
+    for path, module in decoder.named_modules():
+        if isinstance(module, Linear) and module.scale:
+            change = module.scale * (module.lora_B.detach() @ module.lora_A.detach())
+            state[f"{path}.weight"] = module.weight.detach().float() + change
+    save_checkpoint(state, decoder.raw, tokenizer, directory)
 
 
 def load_tokenizer(directory) -> Tokenizer:
@@ -962,14 +899,12 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
 
 
 # ---- Files: never half-written, never trusted ------------------------------------------------
-
-
 @contextmanager
 def faults_in(path):
-    """Whatever turns out to be wrong with the content of `path` is a ValueError that names it."""
+    """Whatever is wrong with the content of `path`, to whomever, is a ValueError that names it."""
     try:
         yield
-    except Exception as error:  # not only ours: json's, torch's, tokenizers'
+    except Exception as error:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) or said.startswith(str(path)):
             raise
@@ -999,8 +934,7 @@ def write_json(path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def append(path, records: list[dict]) -> None:
-    """Adds records to a JSON Lines file."""
+def append(path, records: list[dict]) -> None:  # to a JSON Lines file
     if world()[0] == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
@@ -1011,8 +945,7 @@ def read_text(path) -> str:
         return Path(path).read_bytes().decode("utf-8-sig")
 
 
-def read_json(path, kind: type = dict):
-    """The JSON of a file whose top level must be a `kind`."""
+def read_json(path, kind: type = dict):  # the top level must be a `kind`
     with faults_in(path):
         value = json.loads(read_text(path))
         if not isinstance(value, kind):
@@ -1020,68 +953,45 @@ def read_json(path, kind: type = dict):
         return value
 
 
-def read_lines(path) -> list[dict]:
-    """The records of a JSON Lines file, without the half line that a killed process may leave."""
+def read_lines(path) -> list[dict]:  # without the half line that a killed process may leave
     return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
-def as_text(text: str) -> str:
-    """The text with U+FFFD for half of a surrogate pair, which is no character."""
+def as_text(text: str) -> str:  # with U+FFFD for half of a surrogate pair
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def printable(text: str) -> str:
-    """Text of the data or of the policy for a terminal or a page: nothing in it acts there."""
+def printable(text: str) -> str:  # on a terminal or a page, where nothing in it must act
     acting = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(acting, "\ufffd", text)
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# `complete` and `my_batches` share them out; the parts meet in `complete`, `optimizer_step`,
-# `update_metrics`, `warm_start`, `stop_after_step`; `gather()` waits for a file. Every process does
-# all else, the judge too (`train_reward_model`); the first one writes (`replacing`, `append`).
+# by `complete` and `my_batches`; the parts meet in `complete`, `optimizer_step`, `update_metrics`,
+# `warm_start`, `stop_after_step`. Every process does all else; the first writes. `gather()` waits.
 
 
-def world() -> tuple[int, int]:
-    """Which process this is, counted from 0, and how many there are."""
+def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def my_share(items):
-    """What falls to this process of a range or a list."""
+def my_share(items):  # of a range or a list
     process, count = world()
     return items[process::count]
 
 
-def gather(value=None) -> list:
-    """The value of every process. All must come here, and each waits for all."""
+def gather(value=None) -> list:  # every process's value; each comes here and waits for all
     values = [value] * world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-@contextmanager
-def processes():
-    """Joins the processes that torchrun has started, if it has; only the first one prints."""
-    if dist.is_torchelastic_launched():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def progress(iterable=None, title=None, **more) -> tqdm:
-    """tqdm's bar, on a terminal only, in the first process."""
+def progress(iterable=None, title=None, **more) -> tqdm:  # on a terminal, by the first process
     return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
 
 
 # ---- Options and commands: each command's options are a dataclass ----------------------------
-
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = {  # what differs from the defaults, which are the toy's; a command takes what it knows
@@ -1097,18 +1007,13 @@ PRESETS = {  # what differs from the defaults, which are the toy's; a command ta
         "lr": 1e-6, "beta": 0.04, "checkpointing": True, "eval_every": 500, "save_every": 100,
     },
 }  # fmt: skip
-# What may change when a run is resumed: its length and place, what costs time or memory.
-FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
-FREE |= {"out", "resume", "overwrite", "force", "preset"}
 
 
-def option(default, help: str, least: float | None = None):
-    """A field of an options dataclass: its default, its help, the least value allowed."""
+def option(default, help: str, least: float | None = None):  # `least`: the least value allowed
     return dataclasses.field(default=default, metadata={"help": help, "least": least})
 
 
 def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
-    """What was given on the command line, by field name."""
     layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
     how = {"argument_default": argparse.SUPPRESS, "formatter_class": layout}
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description, **how)
@@ -1139,8 +1044,8 @@ def resolve(options: type, given: dict):
     else:
         recipes = "--preset small is for models like SmolLM2-135M, paper for 1.5 B parameters"
         raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
-    # A command's own, never a run's; eval.py's temperature, too, since a run's is for rollouts.
-    own = {"out", "overwrite", "force"} | ({"temperature"} if "steps" not in names else set())
+    own = {"out", "overwrite", "force"}  # a command's, never a run's
+    own |= set() if "steps" in names else {"temperature"}  # a run's is for rollouts
     chosen = {name: base[name] for name in base.keys() - own} | given
     o = options(**{name: chosen[name] for name in chosen.keys() & names})
     for field in dataclasses.fields(o):
@@ -1167,31 +1072,6 @@ def command(main, options: type, description: str) -> None:
         sys.exit(2)
 
 
-def run_directory(o, record="config.json") -> Path:
-    """o.out with its options in `record`: a new directory, or a run that --resume continues if all
-    options but the FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
-    out, mine = Path(o.out), dataclasses.asdict(o)
-    held = read_json(out / record) if (out / record).is_file() else {}
-    if held.keys() == mine.keys() and mine.get("resume"):
-        wrong = [name for name in mine if name not in FREE and mine[name] != held[name]]
-        if wrong := wrong or ["steps"] * (o.steps < held["steps"]):
-            words = ", ".join(f"--{name.replace('_', '-')} {held[name]}" for name in wrong)
-            raise ValueError(f"{out} was made with {words}: resume it so, or take another --out")
-    elif out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir()):
-        if held.keys() != mine.keys():
-            raise ValueError(f"{out} is not empty, and no result of this: take another --out")
-        if not o.overwrite:
-            ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"
-            raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
-        for name in {"model", "data", "encoder", "reward_model"} & mine.keys():
-            if mine[name] and Path(mine[name]).resolve().is_relative_to(out.resolve()):
-                raise ValueError(f"--overwrite would delete the {name} that it needs, {mine[name]}")
-        for path in sorted(out.iterdir(), key=lambda path: path.name == record):  # that last
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(out / record, mine)
-    return out
-
-
 def device_and_dtype(o) -> tuple[str, torch.dtype]:
     """--device and the type of products; `auto` is CUDA in bfloat16, else the CPU in float32."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1201,8 +1081,8 @@ def device_and_dtype(o) -> tuple[str, torch.dtype]:
 
 
 def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model, which multiplies in --precision's type; its weights have that type
-    too, unless they are to be trained. ValueError if the model was made for shorter texts."""
+    """The checkpoint o.model, multiplying in --precision's type, which its weights have too unless
+    they are to be trained. ValueError if the model was made for shorter texts."""
     device, dtype = device_and_dtype(o)
     decoder = load_decoder(o.model, device)
     longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens

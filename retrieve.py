@@ -21,9 +21,8 @@ before the question. A prompt of the toy with k = 2, its long lines broken or sh
     'text': 'crystals with singer in cairo on (saturday)' 'title':<|im_end|>
     <|im_start|>assistant
 
-`build_messages` joins the parts, `make_prompts` and `Tokenizer.chat` make ids of them. The paper
-gives the parts and their order; the wording is ours. BM25 is Okapi, as rank_bm25 computes it and as
-the authors used it: whitespace tokens, case kept,
+`build_messages` joins the parts, `make_prompts` makes ids of them. The paper gives the parts and
+their order; the wording is ours. BM25 is Okapi's, as in rank_bm25 and in the authors' code:
 
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
@@ -47,9 +46,8 @@ import torch
 import prlm
 from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
 
+
 # ---- Tasks and records -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Task:
     prefix: str  # the task's own instruction at the start of every input; not part of the query
@@ -59,14 +57,14 @@ class Task:
 
     @property
     def answer(self) -> str:  # the name under which the answer is asked for
-        return list(self.fields.values())[-1]
+        return [*self.fields.values()][-1]
 
     @property
     def placeholder(self) -> str:
         return f"generated {self.answer}"
 
 
-TASKS = {  # to add a task, add an entry: all that makes it differ from others is in it
+TASKS = {  # to add a task, add an entry
     "LaMP-4": Task(
         prefix="Generate a headline for the following article: ",
         fields={"text": "text", "title": "title"},
@@ -111,8 +109,6 @@ class Example:  # one LaMP record
 
 
 # ---- The paper's retrieval -------------------------------------------------------------------
-
-
 class BM25:
     """Okapi BM25 over tokenised documents. A profile is small: each gets a new index."""
 
@@ -156,12 +152,11 @@ def show(item: dict, task: str) -> str:
 
 
 def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> list[dict]:
-    """The best k of the profile's own dictionaries, best first; fewer if it has fewer.
-    Items that tie, at 0 too, keep the profile's order. bm25 (Okapi's idf) and lucene split the
-    items' texts (`show`) at whitespace, case kept; dense ranks the same texts; recency puts the
-    newest first (a date is a year, perhaps a month, a day, a time); random is the same draw for the
-    same seed and record. ValueError: k below 0, an unknown retriever, "recency" of an item without
-    a date (the record is named), "dense" without `dense`, a Dense."""
+    """The best k of the profile's own dictionaries, best first; fewer if it has fewer. Items that
+    tie keep the profile's order. bm25 and lucene (its idf) split the items' texts (`show`) at
+    whitespace, case kept; dense ranks the same texts; recency puts the newest first (a date is a
+    year, perhaps a month, a day, a time); random is the same draw for the same seed and record.
+    ValueError: k below 0, an unknown retriever, an item without a date, no `dense`, a Dense."""
     profile = example.profile
     if k < 0:
         raise ValueError(f"k must be at least 0, not {k}")
@@ -189,7 +184,6 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
 
 
 # ---- The paper's prompt ----------------------------------------------------------------------
-
 SYSTEM = (
     "You infer the user's preferences from the historical records and the query. First reason "
     "step by step as an inner monologue, then answer. Reply in exactly this form:\n"
@@ -200,21 +194,18 @@ WITH_PROFILE = "Based on the historical profiles provided, "
 ANSWER_FORMAT = "Answer in English as {{'{0.answer}': '{0.placeholder}'}}, without any explanation."
 
 
-def instruction(task: str, personal: bool) -> str:
-    """The request of a task; `personal`: profile items come before it."""
+def instruction(task: str, personal: bool) -> str:  # `personal`: profile items come before it
     request = TASKS[task].request
     start = WITH_PROFILE + request if personal else request[0].upper() + request[1:]
     return f"{start} {ANSWER_FORMAT.format(TASKS[task])}"
 
 
-def question(task: str, query: str) -> str:
-    """The query in the form of an item, up to where the answer would be: 'text': '…' 'title':"""
+def question(task: str, query: str) -> str:  # as an item, up to the answer: 'text': '…' 'title':
     first, *rest = TASKS[task].fields.values()
     return f"'{first}': '{query.strip()}'" + "".join(f" '{name}':" for name in rest)
 
 
-def answer_block(task: str) -> str:
-    """An answer in the form that the prompt asks for, with {} for its text."""
+def answer_block(task: str) -> str:  # as the prompt asks for it, with {} for the answer
     return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
 
 
@@ -268,12 +259,10 @@ def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> 
 
 
 # ==== Below: not the method =====================================================================
-
-
 def load_lamp(directory, task: str, split: str) -> list[Example]:
-    """The records of a split ("train" | "dev" | "test"), in file order, outputs joined by id.
-    The files are in `directory` or its LaMP_4 (LaMP_4_time, as the authors name it), or there in a
-    folder named after the split. Only "test" may lack outputs. ValueError names file and record."""
+    """The records of a split ("train" | "dev" | "test"), in file order, outputs joined by id. The
+    files are in `directory` or its LaMP_4 (the authors' LaMP_4_time), or there in a folder named
+    after the split. Only "test" may lack outputs. ValueError names file and record."""
     task_of(task)  # ValueError for an unknown one
     folder, name = task.replace("-", "_"), f"{split}_questions.json"
     places = [Path(directory, a, b) for a in ("", folder, f"{folder}_time") for b in (split, "")]
@@ -342,8 +331,7 @@ class Dense:
 load_dense = cache(lambda directory, device: Dense(prlm.load_encoder(directory, device)))
 
 
-def make_ranker(o: "PromptOptions"):
-    """rank(example, k) with the retriever that the options ask for."""
+def make_ranker(o: "PromptOptions"):  # rank(example, k), with the options' retriever
     wanted = o.retriever == "dense" and o.encoder
     dense = load_dense(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
     return partial(retrieve, retriever=o.retriever, seed=o.seed, dense=dense)

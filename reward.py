@@ -17,11 +17,10 @@ user's profile d (a+) from ones it gave without (a1- .. aN-):
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
 can learn what personal answers have in common, not whose style an answer has. It is trained once,
 before RL: the further the policy moves, the fewer of its answers are like those the judge has seen.
-And InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but
-GRPO compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
+InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but GRPO
+compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
 
-    python reward.py --out runs/reward
-    python reward.py --judge ratio --out runs/ratio"""
+    python reward.py --judge bert --out runs/reward"""
 
 import math
 import random
@@ -38,18 +37,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import prlm
-from eval import EvalOptions, extract_answer, is_placeholder, make_records, rouge
+from eval import EvalOptions, extract_answer, is_placeholder, make_records, rouge, run_directory
 from prlm import Decoder, Encoder, Ragged, Tokenizer, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
 # ---- The paper's reward: its three parts ---------------------------------------------------------
-
 PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
 
 
 def format_reward(completion: str) -> float:
-    """1 if a line that begins with </think> closes the last <think>, else 0. The opening tag is not
-    asked for: some chat formats put it into the prompt."""
+    """1 if a line that begins with </think> closes the last <think>, if any (it may be in the
+    prompt), else 0."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
@@ -61,10 +59,9 @@ def rewards(
     completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """For each completion its answer, the three parts, unweighted, and their weighted sum, the
-    "reward"; the last three arguments are the weights. An answer that is empty or an echo of the
-    placeholder earns no accuracy and is not shown to the judge: its personalization is the task's
-    penalty. ValueError unless the judge gives each a finite number."""
+    """Each completion's answer, three parts, and their sum by the weights (the last arguments), the
+    "reward". An answer that is empty or an echo of the placeholder earns no accuracy, and in place
+    of the judge's value the task's penalty. ValueError unless those are finite numbers."""
     rows, judged = [], []  # `judged`: (row, example) of what the judge will see
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
@@ -78,8 +75,7 @@ def rewards(
             row["personalization"] = task_of(example.task).penalty
     if judge and judged:
         values = judge([example for _, example in judged], [row["answer"] for row, _ in judged])
-        values = () if values is None else values  # which may be an array or a tensor
-        values = [float("nan" if value is None else value) for value in values]
+        values = [float("nan" if x is None else x) for x in (() if values is None else values)]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
         for (row, _), value in zip(judged, values, strict=True):
@@ -91,8 +87,6 @@ def rewards(
 
 
 # ---- The paper's judge: a model trained by contrast ---------------------------------------------
-
-
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
     """InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B, in nats. A
     negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
@@ -101,8 +95,8 @@ def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> T
 
 
 class RewardModel(nn.Module):
-    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output.
-    The weights have the names of transformers' BertForSequenceClassification."""
+    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output;
+    named as in transformers' BertForSequenceClassification."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -119,9 +113,8 @@ class RewardModel(nn.Module):
         self.eval()
 
     def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Raw scores [B], differentiable; a pair scores the same alone and in a padded batch. The
-        classifier reads tanh(pooler(hidden state of [CLS])), in training mode through a dropout of
-        the encoder's rate. A pair is cut to `limit` tokens."""
+        """Raw scores [B], differentiable; a pair, cut to `limit` tokens, scores the same alone and
+        in a padded batch. The classifier reads tanh(pooler(hidden state of [CLS]))."""
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), self.limit) for q, a in pairs]
         ids, types = (Ragged(part, self.classifier.weight.device) for part in zip(*rows))
@@ -157,8 +150,8 @@ class RewardOptions(EvalOptions):
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
-    as the policy gives them before RL. Sampled at T = 0.7, each kind with noise of its own, else
-    the two would begin alike. A pair with an empty answer is dropped."""
+    sampled before RL at T = 0.7, each kind with noise of its own, else the two would begin alike.
+    A pair with an empty answer is dropped."""
 
     def answers(kind: str, k: int) -> list[dict]:
         prompts, how = make_prompts(o, tokenizer, examples, k), (o.pairs_per_query, 0.7)
@@ -203,11 +196,9 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
     """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean. As
     many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted."""
-    texts = 1 + max(len(pair["negatives"]) for pair in pairs)
-    longest = max(len(p["query"]) + max(map(len, (p["positive"], *p["negatives"]))) for p in pairs)
-    longest = min(model.limit, longest)  # a token has at least one character
-    count = max(1, o.tokens_per_micro_batch // (texts * longest))
-    total = 0.0
+    texts = [[p["query"] + text for text in (p["positive"], *p["negatives"])] for p in pairs]
+    widest = min(model.limit, max(map(len, chain(*texts))))  # a token has at least one character
+    count, total = max(1, o.tokens_per_micro_batch // (widest * max(map(len, texts)))), 0.0
     for start in range(0, len(pairs), count):
         part = pairs[start : start + count]
         loss = info_nce(*score_pairs(model, part)) * len(part) / len(pairs)
@@ -245,8 +236,6 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
 
 
 # ---- Ours, not the paper's: a likelihood ratio as the judge ------------------------------------
-
-
 @torch.no_grad()
 def likelihood_ratio(
     decoder: Decoder, with_profile: list[list[int]], without: list[list[int]],
@@ -256,16 +245,16 @@ def likelihood_ratio(
     Both lists [P] are prompts for the same queries; the answers [P][G] continue either, and an
     empty one has 0. Why this is the judge to have: shown a+ ~ p(a | q, d) among a1- .. aN- ~
     p(a | q), the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
-    w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that, so
-    its minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), where c changes no softmax
-    (van den Oord et al. 2018; Poole et al. 2019). Here pi, at temperature 1, is in p's place."""
+    w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that: its
+    minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), and c changes no softmax (van den
+    Oord et al. 2018; Poole et al. 2019). Here pi, at temperature 1, is in p's place."""
     group_size = len(answers[0]) if answers else 0
 
     def log_likelihood(prompts: list[list[int]]) -> Tensor:
         total = torch.zeros(len(prompts), group_size)
         pairs = zip(prompts, answers, strict=True)
         sizes = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
-        for rows in prlm.micro_batches(sizes, tokens_per_batch):
+        for rows in micro_batches(sizes, tokens_per_batch):
             asked = [prompts[n] for n in rows]
             logprobs, _ = prlm.token_logprobs(decoder, asked, [answers[n] for n in rows])
             total[rows] = logprobs.sum(-1).cpu()  # 0 after an answer's end
@@ -276,14 +265,14 @@ def likelihood_ratio(
 
 def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
     """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy with its
-    reasoning closed: the probability that a was written with the profile, if both were equally
-    likely beforehand. What the query explains cancels out, so an answer on another topic is
-    worth as much: without accuracy beside it, keep the policy near the base with --beta."""
+    reasoning closed: the probability that a was written with the profile, at even odds. What the
+    query explains cancels out: without accuracy beside it, an answer on another topic is worth as
+    much, so keep the policy near the base with --beta."""
     how = replace(o, reasoning=False)
 
     def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        # The answers of an example, which stand together, share its two prompts. Records may have
-        # equal ids and queries, but other profiles (the swap test's do): `is` tells them apart.
+        # The answers of an example, which stand together, share its two prompts. `id` tells them
+        # apart: the swap test's have equal record ids and queries, but other profiles.
         runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
         asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
         prompts = (make_prompts(how, tokenizer, asked, k) for k in (o.k, 0))
@@ -298,8 +287,8 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text scores higher with the user's own profile than with another
-    user's, ties half; .5 is chance, and the score of a judge that sees no profile. None
-    without a second user: users that share a profile item count as one."""
+    user's, ties half; .5 is chance, and what a judge that sees no profile gets. None without a
+    second user: users that share a profile item count as one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     pairs = []
     for n, e in enumerate(examples):
@@ -314,6 +303,15 @@ def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
 
 
 # ==== Below: not the method =====================================================================
+def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one."""
+    batches, room = [], -1
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        if sizes[n] > room:
+            batches, room = [*batches, []], budget
+        batches[-1].append(n)
+        room -= sizes[n]
+    return batches
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
@@ -336,8 +334,8 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
     if o.judge == "bert" and o.reward_model:
         return load_reward_model(o.reward_model, device)
     if o.k == 0 or o.retriever == "none":
-        none = "--k 0" if o.k == 0 else "--retriever none"
-        text = f"--judge {o.judge} compares answers with and without a profile: {none} leaves none"
+        none = "--k 0 leaves none" if o.k == 0 else "--retriever none leaves none"
+        text = f"--judge {o.judge} compares answers with and without a profile: {none}"
         raise ValueError(f"{text}. Take --personalization 0")
     if o.judge == "ratio":
         return None
@@ -387,7 +385,7 @@ def main(o: Options) -> None:
     judge_model(o)  # what is faulty is said before anything is written
     train, held = load_examples(o, "train"), load_examples(o, "dev")
     decoder, tokenizer = prlm.load_policy(o)
-    out = prlm.run_directory(o, record="options.json")  # config.json will be the model's
+    out = run_directory(o, record="options.json")  # config.json will be the model's
     make_judge(o, decoder, tokenizer, train, held, out)
 
 

@@ -9,17 +9,16 @@ One step, for P prompts with G completions each:
                  -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta (exp(d) - d - 1)
                  with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
 
-With one update per rollout and no KL the "grpo" loss is 0 up to rounding: the ratio is 1, a group's
-advantages sum to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is
-REINFORCE with the group's mean as baseline. Watch the reward instead.
-
-Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
-rounding differently (`gap` in the log watches it); length penalties, and new samples for groups
-whose rewards are all equal (the paper has neither). The policy is trained on the very ids that it
+With one update per rollout and no KL the "grpo" loss is 0: the ratio is 1, a group's advantages sum
+to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is REINFORCE with the
+group's mean as baseline. Watch the reward instead. The policy is trained on the very ids that it
 sampled. Every random choice is a function of (seed, purpose, step): no generator's state is saved.
+Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
+rounding differently (`gap` in the log watches it); length penalties; new samples for groups whose
+rewards are all equal.
 
-    python rl.py                                        # the toy, on a CPU, in minutes
-    torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ...  # on four GPUs"""
+    python rl.py                # the toy, on a CPU, in minutes; on four GPUs:
+    torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ..."""
 
 import copy
 import json
@@ -44,17 +43,16 @@ import prlm
 from eval import seed_of
 from prlm import Decoder, Tokenizer, option
 from retrieve import answer_block, load_examples, make_prompts, make_ranker, one_line, task_of
-from reward import PARTS, RewardOptions, judge_model, make_judge, rewards
+from reward import PARTS, RewardOptions, judge_model, make_judge, micro_batches, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 
+
 # ---- The paper's optimization: GRPO (Shao et al. 2024) -------------------------------------------
-
-
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
-    not divide (Dr. GRPO). A group whose rewards are equal up to rounding (8 eps of the largest), or
-    a group of one, gets exact zeros. Computed in float32 at least. ValueError: another scale."""
+    not divide (Dr. GRPO). A group of one, or whose rewards are equal up to rounding (8 eps of the
+    largest), gets exact zeros. ValueError: another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -99,9 +97,9 @@ def grpo_loss(
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
-    `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts,
-    NaN included. `weights` are `token_weights` of this mask, or, for a micro-batch, its part of
-    those of the whole step. ValueError: beta without ref_logprobs."""
+    `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts, NaN
+    included. `weights`: a micro-batch's part of the whole step's `token_weights`. ValueError: beta
+    without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -118,8 +116,6 @@ def grpo_loss(
 
 
 # ---- One step ----------------------------------------------------------------------------------
-
-
 @dataclass
 class Options(RewardOptions):
     accuracy: float = option(1.0, "weight of ROUGE against the user's text; 0: learn without", 0)
@@ -207,12 +203,11 @@ def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
 
 
 def my_batches(o: Options, prompts, completions) -> list[tuple]:
-    """This process's share of P prompts and P G completions in micro-batches of whole groups:
-    (indices [p], prompts [p], completions [p][G])."""
+    """This process's micro-batches of groups: (indices [p], prompts [p], completions [p][G])."""
     G, mine = len(completions) // len(prompts), prlm.my_share(range(len(prompts)))
     groups = [completions[n : n + G] for n in range(0, len(completions), G)]
     sizes = [len(prompts[n]) + sum(map(len, groups[n])) for n in mine]
-    batches = prlm.micro_batches(sizes, o.tokens_per_micro_batch)
+    batches = micro_batches(sizes, o.tokens_per_micro_batch)
     chosen = [[mine[n] for n in batch] for batch in batches]
     return [(c, [prompts[n] for n in c], [groups[n] for n in c]) for c in chosen]
 
@@ -251,17 +246,15 @@ def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[
 
 
 # ---- A run ---------------------------------------------------------------------------------------
-
-
 def main(o: Options, judge=None) -> None:
     """The run that the options describe; `judge` takes the place of the one that they name."""
-    with prlm.processes():
+    with processes():
         if o.personalization and judge is None:
             judge_model(o)
         train, held = load_examples(o, "train"), load_examples(o, "dev")
         policy = make_policy(o)  # what is faulty is said before anything is written
         make_prompts(o, policy.tokenizer, train[:1])
-        out = prlm.gather(prlm.run_directory(o) if prlm.world()[0] == 0 else None)[0]
+        out = prlm.gather(scoring.run_directory(o) if prlm.world()[0] == 0 else None)[0]
         done = (out / "predictions.json").is_file()
         if done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps:  # as many as asked now
             print(f"{out} was finished before")
@@ -272,8 +265,7 @@ def main(o: Options, judge=None) -> None:
 
 
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
-    """The stages; each is skipped if its result is in the run directory: warm_start/'s weights,
-    look.json, reward/report.json, held_out/'s files, the steps of trainer.pt."""
+    """The stages; each is skipped if its result is in the run directory."""
     for stale in ("predictions.json", "held_out/after.jsonl"):  # perhaps of fewer steps
         (out / stale).unlink(missing_ok=True)
     warm_start(o, out, policy, train)
@@ -290,7 +282,6 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
 
 
 def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
-    """GRPO: the steps that are not done yet, with their lines in the logs."""
     prompts = make_prompts(o, policy.tokenizer, train)
 
     def take(step: int, optimizer) -> str:
@@ -321,16 +312,15 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
 
 
 # ---- Before RL: a warm start, and a first look -------------------------------------------------
-
 EVIDENCE = "The user wrote: {}\n"  # a line of the reasoning that the warm start teaches
 EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # how many: a title, or how a tweet begins
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The completion to imitate for each training record, as ids that end with the EOS id. In its
-    reasoning, unless --no-reasoning, is a line EVIDENCE for each of the best items, at most o.k and
-    EVIDENCE_ITEMS: the last field, cut to EVIDENCE_TOKENS; an empty line for none. The answer is
-    what the user really wrote. A <think> that ends the prompt already is not repeated."""
+    """The completion to imitate for each record, as ids that end with the EOS id: what the user
+    really wrote, after reasoning with a line EVIDENCE for each of the best items, at most o.k and
+    EVIDENCE_ITEMS (the last field, cut to EVIDENCE_TOKENS). A <think> that ends the prompt already
+    is not repeated."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
     for example in examples:
@@ -385,9 +375,9 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
     rows = roll_out(o, policy, None, shown, make_prompts(o, policy.tokenizer, shown), "look")
     answers = ["" if scoring.is_placeholder(r["answer"], o.task) else r["answer"] for r in rows]
-    groups = [answers[n : n + o.group_size] for n in range(0, len(rows), o.group_size)]
     differing = by_group(o, rows, "advantage").any(1)
     if o.personalization:  # a judge would value answers differently
+        groups = (answers[n : n + o.group_size] for n in range(0, len(rows), o.group_size))
         differing |= torch.tensor([len({*group} - {""}) > 1 for group in groups])
     found = {"answered": sum(map(bool, answers)) / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
@@ -404,24 +394,43 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 
 
 # ==== Below: not the method =====================================================================
-
-
 def make_policy(o: Options) -> Policy:
-    """The checkpoint o.model, ready to be trained as the options ask. AdamW needs float32 weights:
-    at a learning rate of 1e-6 a bfloat16 weight would never move. With LoRA only adapters are
-    trained: the base has the products' type, and the decoder is its own sampler."""
+    """The checkpoint o.model, ready to be trained. AdamW needs float32 weights: at a learning rate
+    of 1e-6 a bfloat16 weight would never move. With LoRA only adapters are trained: the base has
+    the products' type, and the decoder is its own sampler."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
     if o.lora_rank:
         torch.manual_seed(o.seed)  # LoRA's A starts random
-        prlm.add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
-        sampler, reference = decoder, prlm.without_lora(decoder)
+        add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
+        sampler, reference = decoder, without_lora(decoder)
     else:
         reference = prlm.for_sampling(copy.deepcopy(decoder), decoder.products)
         sampler = decoder if decoder.products == torch.float32 else copy.deepcopy(reference)
     decoder.checkpointing = o.checkpointing
     return Policy(decoder, sampler, tokenizer, reference)
+
+
+def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
+    """Freezes the decoder and gives every matrix of its layers float32 adapters to train: A, drawn
+    as in PEFT, and B, which is 0, so at first nothing changes."""
+    decoder.requires_grad_(False)
+    for module in decoder.model.layers.modules():
+        if isinstance(module, prlm.Linear):
+            how = {"device": module.weight.device, "dtype": torch.float32}
+            module.lora_A = torch.nn.Parameter(torch.empty(rank, module.in_features, **how))
+            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, rank, **how))
+            torch.nn.init.kaiming_uniform_(module.lora_A, math.sqrt(5))
+            module.scale = alpha / rank
+
+
+def without_lora(decoder: Decoder) -> Decoder:
+    """A decoder of the same weights, in the same memory, whose adapters are off."""
+    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
+    for module in plain.modules():
+        module.scale = 0.0
+    return plain
 
 
 @torch.no_grad()
@@ -446,17 +455,15 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
 
 
 # ---- What a run leaves: its log, saved states, scores --------------------------------------------
-
-METRICS = {  # the keys of a line of metrics.jsonl: means over the step's completions, mostly
+METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's completions
     "step": "counted from 1",
     "lr": "its learning rate",
     "reward": "what the completions earned: the signal to watch",
     "accuracy": "ROUGE-1 + ROUGE-2 + ROUGE-L of the answers, 0 to 3, before its weight",
     "format": "share that close their reasoning, before its weight",
     "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
-    "spread": "standard deviation of the reward within a group, averaged: 0 teaches nothing",
-    "zero_spread_groups": "share whose completions all earned the same: good where the reward is "
-    "high, else try a higher --temperature or --group-size",
+    "spread": "std of the reward in a group; where low, try a higher --temperature, --group-size",
+    "zero_spread_groups": "share whose completions all earned the same, so they teach nothing",
     "truncated": "share cut off at --max-new-tokens; where it is high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy no longer explores",
@@ -464,9 +471,7 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over the step's comple
     "grad_norm": "of the gradient, before it is clipped to 1",
     "kl": "k3 estimate per token, in nats: how far from the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
-    "gap": "largest difference of a token's log-probability between sampler and trainer: 1e-4 in "
-    "float32, .1 to .3 in bfloat16; with much more the two disagree, so stop",
-    "gap_mean": "its mean over tokens: .0004 to .03 in bfloat16",
+    "gap": "most that sampler and trainer differ on a token's log p: 1e-4; .1 to .3 in bfloat16",
     "tokens_per_second": "prompt and completion tokens, over the whole step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
@@ -475,7 +480,6 @@ METRICS = {  # the keys of a line of metrics.jsonl: means over the step's comple
 
 
 def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dict[str, float]:
-    """The part of METRICS that a rollout shows."""
     means = {name: by_group(o, rows, name).mean().item() for name in ("reward", *PARTS)}
     count = sum(len(row["tokens"]) for row in rows)
     return means | {
@@ -490,8 +494,7 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
 
 
 def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[str, float]:
-    """The part of METRICS that an update shows: new, old, ref [P, G, C] are the log-probabilities
-    of its last pass, its first, and the reference."""
+    """new, old, ref [P, G, C]: log-probabilities of the last pass, the first, the reference."""
     for x in (new, old, ref) if dist.is_initialized() else ():
         dist.all_reduce(x)  # each process has filled its share, and has 0 elsewhere
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
@@ -506,7 +509,6 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
         "kl": k3(new, ref)[mask].sum().item() / count if o.beta else 0.0,
         "clip_fraction": clipped[mask].sum().item() / count,
         "gap": max(gap.tolist(), default=0.0),
-        "gap_mean": gap.sum().item() / count,
     }
 
 
@@ -556,8 +558,6 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             policy.decoder.load_state_dict(state["model"], strict=False)  # LoRA: no base in it
-            for group in state["optimizer"]["param_groups"]:
-                group["fused"] = optimizer.defaults["fused"]  # as this device needs it
             optimizer.load_state_dict(state["optimizer"])
     for log in folder.glob("*.jsonl") if prlm.world()[0] == 0 else ():
         os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
@@ -568,15 +568,15 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 def stop_after_step():
     """Ctrl-C and SIGTERM wait until the step is done and saved; a second one does not. Yields a
     function that says which signal has come, or 0."""
-    came, both = [0], (signal.SIGINT, signal.SIGTERM)
+    came, before = [0], {}
 
     def ask(number, _frame) -> None:
         came.append(number)
-        for each in both:
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
         say("\nstopping after this step; again: at once")
 
-    before = {number: signal.signal(number, ask) for number in both}
+    before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: max(prlm.gather(came[-1]))  # whichever of the processes was asked
     finally:
@@ -589,9 +589,22 @@ def say(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
+@contextmanager
+def processes():
+    """Joins the processes that torchrun has started, if it has; only the first one prints."""
+    if dist.is_torchelastic_launched():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=None) -> list[dict]:
-    """Scores held-out records into scores.json, greedy and sampled at 0.7; the greedy answers go
-    to held_out/{name}.jsonl and are returned."""
+    """Scores, greedy and sampled at .7, into scores.json; returns held_out/{name}.jsonl, greedy."""
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
     if lines.is_file():
         return prlm.read_lines(lines)
@@ -612,11 +625,10 @@ def report(out: Path) -> None:
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))
     pairs = zip(*map(prlm.read_lines, files), strict=True)
     before, after = max(pairs, key=lambda two: two[1].get("rouge-l", 0) - two[0].get("rouge-l", 0))
-    shown = {"prompt": after["prompt"].rpartition("</answer>\n")[2]}
-    shown |= {"the user wrote": after["target"]}
-    shown |= {"before RL": before["completion"], "after RL": after["completion"]}
     print(f"\nthe held-out record that gained most, {after['id']}:")
-    for title, text in shown.items():
+    prompt = after["prompt"].rpartition("</answer>\n")[2]
+    texts = (prompt, after["target"], before["completion"], after["completion"])
+    for title, text in zip(("prompt", "the user wrote", "before RL", "after RL"), texts):
         print(f"--- {title}\n{prlm.printable(str(text)).strip()}")
     print(f"\n{out} is complete. As a page: python toy/page.py --run {out}")
 

@@ -216,7 +216,7 @@ def small_policy(o) -> rl.Policy:
             parameter.normal_(std=0.3)
             other.copy_(parameter + 0.03 * torch.randn_like(parameter))
     if o.lora_rank:
-        prlm.add_lora(decoder, o.lora_rank, 2.0 * o.lora_rank)
+        rl.add_lora(decoder, o.lora_rank, 2.0 * o.lora_rank)
         for name, parameter in decoder.named_parameters():
             if name.endswith("lora_B"):
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -667,7 +667,7 @@ EXERCISES = [
             Mutant("each part counts in full", "A smaller budget acts like a larger learning rate.",
                    " * len(part) / len(pairs)", ""),
             Mutant("the texts' length is not counted", "Long texts fill the GPU's memory.",
-                   "(texts * longest)", "texts"),
+                   "(widest * max(map(len, texts)))", "max(map(len, texts))"),
             Mutant("only the last part counts", "A small budget teaches from a few pairs only.",
                    "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
         ], """
@@ -689,7 +689,7 @@ EXERCISES = [
     Exercise(23, "The likelihood ratio", "reward.py", "likelihood_ratio", 5, "TestLikelihoodRatio",
         {"": "Score the answers after either prompt with `prlm.token_logprobs` and subtract. Which "
              "row of the result belongs to which prompt, once there are batches?",
-         "budget": "`prlm.micro_batches` groups the prompts; no gradient is kept."}, [
+         "budget": "`reward.micro_batches` groups the prompts; no gradient is kept."}, [
             Mutant("the mean over tokens", "Ratios depend on the longest answer of the batch.",
                    "logprobs.sum(-1)", "logprobs.mean(-1)"),
             Mutant("nothing is subtracted", "The policy learns short answers that say nothing.",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import eval as module
 import prlm
 from eval import EvalOptions, bleu, evaluate, extract_answer, rouge
-from retrieve import load_lamp
+from retrieve import Example, load_lamp
 
 GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (NLTK 3.10.4)
     ("The Cat sat on the mat.", "the cat sat on a mat", 5 / 6, 0.6, 5 / 6, 0.73783513),
@@ -192,19 +192,22 @@ def policy(world):
 def test_every_completion_goes_to_its_prompt(monkeypatch, size):
     """However prompts are batched; no two batches, and no two purposes, share their noise."""
     calls, prompts = [], [[n] * (1 + 7 * n % 5) for n in range(6)]
+    tokenizer = SimpleNamespace(eos_ids={2}, opening="", decode=str)
+    example = Example("0", "0", "LaMP-4", "", [], None)
 
     def generate(decoder, asked, group, longest, temperature, eos_ids, seed):
         calls.append((len(asked), seed))
         assert (longest, temperature, eos_ids) == (7, 0.9, {2})
-        return [[(prompt, n) for n in range(group)] for prompt in asked]
+        return [[prlm.Completion(prompt, [], bool(n)) for n in range(group)] for prompt in asked]
 
     monkeypatch.setattr(prlm, "generate", generate)
     for group in (1, 3):
         calls.clear()
         for seed, purpose in ((3, "a"), (3, "b"), (4, "a")):
             o, how = EvalOptions(max_new_tokens=7, seed=seed), (group, 0.9, (purpose,), size)
-            found = module.complete(o, None, SimpleNamespace(eos_ids={2}), prompts, *how)
-            assert found == [[(prompt, n) for n in range(group)] for prompt in prompts]
+            found = module.make_records(o, None, tokenizer, [example] * 6, prompts, *how)
+            found = [(row["tokens"], row["finished"]) for row in found]
+            assert found == [(prompt, bool(n)) for prompt in prompts for n in range(group)]
         together = min(max(1, size // group), 6)
         assert max(count for count, _ in calls) == together
         assert len({seed for _, seed in calls}) == len(calls) == 3 * -(-6 // together)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import prlm
+import rl
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -21,7 +22,7 @@ TOKENIZER = prlm.Tokenizer(Backend(models.WordLevel({str(n): n for n in range(97
 def adapted(decoder, std=0.3):
     """The decoder with adapters whose B is not 0."""
     torch.manual_seed(0)
-    prlm.add_lora(decoder, RANK, ALPHA)
+    rl.add_lora(decoder, RANK, ALPHA)
     with torch.no_grad():
         for name, parameter in adapters(decoder).items():
             if name.endswith("lora_B"):
@@ -64,7 +65,7 @@ class TestPEFT:
             close(saved(tokens).logits, wanted)
             with model.disable_adapter():
                 base = model(tokens).logits
-            plain = prlm.without_lora(decoder)
+            plain = rl.without_lora(decoder)
             close(plain(tokens), base)
             assert (base - wanted).abs().max() > 0.1 * wanted.abs().max()
         weight = decoder.model.layers[0].mlp.up_proj.weight
@@ -92,7 +93,7 @@ class TestPEFT:
         """Uniform within 1 / sqrt(inputs), from torch's generator."""
         decoder = small(hidden_size=96)
         torch.manual_seed(0)
-        prlm.add_lora(decoder, 90, 1.0)
+        rl.add_lora(decoder, 90, 1.0)
         linear = decoder.model.layers[0].self_attn.q_proj
         torch.manual_seed(0)
         config = peft.LoraConfig(r=90, target_modules=["0"])
@@ -130,7 +131,7 @@ class TestAdapters:
         def score(decoder):
             return prlm.token_logprobs(decoder, prompts, ids_of(groups))[0]
 
-        change, before = score(exact) - score(base), score(prlm.without_lora(half))
+        change, before = score(exact) - score(base), score(rl.without_lora(half))
         for found, most in ((sampled - before, 0.15), (score(half) - before, 0.15),
                             (score(saved) - score(base), 0.01)):  # fmt: skip
             share = (found * change).sum() / change.square().sum()

@@ -39,7 +39,7 @@ def noise_by_prompt(real):
 def updates():
     """(weights, log) after two updates for each normalizer; of 3 prompts, one process has 2."""
     found = []
-    with prlm.processes():
+    with rl.processes():
         for n, normalizer in enumerate(NORMALIZERS):
             how = dict(beta=0.1, updates_per_rollout=2, tokens_per_micro_batch=40)
             step = small_step(normalizer=normalizer, mask_truncated=True, lora_rank=n, **how)

@@ -286,7 +286,7 @@ class TestPairs:
         examples, asked = load_lamp(world / "lamp", "LaMP-4", "train"), []
         tokenizer = prlm.load_tokenizer(world / "policy")
 
-        def fake(o, decoder, tokenizer, prompts, group_size, temperature, purpose):
+        def fake(o, decoder, tokenizer, examples, prompts, group_size, temperature, purpose):
             text = tokenizer.decode(prompts[0])
             shown = any(item["title"] in text for item in examples[0].profile)
             kind = "with" if shown else "without"
@@ -294,10 +294,10 @@ class TestPairs:
             groups = [[f"{kind} {e.id} {n}" for n in range(group_size)] for e in examples]
             for group in groups:
                 group[shown] = ""
-            said = [[f"{{'title': '{answer}'}}" for answer in group] for group in groups]
-            return [[prlm.Completion(tokenizer.encode(x), [], True) for x in row] for row in said]
+            pairs = zip(examples, groups)
+            return [{"id": e.id, "query": e.query, "answer": x} for e, row in pairs for x in row]
 
-        monkeypatch.setattr("eval.complete", fake)
+        monkeypatch.setattr("reward.make_records", fake)
         o = reward.RewardOptions(pairs_per_query=4, k=2)
         assert reward.build_pairs(o, None, tokenizer, examples) == [
             {"id": e.id, "query": e.query.strip(), "positive": f"with {e.id} {n}",

@@ -299,7 +299,7 @@ def naive_step(o, policy, optimizer, prompts, rows) -> dict[str, float]:
         kl = (ref - new).exp() - (ref - new) - 1 if o.beta else torch.zeros(3, 4, 8)
         log = {"loss": loss.item(), "grad_norm": norm, "kl": kl[mask].mean().item()}
         log |= {"clip_fraction": clipped[mask].float().mean().item()}
-    return log | {"gap": gap.max().item(), "gap_mean": gap.mean().item()}
+    return log | {"gap": gap.max().item()}
 
 
 class TestStep:

@@ -228,7 +228,7 @@ class TestOptions:
                         prlm.resolve(options, {field.name: wrong})
         prlm.resolve(options, {})
         known = {field.name for field in dataclasses.fields(rl.Options)}
-        assert known >= prlm.FREE.union(*prlm.PRESETS.values())
+        assert known >= scoring.FREE.union(*prlm.PRESETS.values())
 
     @pytest.mark.parametrize("changes, text", [
         ({"max_prompt_tokens": 5}, "instruction"),

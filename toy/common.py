@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import prlm
+from eval import FREE
 
 ROOT = Path(prlm.__file__).parent
 
@@ -34,7 +35,7 @@ def training(out: Path, options: dict) -> tuple[list[str], Path]:
     """(a run of rl.py, the file that it leaves); ValueError if other options made that file."""
     done = out / "predictions.json"
     recorded = prlm.read_json(out / "config.json") if done.is_file() else options
-    for name in {*options} - prlm.FREE | {"steps"}:
+    for name in {*options} - FREE | {"steps"}:
         if recorded.get(name) != options[name]:
             made = f"{out} was made with {name} {recorded.get(name)}, not {options[name]}"
             raise ValueError(f"{made}: choose another --out")
