@@ -238,14 +238,10 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
         return messages(None, items)
     if not fits(0, []):
         raise ValueError(f"the bare instruction is over --max-prompt-tokens {max_prompt_tokens}")
-    # Nothing longer than the budget can fit: so a very long text is split into tokens only once.
-    most = max_prompt_tokens
-    items = [{key: tokenizer.cut(item[key].strip(), most) for key in fields} for item in items]
-    example = replace(example, query=tokenizer.cut(example.query.strip(), most))
     # How many of the numbers 1, 2, .. fit: first of items, then of tokens.
-    counts = range(1, len(items) + 1)
-    items = items[: bisect(counts, False, key=lambda n: not fits(1, items[:n]))]
-    return messages(bisect(range(1, most + 1), False, key=lambda n: not fits(n, items)), items)
+    counts = range(1, len(items) + 1), range(1, max_prompt_tokens + 1)
+    items = items[: bisect(counts[0], False, key=lambda n: not fits(1, items[:n]))]
+    return messages(bisect(counts[1], False, key=lambda n: not fits(n, items)), items)
 
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:

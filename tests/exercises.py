@@ -179,7 +179,7 @@ EXERCISES = [
             Mutant("a profile is always spoken of", "The baseline speaks of a profile it lacks.",
                    "bool(items)", "True"),
             Mutant("what short fields leave is lost", "A short item makes the whole prompt short.",
-                   "range(1, most + 1)", "range(1, most // (1 + len(items) * len(fields)) + 1)"),
+                   "max_prompt_tokens + 1)", "max_prompt_tokens // (1 + 2 * len(items)) + 1)"),
             Mutant("the first items are left out", "On a small budget the best items are missing.",
                    "items = items[: bisect(", "items = items[::-1][: bisect("),
         ], """
