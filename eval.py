@@ -87,8 +87,7 @@ ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none. ValueError
-    for an unknown task.
+    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
        that, what stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
@@ -149,8 +148,8 @@ def make_records(
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and what it says, for each of P G completions: id, query, target,
     prompt and completion (text), answer, tokens (ids), logprobs, finished. `batch` of them are
-    sampled together, of prompts of similar length, so that there is little padding; processes share
-    the batches. `purpose` and the batch's place seed the noise."""
+    sampled together, of prompts of similar length, so that there is little padding. `purpose` and
+    the batch's place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)

@@ -63,8 +63,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
-    `visible` is True where query t may look at key s. k and v [B, S, K, D] may have fewer heads
-    (grouped queries): R = heads / K query heads share one: head h looks at key head h // R."""
+    Of k and v [B, S, K, D] with fewer heads (grouped queries), query head h looks at h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
@@ -163,8 +162,8 @@ class Decoder(nn.Module):
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
-        The residual stream is float32 even where products are bfloat16: so a sampler with bfloat16
-        weights agrees with a trainer with float32 ones."""
+        The residual stream is float32 even where products are bfloat16: so sampler and trainer,
+        whose weights may differ in type, agree."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
@@ -285,8 +284,7 @@ class Cache:
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
-        One softmax over [products with the prompt, products with its own tokens] is exact:
-        attention does not care that its keys lie in two tensors."""
+        One softmax over products with both is exact: attention's keys may lie in two tensors."""
         P, K, G, _, D = self.own.shape[2:]
         n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
         for own, new in zip(self.own[layer], (k, v), strict=True):
@@ -331,8 +329,7 @@ def generate(
     """Samples `group_size` completions of each prompt, [P][G].
     A completion ends with its first id of `eos_ids`, or, not `finished`, after `max_new_tokens`.
     The same seed samples the same; without one the noise is torch's own. Temperature 0 is greedy.
-    Ids from `decoder.vocab_limit` on are never sampled. ValueError for an empty prompt, a size
-    below 1, a temperature that is too low."""
+    Ids from `decoder.vocab_limit` on are never sampled. ValueError for what is empty or too low."""
     good = temperature == 0 or temperature >= COLDEST
     if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
@@ -378,8 +375,8 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
     own keys]. The temperature is the sampler's: else the loss would compare two different policies.
-    The softmax is over the ids below `decoder.vocab_limit`; an id from there on has -inf.
-    ValueError for a temperature below COLDEST, an empty prompt, and groups of unequal size."""
+    The softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for a
+    temperature below COLDEST, an empty prompt, groups of unequal size."""
     if not temperature >= COLDEST or not all(map(len, prompts)):
         raise ValueError(f"the temperature must be at least {COLDEST}, and no prompt be empty")
     if len(prompts) != len(completions) or len({*map(len, completions)}) > 1:
@@ -591,9 +588,9 @@ class Tokenizer:
         return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
-        """Ids of a conversation of {"role", "content"} up to the assistant's turn, and of what is
-        `said` in it already (default: how the template opens it). Without a chat format messages
-        are plain text. ValueError for a template that is not known."""
+        """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
+        it already (default: how the template opens it); plain text without a chat format.
+        ValueError for a template that is not known."""
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format is None:
             if self.template:
@@ -679,9 +676,8 @@ def exact_products(q: Tensor, k: Tensor) -> Tensor:
 
 
 class Recorded:
-    """The decode step as a CUDA graph, one launch in place of dozens per layer; recorded anew when
-    the number of rows or the cache's window changes: by hand, since `torch.cuda.graph` would first
-    give all cached memory back to the device."""
+    """The decode step as a CUDA graph, one launch in place of dozens per layer, recorded anew for
+    each shape: by hand, since `torch.cuda.graph` would first free all cached memory."""
 
     newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
 
@@ -912,8 +908,7 @@ def faults_in(path):
 
 
 @contextmanager
-def replacing(path):
-    """Yields a temporary path that becomes `path` on success, if this is the first process."""
+def replacing(path):  # a temporary path; on success the first process's becomes `path`
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{world()[0]}.tmp")
@@ -1072,8 +1067,7 @@ def command(main, options: type, description: str) -> None:
         sys.exit(2)
 
 
-def device_and_dtype(o) -> tuple[str, torch.dtype]:
-    """--device and the type of products; `auto` is CUDA in bfloat16, else the CPU in float32."""
+def device_and_dtype(o) -> tuple[str, torch.dtype]:  # dtype: of products
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = best if o.device == "auto" else o.device
     low = o.precision == "bfloat16" or (o.precision == "auto" and device.startswith("cuda"))

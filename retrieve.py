@@ -215,10 +215,10 @@ def one_line(answer: str) -> str:  # since `extract_answer` reads one
 
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
     """SYSTEM, then one user message of lines: `show` of each item, `instruction`, `question`. With
-    a tokenizer and a budget, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: every
-    field, of the items and of the query, is cut to the same number of tokens, the largest that
-    fits, so what short ones leave goes to the others. Where one token of each is too much, the last
-    items are left out. ValueError if even the bare instruction is too long."""
+    a tokenizer, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: every field, of items
+    and query, is cut to the same number of tokens, the largest that fits, so what short ones leave
+    goes to the others. Where one token of each is too much, the last items are left out. ValueError
+    if even the bare instruction is too long."""
     fields = TASKS[example.task].fields
 
     def messages(most: int | None, items: list[dict]) -> list[dict]:

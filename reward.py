@@ -46,8 +46,7 @@ PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the
 
 
 def format_reward(completion: str) -> float:
-    """1 if a line that begins with </think> closes the last <think>, if any (it may be in the
-    prompt), else 0."""
+    """1 if a line that begins with </think> follows the last <think>, if any is seen; else 0."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
@@ -150,8 +149,7 @@ class RewardOptions(EvalOptions):
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
-    sampled before RL at T = 0.7, each kind with noise of its own, else the two would begin alike.
-    A pair with an empty answer is dropped."""
+    sampled before RL at T = 0.7, each with noise of its own. A pair with an empty one goes."""
 
     def answers(kind: str, k: int) -> list[dict]:
         prompts, how = make_prompts(o, tokenizer, examples, k), (o.pairs_per_query, 0.7)
@@ -287,8 +285,7 @@ def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Jud
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text scores higher with the user's own profile than with another
-    user's, ties half; .5 is chance, and what a judge that sees no profile gets. None without a
-    second user: users that share a profile item count as one."""
+    user's, ties half; .5 is chance. None without a second user; who shares an item is the same."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     pairs = []
     for n, e in enumerate(examples):
@@ -315,7 +312,6 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
-    """As transformers' BertForSequenceClassification with one label."""
     labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
     raw = model.bert.raw | {"architectures": ["BertForSequenceClassification"]} | labels
     prlm.save_checkpoint(model.state_dict(), raw, model.tokenizer, directory)

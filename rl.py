@@ -97,9 +97,8 @@ def grpo_loss(
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
-    `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts, NaN
-    included. `weights`: a micro-batch's part of the whole step's `token_weights`. ValueError: beta
-    without ref_logprobs."""
+    `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts.
+    `weights`: a micro-batch's part of the step's. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -319,8 +318,7 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # how many: a title, or how a tweet beg
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The completion to imitate for each record, as ids that end with the EOS id: what the user
     really wrote, after reasoning with a line EVIDENCE for each of the best items, at most o.k and
-    EVIDENCE_ITEMS (the last field, cut to EVIDENCE_TOKENS). A <think> that ends the prompt already
-    is not repeated."""
+    EVIDENCE_ITEMS: its last field, cut to EVIDENCE_TOKENS. No <think> if the prompt has it."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
     for example in examples:
@@ -395,9 +393,8 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 
 # ==== Below: not the method =====================================================================
 def make_policy(o: Options) -> Policy:
-    """The checkpoint o.model, ready to be trained. AdamW needs float32 weights: at a learning rate
-    of 1e-6 a bfloat16 weight would never move. With LoRA only adapters are trained: the base has
-    the products' type, and the decoder is its own sampler."""
+    """The checkpoint o.model, ready to be trained: in float32, since at a learning rate of 1e-6 a
+    bfloat16 weight would never move; or LoRA on a base of the products' type, its own sampler."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
@@ -566,8 +563,8 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 
 @contextmanager
 def stop_after_step():
-    """Ctrl-C and SIGTERM wait until the step is done and saved; a second one does not. Yields a
-    function that says which signal has come, or 0."""
+    """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a function:
+    which has come, or 0."""
     came, before = [0], {}
 
     def ask(number, _frame) -> None:
@@ -590,8 +587,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def processes():
-    """Joins the processes that torchrun has started, if it has; only the first one prints."""
+def processes():  # those that torchrun has started, if it has; only the first one prints
     if dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -617,8 +613,7 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=Non
     return greedy
 
 
-def report(out: Path) -> None:
-    """Prints the scores of a finished run, and one held-out user before and after."""
+def report(out: Path) -> None:  # scores, and one held-out user before and after
     print("all held-out records, greedy answers:")
     for name, scores in prlm.read_json(out / "scores.json").items():
         print(scoring.line(name, scores))
