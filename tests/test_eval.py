@@ -205,9 +205,9 @@ def test_every_completion_goes_to_its_prompt(monkeypatch, size):
         calls.clear()
         for seed, purpose in ((3, "a"), (3, "b"), (4, "a")):
             o, how = EvalOptions(max_new_tokens=7, seed=seed), (group, 0.9, (purpose,), size)
-            found = module.make_records(o, None, tokenizer, [example] * 6, prompts, *how)
-            found = [(row["tokens"], row["finished"]) for row in found]
-            assert found == [(prompt, bool(n)) for prompt in prompts for n in range(group)]
+            rows = module.make_records(o, None, tokenizer, [example] * 6, prompts, *how)
+            wanted = [(prompt, bool(n)) for prompt in prompts for n in range(group)]
+            assert [(row["tokens"], row["finished"]) for row in rows] == wanted
         together = min(max(1, size // group), 6)
         assert max(count for count, _ in calls) == together
         assert len({seed for _, seed in calls}) == len(calls) == 3 * -(-6 // together)

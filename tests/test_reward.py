@@ -291,11 +291,9 @@ class TestPairs:
             shown = any(item["title"] in text for item in examples[0].profile)
             kind = "with" if shown else "without"
             asked.append((kind, group_size, temperature, *purpose))
-            groups = [[f"{kind} {e.id} {n}" for n in range(group_size)] for e in examples]
-            for group in groups:
-                group[shown] = ""
-            pairs = zip(examples, groups)
-            return [{"id": e.id, "query": e.query, "answer": x} for e, row in pairs for x in row]
+            said = ["" if n == shown else f"{kind} {{}} {n}" for n in range(group_size)]
+            rows = [(e, x.format(e.id)) for e in examples for x in said]
+            return [{"id": e.id, "query": e.query, "answer": x} for e, x in rows]
 
         monkeypatch.setattr("reward.make_records", fake)
         o = reward.RewardOptions(pairs_per_query=4, k=2)
