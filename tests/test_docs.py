@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "toy/README.md", "tests/README.md"]
 CHAPTERS = ["prlm", "retrieve", "eval", "reward", "rl"]
-FOREIGN = {*"only local-dir index-url deps create-dirs nproc-per-node help debug".split()}
+FOREIGN = {"only", "local-dir", "index-url", "deps", "create-dirs", "nproc-per-node", "help"}
 
 
 def test_every_function_that_stands_beside_its_file_is_there():
