@@ -26,6 +26,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
@@ -38,20 +39,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 import prlm
 from eval import EvalOptions, extract_answer, is_placeholder, make_records, rouge, run_directory
-from prlm import Decoder, Encoder, Ragged, Tokenizer, option
+from prlm import Encoder, Ragged, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
 # ---- The paper's reward: its three parts ---------------------------------------------------------
 PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
+BATCH = 64  # pairs in an optimizer step, the authors' number; also how many are scored at once
+# (examples, answers) -> one number for each, as a list, an array or a tensor
+Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
 
 def format_reward(completion: str) -> float:
     """1 if a line that begins with </think> follows the last <think>, if any is seen; else 0."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
-
-
-# (examples, answers) -> one number for each, as a list, an array or a tensor
-Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
 
 def rewards(
@@ -134,9 +134,6 @@ class RewardModel(nn.Module):
         return values
 
 
-BATCH = 64  # pairs in an optimizer step, the authors' number; also how many are scored at once
-
-
 @dataclass
 class RewardOptions(EvalOptions):
     judge: Literal["bert", "ratio"] = option("bert", "a trained model, or the policy itself")
@@ -150,13 +147,12 @@ class RewardOptions(EvalOptions):
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
     sampled before RL at T = 0.7, each with noise of its own. A pair with an empty one goes."""
-
-    def answers(kind: str, k: int) -> list[dict]:
-        prompts, how = make_prompts(o, tokenizer, examples, k), (o.pairs_per_query, 0.7)
-        return make_records(o, decoder, tokenizer, examples, prompts, *how, (f"answers {kind}",))
-
-    pairs = []
-    for a, b in zip(answers("with profile", o.k), answers("without profile", 0), strict=True):
+    sides, pairs = [], []
+    for kind, k in (("with", o.k), ("without", 0)):
+        prompts, purpose = make_prompts(o, tokenizer, examples, k), (f"answers {kind} profile",)
+        how = (prompts, o.pairs_per_query, 0.7, purpose)
+        sides.append(make_records(o, decoder, tokenizer, examples, *how))
+    for a, b in zip(*sides, strict=True):
         if a["answer"] and b["answer"]:
             asked = {"id": a["id"], "query": a["query"].strip()}
             pairs.append(asked | {"positive": a["answer"], "negatives": [b["answer"]]})
@@ -235,52 +231,40 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
 
 # ---- Ours, not the paper's: a likelihood ratio as the judge ------------------------------------
 @torch.no_grad()
-def likelihood_ratio(
-    decoder: Decoder, with_profile: list[list[int]], without: list[list[int]],
-    answers: list[list[list[int]]], tokens_per_batch: int = 8192,
-) -> Tensor:  # fmt: skip
+def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8192) -> Tensor:
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
-    Both lists [P] are prompts for the same queries; the answers [P][G] continue either, and an
-    empty one has 0. Why this is the judge to have: shown a+ ~ p(a | q, d) among a1- .. aN- ~
+    Both lists [P] are prompts (ids) for the same queries; the answers [P][G] continue either, and
+    an empty one has 0. Why this is the judge to have: shown a+ ~ p(a | q, d) among a1- .. aN- ~
     p(a | q), the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
     w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that: its
     minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), and c changes no softmax (van den
     Oord et al. 2018; Poole et al. 2019). Here pi, at temperature 1, is in p's place."""
-    group_size = len(answers[0]) if answers else 0
 
     def log_likelihood(prompts: list[list[int]]) -> Tensor:
-        total = torch.zeros(len(prompts), group_size)
-        pairs = zip(prompts, answers, strict=True)
-        sizes = [len(prompt) + sum(map(len, group)) for prompt, group in pairs]
-        for rows in micro_batches(sizes, tokens_per_batch):
-            asked = [prompts[n] for n in rows]
-            logprobs, _ = prlm.token_logprobs(decoder, asked, [answers[n] for n in rows])
+        total = torch.zeros(len(prompts), max(map(len, answers), default=0))
+        for rows, *asked in micro_batches(prompts, answers, tokens_per_batch):
+            logprobs, _ = prlm.token_logprobs(decoder, *asked)
             total[rows] = logprobs.sum(-1).cpu()  # 0 after an answer's end
         return total
 
     return log_likelihood(with_profile) - log_likelihood(without)
 
 
-def ratio_judge(o: RewardOptions, decoder: Decoder, tokenizer: Tokenizer) -> Judge:
+def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list[float]:
     """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy with its
     reasoning closed: the probability that a was written with the profile, at even odds. What the
     query explains cancels out: without accuracy beside it, an answer on another topic is worth as
     much, so keep the policy near the base with --beta."""
-    how = replace(o, reasoning=False)
-
-    def judge(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        # The answers of an example, which stand together, share its two prompts. `id` tells them
-        # apart: the swap test's have equal record ids and queries, but other profiles.
-        runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
-        asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
-        prompts = (make_prompts(how, tokenizer, asked, k) for k in (o.k, 0))
-        ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
-        padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
-        ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
-        shares = ratios.double().sigmoid().tolist()  # float32 would round those above 17 nats to 1
-        return [x for row, run in zip(shares, runs, strict=True) for x in row[: len(run)]]
-
-    return judge
+    # The answers of an example, which stand together, share its two prompts. `id` tells them
+    # apart: the swap test's have equal record ids and queries, but other profiles.
+    runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
+    asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
+    prompts = (make_prompts(replace(o, reasoning=False), tokenizer, asked, k) for k in (o.k, 0))
+    ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
+    padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
+    ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
+    shares = ratios.double().sigmoid().tolist()  # float32 would round those above 17 nats to 1
+    return [x for row, run in zip(shares, runs, strict=True) for x in row[: len(run)]]
 
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
@@ -300,15 +284,17 @@ def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
 
 
 # ==== Below: not the method =====================================================================
-def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
-    """Indices of `sizes`, largest first, as many together as stay within `budget`; at least one."""
-    batches, room = [], -1
-    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+def micro_batches(prompts, groups, budget: int, share: bool = False) -> list[tuple]:
+    """(indices [p], prompts [p], completions [p][G]) of as many groups together as stay within
+    `budget` tokens, at least one, the largest first; with `share`, of this process's groups."""
+    sizes = [len(p) + sum(map(len, g)) for p, g in zip(prompts, groups, strict=True)]
+    rows, batches, room = range(len(sizes)), [], -1
+    for n in sorted(prlm.my_share(rows) if share else rows, key=lambda n: -sizes[n]):
         if sizes[n] > room:
             batches, room = [*batches, []], budget
         batches[-1].append(n)
         room -= sizes[n]
-    return batches
+    return [(b, [prompts[n] for n in b], [groups[n] for n in b]) for b in batches]
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
@@ -319,9 +305,8 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
     """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
-    return prlm.load_module(
-        directory, lambda *given: RewardModel(Encoder(*given)), {r".*position_ids": ""}, device
-    )
+    names = {r".*position_ids": ""}  # a buffer
+    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), names, device)
 
 
 def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
@@ -330,9 +315,8 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
     if o.judge == "bert" and o.reward_model:
         return load_reward_model(o.reward_model, device)
     if o.k == 0 or o.retriever == "none":
-        none = "--k 0 leaves none" if o.k == 0 else "--retriever none leaves none"
-        text = f"--judge {o.judge} compares answers with and without a profile: {none}"
-        raise ValueError(f"{text}. Take --personalization 0")
+        flag = "--k 0" if o.k == 0 else "--retriever none"
+        raise ValueError(f"{flag} leaves none of a profile to judge by: take --personalization 0")
     if o.judge == "ratio":
         return None
     if o.encoder is None:
@@ -349,16 +333,15 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     device, dtype = prlm.device_and_dtype(o)
     trained = o.reward_model or (directory if report else None)
     model = judge_model(replace(o, reward_model=trained), device)
-    if model is None:
-        judge = ratio_judge(o, decoder, tokenizer)
-    else:
-        judge, pairs = prlm.multiply_in(model, dtype).judge, Path(directory) / "pairs.json"
-        if not trained:
-            if not pairs.is_file():
-                prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-            prlm.gather()  # the others wait for the first process
-            report = train_reward_model(o, model, prlm.read_json(pairs, list))
-            save_reward_model(model, directory)
+    ratio = partial(ratio_judge, o, decoder, tokenizer)
+    judge = prlm.multiply_in(model, dtype).judge if model else ratio
+    if model and not trained:
+        pairs = Path(directory) / "pairs.json"
+        if not pairs.is_file():
+            prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
+        prlm.gather()  # the others wait for the first process
+        report = train_reward_model(o, model, prlm.read_json(pairs, list))
+        save_reward_model(model, directory)
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
@@ -367,8 +350,7 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
 
 
 def describe(report: dict) -> str:
-    known = {key: round(value, 3) for key, value in report.items() if value is not None}
-    return ", ".join(f"{key} {value}" for key, value in known.items())
+    return ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
 
 
 @dataclass

@@ -31,7 +31,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ from retrieve import answer_block, load_examples, make_prompts, make_ranker, one
 from reward import PARTS, RewardOptions, judge_model, make_judge, micro_batches, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
+LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would overflow
 
 
 # ---- The paper's optimization: GRPO (Shao et al. 2024) -------------------------------------------
@@ -63,9 +64,6 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
         return centred
     std = (centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)).sqrt()
     return centred / (std + 1e-4)
-
-
-LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would overflow
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -86,8 +84,7 @@ def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = No
         return mask / mask.sum().clamp(min=1)
     if normalizer == "dr_grpo" and max_new_tokens:
         return mask / (completions * max_new_tokens)
-    names = ", ".join(get_args(Normalizer))
-    raise ValueError(f"normalizer {normalizer!r}: {names}, the last with max_new_tokens")
+    raise ValueError(f"normalizer {normalizer!r} is unknown, or lacks max_new_tokens")
 
 
 def grpo_loss(
@@ -172,6 +169,7 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     """Step 4, `updates_per_rollout` times; returns the last `update_metrics`. pi_old is the decoder
     at its first pass over the rollout, not the sampler, which may be a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
+    groups = [tokens[n : n + o.group_size] for n in range(0, len(tokens), o.group_size)]  # [P][G]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
     # [P, G, C]; from lengths, never from ids: padding may have the id of the end of a sequence.
     mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)
@@ -180,7 +178,7 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
     weights = token_weights(mask, o.normalizer, o.max_new_tokens)
     new, old, ref = (torch.zeros_like(weights) for _ in range(3))  # log-probabilities
     for number in range(o.updates_per_rollout):
-        for batch, *asked in my_batches(o, prompts, tokens):
+        for batch, *asked in micro_batches(prompts, groups, o.tokens_per_micro_batch, share=True):
             logprobs, _ = prlm.token_logprobs(policy.decoder, *asked, o.temperature)
             part = (batch, slice(None), slice(logprobs.shape[-1]))  # of the tensors [P, G, C]
             new[part] = logprobs.detach()
@@ -201,19 +199,9 @@ def by_group(o: Options, rows: list[dict], key: str) -> Tensor:
     return torch.tensor([float(row[key]) for row in rows]).view(-1, o.group_size)  # [P, G]
 
 
-def my_batches(o: Options, prompts, completions) -> list[tuple]:
-    """This process's micro-batches of groups: (indices [p], prompts [p], completions [p][G])."""
-    G, mine = len(completions) // len(prompts), prlm.my_share(range(len(prompts)))
-    groups = [completions[n : n + G] for n in range(0, len(completions), G)]
-    sizes = [len(prompts[n]) + sum(map(len, groups[n])) for n in mine]
-    batches = micro_batches(sizes, o.tokens_per_micro_batch)
-    chosen = [[mine[n] for n in batch] for batch in batches]
-    return [(c, [prompts[n] for n in c], [groups[n] for n in c]) for c in chosen]
-
-
 def optimizer_step(optimizer) -> float:
     """Sums the gradients of all processes, clips their norm to 1, steps; returns the norm."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     for parameter in parameters if dist.is_initialized() else ():
         if parameter.grad is None:  # a process without a share of this step
             parameter.grad = torch.zeros_like(parameter)
@@ -255,9 +243,7 @@ def main(o: Options, judge=None) -> None:
         make_prompts(o, policy.tokenizer, train[:1])
         out = prlm.gather(scoring.run_directory(o) if prlm.world()[0] == 0 else None)[0]
         done = (out / "predictions.json").is_file()
-        if done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps:  # as many as asked now
-            print(f"{out} was finished before")
-        else:
+        if not done or len(prlm.read_lines(out / "metrics.jsonl")) < o.steps:  # more than then
             run(o, out, policy, train, held, judge)
         if prlm.world()[0] == 0:
             report(out)
@@ -267,8 +253,10 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     """The stages; each is skipped if its result is in the run directory."""
     for stale in ("predictions.json", "held_out/after.jsonl"):  # perhaps of fewer steps
         (out / stale).unlink(missing_ok=True)
-    warm_start(o, out, policy, train)
-    first_look(o, out, policy, train)
+    if o.warm_start:
+        warm_start(o, out, policy, train)
+    if o.steps and not (out / "look.json").is_file():
+        first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
     score_held_out(o, out, "no_profile", policy, held, k=0)
@@ -283,7 +271,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
 def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
     prompts = make_prompts(o, policy.tokenizer, train)
 
-    def take(step: int, optimizer) -> str:
+    def take(step: int, optimizer) -> tuple[dict, str]:
         begun = time.perf_counter()
         # On from where the warm start ended, so that RL meets records that it has not imitated.
         chosen = choose(len(train), step, o.prompts_per_step, o.seed, 8 * o.warm_start)
@@ -293,20 +281,16 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
         log = update(o, policy, optimizer, asked, rows)
         refresh(policy, seed_of(o.seed, "rounding", step))
         seconds = {"rollout": rolled - begun, "update": time.perf_counter() - rolled}
-        metrics = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"]}
+        metrics = {"lr": optimizer.param_groups[0]["lr"]}
         metrics |= rollout_metrics(o, asked, rows, seconds) | log
-        said = f"step {step + 1} of {o.steps}: reward {metrics['reward']:.3f}"
-        loud = (step + 1) % max(1, o.steps // 10) == 0
+        said = f"reward {metrics['reward']:.3f}"
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
-            answered = scoring.answer_all(o, policy.sampler, policy.tokenizer, held[:64])
-            scores, loud = scoring.mean_scores(answered), True
+            scores, _ = scoring.evaluate(policy.sampler, policy.tokenizer, held[:64], o)
             metrics |= {f"eval_{name}": value for name, value in scores.items()}
             said += f", ROUGE-L of 64 held-out {scores['rouge-l']:.3f}" if scores else ""
         prlm.append(out / "samples.jsonl", rows)
-        prlm.append(out / "metrics.jsonl", [metrics])
-        return said if loud else ""
+        return metrics, said
 
-    (out / "samples.jsonl").touch()
     keep_training(o, out, "GRPO", o.steps, o.lr, policy, take)
 
 
@@ -337,27 +321,23 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
     """Trains the policy for --warm-start steps, saves it, and loads it, in place, as the one before
     RL. A step is cross-entropy on 8 whole completions, in nats per token."""
     folder = out / "warm_start"
-    if not o.warm_start:
-        return
     if not (folder / "model.safetensors").is_file():
         prompts = make_prompts(o, policy.tokenizer, train)
         targets = warm_start_targets(o, policy.tokenizer, train)
         example = prlm.printable(policy.tokenizer.decode(targets[0])).replace("\n", "\n  ")
         print(f"warm start: {o.warm_start} steps towards, for example\n  {example}")
 
-        def take(step: int, optimizer) -> str:
+        def take(step: int, optimizer) -> tuple[dict, str]:
             chosen = choose(len(train), step, 8, o.seed)
-            asked, wanted = [prompts[n] for n in chosen], [targets[n] for n in chosen]
-            tokens, total = sum(map(len, wanted)), 0.0
-            for _, *batch in my_batches(o, asked, wanted):
+            asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]  # G = 1
+            tokens, total = sum(len(targets[n]) for n in chosen), 0.0
+            for _, *batch in micro_batches(asked, wanted, o.tokens_per_micro_batch, share=True):
                 loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
                 loss.backward()
                 total += loss.item()
             loss = sum(prlm.gather(total))
-            line = {"step": step + 1, "loss": loss, "grad_norm": optimizer_step(optimizer)}
-            prlm.append(folder / "metrics.jsonl", [line])
-            loud = (step + 1) % max(1, o.warm_start // 5) == 0
-            return f"warm start, step {step + 1}: {loss:.3f} nats per token" if loud else ""
+            log = {"loss": loss, "grad_norm": optimizer_step(optimizer)}
+            return log, f"{loss:.3f} nats per token"
 
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
@@ -367,19 +347,15 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
 
 
 def first_look(o: Options, out: Path, policy: Policy, train) -> None:
-    """One rollout of eight prompts, without a judge: a run that could not learn is stopped."""
-    if o.steps == 0 or (out / "look.json").is_file():
-        return
+    """One rollout of eight prompts: a run that could not learn is stopped. The judge that stands in
+    for the real one gives each different answer a value of its own."""
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
-    rows = roll_out(o, policy, None, shown, make_prompts(o, policy.tokenizer, shown), "look")
-    answers = ["" if scoring.is_placeholder(r["answer"], o.task) else r["answer"] for r in rows]
-    differing = by_group(o, rows, "advantage").any(1)
-    if o.personalization:  # a judge would value answers differently
-        groups = (answers[n : n + o.group_size] for n in range(0, len(rows), o.group_size))
-        differing |= torch.tensor([len({*group} - {""}) > 1 for group in groups])
-    found = {"answered": sum(map(bool, answers)) / len(rows)}
+    prompts = make_prompts(o, policy.tokenizer, shown)
+    rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
+    answered = sum(not scoring.is_placeholder(row["answer"], o.task) for row in rows)
+    found = {"answered": answered / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
-    found["groups_with_spread"] = differing.float().mean().item()
+    found["groups_with_spread"] = by_group(o, rows, "advantage").any(1).float().mean().item()
     said = "a first look: {:.0%} answered, {:.0%} truncated, rewards differ in {:.0%} of groups"
     print(said.format(*found.values()))
     if found["groups_with_spread"] <= 0.1 and not o.force:
@@ -400,8 +376,7 @@ def make_policy(o: Options) -> Policy:
         raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
     if o.lora_rank:
         torch.manual_seed(o.seed)  # LoRA's A starts random
-        add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
-        sampler, reference = decoder, without_lora(decoder)
+        sampler, reference = decoder, add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
     else:
         reference = prlm.for_sampling(copy.deepcopy(decoder), decoder.products)
         sampler = decoder if decoder.products == torch.float32 else copy.deepcopy(reference)
@@ -409,24 +384,20 @@ def make_policy(o: Options) -> Policy:
     return Policy(decoder, sampler, tokenizer, reference)
 
 
-def add_lora(decoder: Decoder, rank: int, alpha: float) -> None:
+def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
     """Freezes the decoder and gives every matrix of its layers float32 adapters to train: A, drawn
-    as in PEFT, and B, which is 0, so at first nothing changes."""
+    as in PEFT, and B, which is 0, so at first nothing changes. Returns a decoder of the same
+    weights, in the same memory, without adapters."""
     decoder.requires_grad_(False)
+    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
     for module in decoder.model.layers.modules():
         if isinstance(module, prlm.Linear):
-            how = {"device": module.weight.device, "dtype": torch.float32}
-            module.lora_A = torch.nn.Parameter(torch.empty(rank, module.in_features, **how))
-            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, rank, **how))
-            torch.nn.init.kaiming_uniform_(module.lora_A, math.sqrt(5))
+            device = module.weight.device
+            module.lora_A = torch.nn.Linear(module.in_features, rank, False, device).weight
+            module.lora_B = torch.nn.Parameter(
+                torch.zeros(module.out_features, rank, device=device)
+            )
             module.scale = alpha / rank
-
-
-def without_lora(decoder: Decoder) -> Decoder:
-    """A decoder of the same weights, in the same memory, whose adapters are off."""
-    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
-    for module in plain.modules():
-        module.scale = 0.0
     return plain
 
 
@@ -434,13 +405,11 @@ def without_lora(decoder: Decoder) -> Decoder:
 def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
     rounding is random, in proportion to the distance: rounding to nearest loses small steps."""
-    device = policy.decoder.head.device
-    noise = {"generator": torch.Generator(device).manual_seed(seed or 0), "device": device}
-    pairs = zip(policy.sampler.parameters(), policy.decoder.parameters(), strict=True)
-    for copied, weight in pairs if policy.sampler is not policy.decoder else ():
-        if copied.dtype == torch.bfloat16 and seed is not None:
+    noise = torch.Generator(policy.decoder.head.device).manual_seed(seed or 0)
+    for copied, weight in zip(policy.sampler.parameters(), policy.decoder.parameters()):
+        if copied.dtype != weight.dtype and seed is not None:
             bits = weight.view(torch.int32)  # bfloat16 is the upper half of them
-            bits = bits + torch.randint(2**16, bits.shape, dtype=torch.int32, **noise)
+            bits = bits + torch.empty_like(bits).random_(2**16, generator=noise)
             weight = (bits & -(2**16)).view(torch.float32)
         copied.copy_(weight)
 
@@ -510,8 +479,8 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
-    """take(step, optimizer) for the steps up to `count` that are not done; prints what it returns.
-    Saves the state every --save-every steps, after the last one, and when a signal asks to stop."""
+    """take(step, optimizer), which gives a line of the log and a text to print, for the steps up to
+    `count` that are not done. Saves every --save-every steps, at the end, and when asked to stop."""
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
     done = load_state(folder, policy, optimizer)
@@ -522,20 +491,17 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
     bar = prlm.progress(title=title, total=count, initial=done)
     with stop_after_step() as asked, bar:
         for step in range(done, count):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, count, peak)
-            said = take(step, optimizer)
-            stop = asked()
-            if (step + 1) % o.save_every == 0 or step + 1 == count or stop:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, count, peak)
+            log, said = take(step, optimizer)
+            prlm.append(folder / "metrics.jsonl", [{"step": step + 1} | log])
+            if (step + 1) % o.save_every == 0 or step + 1 == count or asked():
                 save_state(folder, step + 1, policy, optimizer)
-            if stop:
-                break
-            if said:
-                bar.write(said)
+                if stop := asked():  # during the save, too
+                    say("stopped; the same command with --resume goes on")
+                    sys.exit(128 + stop)
+            if (step + 1) % max(1, count // 10) == 0 or "eval_bleu" in log:
+                bar.write(f"step {step + 1} of {count}: {said}")
             bar.update()
-        if stop := asked():  # during the last save, too
-            say("stopped; the same command with --resume goes on")
-            sys.exit(128 + stop)
 
 
 def save_state(folder: Path, step: int, policy: Policy, optimizer) -> None:

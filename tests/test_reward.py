@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -403,7 +404,7 @@ class TestRatioJudge:
         asked = [one, two, one, replace(one, profile=two.profile), one]
         answers = ["on golf no joke", "why", one.target, one.target, "on\n\n and on"]
         o = reward.RewardOptions(judge="ratio", k=3)
-        judge, tokenizer, sides = reward.ratio_judge(o, *toy), toy[1], []
+        judge, tokenizer, sides = partial(reward.ratio_judge, o, *toy), toy[1], []
         for e, answer, value in zip(asked, answers, judge(asked, answers), strict=True):
             logits, answer = [], answer.replace("\n\n", "")  # it is asked for in one line
             for k in (3, 0):
@@ -420,7 +421,7 @@ class TestRatioJudge:
         found = torch.tensor([[20.0, 25, -800]])
         monkeypatch.setattr(reward, "likelihood_ratio", lambda *_, **__: found)
         examples = load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev")[:1] * 3
-        judge = reward.ratio_judge(reward.RewardOptions(), *toy)
+        judge = partial(reward.ratio_judge, reward.RewardOptions(), *toy)
         one, more, least = judge(examples, ["a", "b", "c"])
         assert 0 <= least < one < more <= 1
 
