@@ -148,9 +148,8 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
     sampled before RL at T = 0.7, each with noise of its own. A pair with an empty one goes."""
     sides, pairs = [], []
-    for kind, k in (("with", o.k), ("without", 0)):
-        prompts, purpose = make_prompts(o, tokenizer, examples, k), (f"answers {kind} profile",)
-        how = (prompts, o.pairs_per_query, 0.7, purpose)
+    for purpose, k in (("answers with profile", o.k), ("answers without profile", 0)):
+        how = (make_prompts(o, tokenizer, examples, k), o.pairs_per_query, 0.7, (purpose,))
         sides.append(make_records(o, decoder, tokenizer, examples, *how))
     for a, b in zip(*sides, strict=True):
         if a["answer"] and b["answer"]:

@@ -186,11 +186,9 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
                 old[part] = new[part]
                 if o.beta:
                     ref[part], _ = prlm.token_logprobs(policy.reference, *asked, o.temperature)
-            loss = grpo_loss(
-                logprobs, old[part], advantages[batch], mask[part], ref[part],
-                o.clip, o.clip_high, o.beta, weights=weights[part],
-            )  # fmt: skip
-            loss.backward()
+            given = (old[part], advantages[batch], mask[part], ref[part])
+            how = (o.clip, o.clip_high, o.beta)
+            grpo_loss(logprobs, *given, *how, weights=weights[part]).backward()
         norm = optimizer_step(optimizer)
     return update_metrics(o, rows, advantages, mask, new, old, ref) | {"grad_norm": norm}
 
@@ -281,8 +279,7 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
         log = update(o, policy, optimizer, asked, rows)
         refresh(policy, seed_of(o.seed, "rounding", step))
         seconds = {"rollout": rolled - begun, "update": time.perf_counter() - rolled}
-        metrics = {"lr": optimizer.param_groups[0]["lr"]}
-        metrics |= rollout_metrics(o, asked, rows, seconds) | log
+        metrics = rollout_metrics(o, asked, rows, seconds) | log
         said = f"reward {metrics['reward']:.3f}"
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             scores, _ = scoring.evaluate(policy.sampler, policy.tokenizer, held[:64], o)
@@ -392,11 +389,9 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
     plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
     for module in decoder.model.layers.modules():
         if isinstance(module, prlm.Linear):
-            device = module.weight.device
-            module.lora_A = torch.nn.Linear(module.in_features, rank, False, device).weight
-            module.lora_B = torch.nn.Parameter(
-                torch.zeros(module.out_features, rank, device=device)
-            )
+            A = torch.nn.Linear(module.in_features, rank, False, module.weight.device).weight
+            B = A.new_zeros(module.out_features, rank)
+            module.lora_A, module.lora_B = A, torch.nn.Parameter(B)
             module.scale = alpha / rank
     return plain
 
@@ -479,8 +474,8 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
-    """take(step, optimizer), which gives a line of the log and a text to print, for the steps up to
-    `count` that are not done. Saves every --save-every steps, at the end, and when asked to stop."""
+    """take(step, optimizer), which gives a line of the log and a text to print, for each step up to
+    `count` that is not done. Saves every --save-every steps, at the end, and when asked to stop."""
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
     done = load_state(folder, policy, optimizer)
@@ -491,9 +486,9 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
     bar = prlm.progress(title=title, total=count, initial=done)
     with stop_after_step() as asked, bar:
         for step in range(done, count):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, count, peak)
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, count, peak)
             log, said = take(step, optimizer)
-            prlm.append(folder / "metrics.jsonl", [{"step": step + 1} | log])
+            prlm.append(folder / "metrics.jsonl", [{"step": step + 1, "lr": lr} | log])
             if (step + 1) % o.save_every == 0 or step + 1 == count or asked():
                 save_state(folder, step + 1, policy, optimizer)
                 if stop := asked():  # during the save, too

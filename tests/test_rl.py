@@ -426,12 +426,13 @@ class TestWarmStart:
                 logits = decoder(ids)[0, len(prompts[n]) - 1 : -1, : decoder.vocab_limit]
                 nats -= logits.log_softmax(-1)[range(len(targets[n])), targets[n]].sum()
             loss = nats / sum(len(targets[n]) for n in rows)
-            optimizer.param_groups[0]["lr"] = rl.learning_rate(step, 2, 0.01)
+            optimizer.param_groups[0]["lr"] = lr = rl.learning_rate(step, 2, 0.01)
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step()
-            expected.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()})
+            log = {"loss": loss.item(), "grad_norm": norm.item()}
+            expected.append({"step": step + 1, "lr": lr} | log)
         for budget in (1, 10_000):
             o.tokens_per_micro_batch = budget
             folder = tmp_path / str(budget) / "warm_start"
