@@ -77,12 +77,10 @@ def bleu(prediction: str, reference: str) -> float:
         return 0.0
     smooth = [matches or 0.5 ** found[: n + 1].count(0) for n, matches in enumerate(found)]
     logs = [math.log(matches / max(len(a) - n, 1)) for n, matches in enumerate(smooth)]
-    brevity = min(0.0, 1 - len(b) / len(a))
-    return math.exp(brevity + math.fsum(logs) / 4)
+    return math.exp(min(0.0, 1 - len(b) / len(a)) + math.fsum(logs) / 4)
 
 
 # ---- The answer in a completion: what this parser cannot read earns no accuracy ------------------
-MARKS = {mark: f"[{sort}]" for sort in ("'‘’", '"“”') for mark in sort}  # a mark: its sort
 ANY = "['‘’\"“”]"
 
 
@@ -119,8 +117,8 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     if text.startswith(("{", "```"), start):
         return "", start
     escaped = r"\\(['\"\\])"
-    if sort := MARKS.get(text[start : start + 1]):
-        after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*{ANY}[\w -]+{ANY}\s*:"
+    after = rf"[*.,;]*[^\S\n]*(?:\n|\}}|\Z)|,\s*{ANY}[\w -]+{ANY}\s*:"
+    for sort in ("['‘’]", '["“”]'):
         if found := re.compile(rf"{sort}((?:\\.|[^\\\n])*?){sort}(?={after})").match(text, start):
             return re.sub(escaped, r"\1", found[1]).strip(), found.end()
     found = re.compile(rf"{ANY}?([^\n}}]*)").match(text, start)
@@ -129,21 +127,16 @@ def read_value(text: str, start: int) -> tuple[str, int]:
 
 def is_placeholder(answer: str, task: str) -> bool:
     """Whether the answer is empty or still holds the prompt's "generated title": worth nothing."""
-    return not answer.strip() or task_of(task).placeholder in answer.lower()
+    return not answer.strip() or f"generated {task_of(task).answer}" in answer.lower()
 
 
 # ---- A policy on a data set --------------------------------------------------------------------
-@dataclasses.dataclass
-class EvalOptions(PromptOptions):
-    max_new_tokens: int = option(128, "longest completion", 1)
-
-
 def seed_of(*parts) -> int:  # for one purpose: what should be independent must not share noise
     return random.Random(repr(parts)).getrandbits(63)
 
 
 def make_records(
-    o: EvalOptions, decoder, tokenizer, examples, prompts: list[list[int]],
+    o: PromptOptions, decoder, tokenizer, examples, prompts: list[list[int]],
     group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and what it says, for each of P G completions: id, query, target,
@@ -158,12 +151,10 @@ def make_records(
         chosen = order[start : start + starts.step]
         asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
         groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
-    for share in prlm.gather(groups):
-        groups |= share
+    groups = {n: group for share in prlm.gather(groups) for n, group in share.items()}
     opened, records = tokenizer.opening if o.reasoning else CLOSED, []
     for n, (e, prompt) in enumerate(zip(examples, prompts)):
-        asked = {"id": e.id, "query": e.query, "target": e.target}
-        asked |= {"prompt": tokenizer.decode(prompt)}
+        asked = dict(id=e.id, query=e.query, target=e.target, prompt=tokenizer.decode(prompt))
         for completion in groups[n]:
             text = opened + tokenizer.decode(completion.tokens)
             said = {"completion": text, "answer": extract_answer(text, e.task)}
@@ -172,7 +163,7 @@ def make_records(
     return records
 
 
-def answer_all(o: EvalOptions, decoder, tokenizer, examples, temperature=0.0, k=None) -> list[dict]:
+def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0, k=None):
     """`make_records` of one completion for each example, with every metric if it has a target."""
     prompts = make_prompts(o, tokenizer, examples, k)
     records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
@@ -185,14 +176,13 @@ def answer_all(o: EvalOptions, decoder, tokenizer, examples, temperature=0.0, k=
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
     """The mean of each metric over records; {} without records, or where targets are withheld."""
-    if not records or any(record["target"] is None for record in records):
-        return {}
-    return {name: sum(r[name] / len(records) for r in records) for name in METRICS}
+    scored = records and all(record["target"] is not None for record in records)
+    return {name: sum(r[name] / len(records) for r in records) for name in METRICS if scored}
 
 
 def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tuple[dict, dict]:
     """(mean scores, answers by record id), greedy unless a temperature is given."""
-    records = answer_all(options or EvalOptions(), decoder, tokenizer, examples, temperature)
+    records = answer_all(options or PromptOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
 
@@ -238,7 +228,7 @@ def line(name: str, scores: dict[str, float]) -> str:
 
 
 @dataclasses.dataclass
-class Options(EvalOptions):
+class Options(PromptOptions):
     run: str | None = option(None, "run directory of rl.py: its checkpoint, its options")
     split: Split = option("dev", "which of LaMP's files")
     temperature: float = option(0.0, "0 is greedy", 0)

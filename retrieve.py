@@ -59,10 +59,6 @@ class Task:
     def answer(self) -> str:  # the name under which the answer is asked for
         return [*self.fields.values()][-1]
 
-    @property
-    def placeholder(self) -> str:
-        return f"generated {self.answer}"
-
 
 TASKS = {  # to add a task, add an entry
     "LaMP-4": Task(
@@ -90,6 +86,7 @@ TASKS = {  # to add a task, add an entry
 TaskName = Literal[tuple(TASKS)]
 Split = Literal["train", "dev", "test"]
 Retriever = Literal["none", "random", "recency", "bm25", "lucene", "dense"]
+load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))  # for dense
 
 
 def task_of(name: str) -> Task:
@@ -119,8 +116,7 @@ class BM25:
         included; a mean length of 0 counts as 1. ValueError for another idf."""
         if idf not in ("okapi", "lucene"):
             raise ValueError(f"idf {idf!r} is neither okapi nor lucene")
-        self.k1 = k1
-        self.counts = defaultdict(dict)
+        self.k1, self.counts = k1, defaultdict(dict)
         for number, text in enumerate(corpus):
             for word, count in Counter(text).items():
                 self.counts[word][number] = count
@@ -147,21 +143,18 @@ class BM25:
 
 def show(item: dict, task: str) -> str:
     """A profile item as the corpus and the prompt show it: 'text': 'We are.' 'title': 'Open'"""
-    named = TASKS[task].fields.items()
-    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in named)
+    return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in TASKS[task].fields.items())
 
 
-def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> list[dict]:
+def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -> list[dict]:
     """The best k of the profile's own dictionaries, best first; fewer if it has fewer. Items that
     tie keep the profile's order. bm25 and lucene (its idf) split the items' texts (`show`) at
     whitespace, case kept; dense ranks the same texts; recency puts the newest first (a date is a
     year, perhaps a month, a day, a time); random is the same draw for the same seed and record.
-    ValueError: k below 0, an unknown retriever, an item without a date, no `dense`, a Dense."""
-    profile = example.profile
-    if k < 0:
-        raise ValueError(f"k must be at least 0, not {k}")
-    if retriever not in get_args(Retriever):
-        raise ValueError(f"retriever {retriever!r} is none of {', '.join(get_args(Retriever))}")
+    ValueError: k below 0, an unknown retriever, an item without a date, dense without `encoder`."""
+    profile, known = example.profile, get_args(Retriever)
+    if k < 0 or retriever not in known:
+        raise ValueError(f"k {k} is below 0, or {retriever!r} is none of {', '.join(known)}")
     if k == 0 or not profile or retriever == "none":
         return []
     if retriever == "random":
@@ -174,9 +167,9 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, dense=None) -> 
         return [profile[n] for n in order[:k]]
     texts = [show(item, example.task) for item in profile]
     if retriever == "dense":
-        if dense is None:
-            raise ValueError("the dense retriever needs --encoder DIRECTORY, a BERT checkpoint")
-        scores = dense.scores(example.query.strip(), texts)
+        if encoder is None or encoder.tokenizer is None:
+            raise ValueError("dense needs --encoder DIRECTORY, a BERT with its tokenizer.json")
+        scores = embed(encoder, tuple(texts)) @ embed(encoder, (example.query.strip(),))[0]
     else:
         idf = "okapi" if retriever == "bm25" else "lucene"
         scores = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
@@ -191,13 +184,12 @@ SYSTEM = (
 )
 CLOSED = "<think>\n\n</think>\n\n"  # reasoning that is over before it began: answer at once
 WITH_PROFILE = "Based on the historical profiles provided, "
-ANSWER_FORMAT = "Answer in English as {{'{0.answer}': '{0.placeholder}'}}, without any explanation."
+ANSWER_FORMAT = "Answer in English as {{'{0}': 'generated {0}'}}, without any explanation."
 
 
 def instruction(task: str, personal: bool) -> str:  # `personal`: profile items come before it
-    request = TASKS[task].request
-    start = WITH_PROFILE + request if personal else request[0].upper() + request[1:]
-    return f"{start} {ANSWER_FORMAT.format(TASKS[task])}"
+    request = WITH_PROFILE * personal + TASKS[task].request
+    return f"{request[0].upper()}{request[1:]} {ANSWER_FORMAT.format(TASKS[task].answer)}"
 
 
 def question(task: str, query: str) -> str:  # as an item, up to the answer: 'text': '…' 'title':
@@ -219,15 +211,12 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     and query, is cut to the same number of tokens, the largest that fits, so what short ones leave
     goes to the others. Where one token of each is too much, the last items are left out. ValueError
     if even the bare instruction is too long."""
-    fields = TASKS[example.task].fields
+    task, fields = example.task, TASKS[example.task].fields
 
     def messages(most: int | None, items: list[dict]) -> list[dict]:
-        def cut(text: str) -> str:
-            return text.strip() if most is None else tokenizer.cut(text.strip(), most)
-
-        lines = [show({key: cut(item[key]) for key in fields}, example.task) for item in items]
-        lines.append(instruction(example.task, bool(items)))
-        lines.append(question(example.task, cut(example.query)))
+        cut = str.strip if most is None else lambda text: tokenizer.cut(text.strip(), most)
+        lines = [show({key: cut(item[key]) for key in fields}, task) for item in items]
+        lines += [instruction(task, bool(items)), question(task, cut(example.query))]
         user = {"role": "user", "content": "\n".join(lines)}
         return [{"role": "system", "content": SYSTEM}, user]
 
@@ -262,10 +251,8 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
     task_of(task)  # ValueError for an unknown one
     folder, name = task.replace("-", "_"), f"{split}_questions.json"
     places = [Path(directory, a, b) for a in ("", folder, f"{folder}_time") for b in (split, "")]
-    path = next((place / name for place in places if (place / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{directory}: no {name} in it, in {folder} or in its {split}")
-    examples = []
+    path = next((p / name for p in places if (p / name).is_file()), Path(directory, folder, name))
+    examples, outputs = [], path.with_name(f"{split}_outputs.json")
     for n, record in enumerate(prlm.read_json(path, list)):
         with prlm.faults_in(f"{path}: record {n}"):
             for item in record["profile"]:
@@ -273,7 +260,6 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
             id, query = record["id"], record["input"].removeprefix(TASKS[task].prefix)
             user = id if record.get("user_id") is None else record["user_id"]
             examples.append(Example(str(id), str(user), task, query, record["profile"], None))
-    outputs = path.with_name(f"{split}_outputs.json")
     if split == "test" and not outputs.is_file():
         return examples
     with prlm.faults_in(outputs):
@@ -283,8 +269,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
         golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # only a str
     asked, given = Counter(e.id for e in examples), Counter(id for id, _ in golds)
     if odd := [id for id in asked | given if not asked[id] == given[id] == 1]:
-        wrong = f"has not one question and one output ({len(odd)} such records)"
-        raise ValueError(f"{path}: record {odd[0]!r} {wrong}")
+        raise ValueError(f"{path}: record {odd[0]!r} has not one question and one output")
     targets = dict(golds)
     return [replace(example, target=targets[example.id]) for example in examples]
 
@@ -299,38 +284,25 @@ def load_examples(o, split: str) -> list[Example]:
     return examples
 
 
-class Dense:
-    """Ranks by the cosine of BERT embeddings, mean hidden states, as the authors do."""
-
-    def __init__(self, encoder: Encoder):
-        if encoder.tokenizer is None:
-            raise ValueError("the encoder's directory has no tokenizer.json")
-        self.encoder = encoder
-        # Cached by text: item ids are not unique. 1,000 profiles of 300 items take about 1 GB.
-        self.embed_profile = lru_cache(1000)(self.embed)
-
-    @torch.no_grad()
-    def embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        encoder, limit, found = self.encoder, min(512, self.encoder.max_length), []
-        rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
-        for start in range(0, len(rows), 32):
-            ids = Ragged(rows[start : start + 32], encoder.embeddings.LayerNorm.weight.device)
-            hidden = encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
-            total = (hidden * ids.mask[..., None]).sum(1)  # the mean's direction
-            found.append(torch.nn.functional.normalize(total).cpu())
-        return torch.cat(found).numpy()  # [N, H], of length 1
-
-    def scores(self, query: str, texts: list[str]) -> np.ndarray:
-        return self.embed_profile(tuple(texts)) @ self.embed((query,))[0]  # [N] cosines
-
-
-load_dense = cache(lambda directory, device: Dense(prlm.load_encoder(directory, device)))
+@lru_cache(2000)  # by text, as item ids repeat; 1,000 queries and profiles of 300 take 1 GB
+@torch.no_grad()
+def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
+    """BERT's mean hidden state over each text, as the authors do, but of length 1, so that products
+    are cosines: [N, H]. A text is cut to 512 tokens, or what the encoder was made for."""
+    limit, found = min(512, encoder.max_length), []
+    rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
+    for start in range(0, len(rows), 32):
+        ids = Ragged(rows[start : start + 32], encoder.embeddings.LayerNorm.weight.device)
+        hidden = encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
+        total = (hidden * ids.mask[..., None]).sum(1)  # the mean's direction
+        found.append(torch.nn.functional.normalize(total).cpu())
+    return torch.cat(found).numpy()
 
 
 def make_ranker(o: "PromptOptions"):  # rank(example, k), with the options' retriever
     wanted = o.retriever == "dense" and o.encoder
-    dense = load_dense(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
-    return partial(retrieve, retriever=o.retriever, seed=o.seed, dense=dense)
+    encoder = load_once(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
+    return partial(retrieve, retriever=o.retriever, seed=o.seed, encoder=encoder)
 
 
 @dataclass
@@ -344,6 +316,7 @@ class PromptOptions:
     k: int = option(4, "profile items in the prompt", 0)
     encoder: str | None = option(str(SHIPPED / "encoder"), "BERT checkpoint: dense, and the judge")
     max_prompt_tokens: int = option(512, "longest prompt; a longer one has all fields cut", 1)
+    max_new_tokens: int = option(128, "longest completion", 1)
     reasoning: bool = option(True, "without it the prompt closes the reasoning: answer at once")
     seed: int = option(0, "of everything random", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")

@@ -38,9 +38,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import prlm
-from eval import EvalOptions, extract_answer, is_placeholder, make_records, rouge, run_directory
+from eval import extract_answer, is_placeholder, make_records, rouge, run_directory
 from prlm import Encoder, Ragged, option
-from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
+from retrieve import (
+    Example,
+    PromptOptions,
+    answer_block,
+    load_examples,
+    make_prompts,
+    one_line,
+    show,
+    task_of,
+)
 
 # ---- The paper's reward: its three parts ---------------------------------------------------------
 PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
@@ -135,7 +144,7 @@ class RewardModel(nn.Module):
 
 
 @dataclass
-class RewardOptions(EvalOptions):
+class RewardOptions(PromptOptions):
     judge: Literal["bert", "ratio"] = option("bert", "a trained model, or the policy itself")
     pairs_per_query: int = option(3, "reward model: pairs sampled for each query", 1)
     reward_epochs: int = option(3, "reward model: passes over the pairs; 0: none, an ablation", 0)

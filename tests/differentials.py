@@ -134,9 +134,11 @@ def retrieve(m, r):
     items = [{key: phrase(r) for key in m.TASKS[task].fields} for _ in range(r.randint(0, 6))]
     items = [item | {"date": r.choice(["2012", "2013-1", "2013-1-7", "?"])} for item in items]
     example = m.Example(str(r.random()), "u", task, phrase(r), items, None)
-    shared = types.SimpleNamespace(scores=lambda q, t: np.array([len({*q} & {*x}) for x in t]))
-    dense = r.choice([shared, shared, None])
-    found = m.retrieve(example, r.randint(-1, 7), retriever, r.randint(0, 3), dense)
+    letters = "".join(sorted({*"".join(value for item in items for value in item.values())}))
+    m.embed = lambda _, texts: np.array([[c in text for c in letters] for text in texts], int)
+    bare, whole = (types.SimpleNamespace(tokenizer=x) for x in (None, 1))
+    encoder = r.choice([whole, whole, bare, None])
+    found = m.retrieve(example, r.randint(-1, 7), retriever, r.randint(0, 3), encoder)
     return len(found) if retriever == "random" else found
 
 

@@ -159,9 +159,9 @@ EXERCISES = [
             if any(not 999 < (date or [0])[0] < 10000 for date in keys):
                 raise ValueError(f"{example.id!r} has an item without a date")
         elif retriever == "dense":
-            if dense is None:
+            if encoder is None or encoder.tokenizer is None:
                 raise ValueError("dense retrieval needs an encoder")
-            keys = dense.scores(query.strip(), texts).tolist()
+            keys = (embed(encoder, (*texts,)) @ embed(encoder, (query.strip(),))[0]).tolist()
         else:
             idf = {"bm25": "okapi", "lucene": "lucene"}[retriever]
             keys = BM25([*map(str.split, texts)], idf=idf).scores(query.split()).tolist()

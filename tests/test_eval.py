@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import eval as module
 import prlm
-from eval import EvalOptions, bleu, evaluate, extract_answer, rouge
-from retrieve import Example, load_lamp
+from eval import bleu, extract_answer, mean_scores, rouge
+from retrieve import Example, PromptOptions, load_lamp
 
 GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (NLTK 3.10.4)
     ("The Cat sat on the mat.", "the cat sat on a mat", 5 / 6, 0.6, 5 / 6, 0.73783513),
@@ -204,7 +204,7 @@ def test_every_completion_goes_to_its_prompt(monkeypatch, size):
     for group in (1, 3):
         calls.clear()
         for seed, purpose in ((3, "a"), (3, "b"), (4, "a")):
-            o, how = EvalOptions(max_new_tokens=7, seed=seed), (group, 0.9, (purpose,), size)
+            o, how = PromptOptions(max_new_tokens=7, seed=seed), (group, 0.9, (purpose,), size)
             rows = module.make_records(o, None, tokenizer, [example] * 6, prompts, *how)
             wanted = [(prompt, bool(n)) for prompt in prompts for n in range(group)]
             assert [(row["tokens"], row["finished"]) for row in rows] == wanted
@@ -215,8 +215,9 @@ def test_every_completion_goes_to_its_prompt(monkeypatch, size):
 
 class TestEvaluate:
     def test_scores_are_the_means_of_each_record(self, policy):
-        o, examples = EvalOptions(k=2, max_new_tokens=12), policy[2]
-        scores, answers = evaluate(*policy, o, 0.7)
+        o, examples = PromptOptions(k=2, max_new_tokens=12), policy[2]
+        records = module.answer_all(o, *policy, 0.7)
+        scores, answers = mean_scores(records), {r["id"]: r["answer"] for r in records}
         with_profile, without = (module.answer_all(o, *policy, 0.7, k) for k in (None, 0))
         assert list(answers.items()) == [(r["id"], r["answer"]) for r in with_profile]
         assert all(len(a["prompt"]) > len(b["prompt"]) for a, b in zip(with_profile, without))
@@ -228,7 +229,7 @@ class TestEvaluate:
         withheld = [examples[0], replace(examples[1], target=None)]
         records = module.answer_all(o, *policy[:2], withheld)
         assert ["rouge-l" in r for r in records] == [True, False]
-        assert module.mean_scores(records) == module.mean_scores([]) == {}
+        assert mean_scores(records) == mean_scores([]) == {}
 
 
 def test_doctests():

@@ -16,7 +16,7 @@ from conftest import byte_tokenizer, random_texts, same, shake, shorten
 
 import prlm
 import retrieve as module
-from retrieve import BM25, Dense, Example, PromptOptions, build_messages, load_lamp, retrieve
+from retrieve import BM25, Example, PromptOptions, build_messages, embed, load_lamp, retrieve
 
 PREFIX = {name: task.prefix for name, task in module.TASKS.items()}
 ITEM = {"text": "a text", "title": "A Title", "id": "3000"}
@@ -133,9 +133,10 @@ def test_one_more_task_is_one_more_entry(tmp_path, monkeypatch):
     good = {"id": 1, "input": "Answer: how?", "profile": [{"q": "why?", "a": "so"}]}
     write(tmp_path / "my_mails", [good], {1: "thus"}, task="my_mails")
     (e,) = load_lamp(tmp_path, "my_mails", "dev")
-    assert (e.query, e.target, mine.placeholder) == ("how?", "thus", "generated reply")
+    assert (e.query, e.target, mine.answer) == ("how?", "thus", "reply")
     user = build_messages(e, retrieve(e, 1))[1]["content"]
     assert user.startswith("'question': 'why?' 'reply': 'so'\nBased on ")
+    assert "{'reply': 'generated reply'}" in user
     assert user.endswith("'question': 'how?' 'reply':")
 
 
@@ -263,29 +264,39 @@ def naive_embedding(encoder, text):
 class TestDense:
     def test_ranks_by_cosine(self, encoder):
         """Of one text at a time: neither the padding nor the others in its batch change a score."""
-        dense, e = Dense(encoder), example(" paris wins ", random_texts(67, 80))
+        e = example(" paris wins ", random_texts(67, 80))
         texts = [f"'tweet': '{item['text']}'" for item in e.profile]
         query = naive_embedding(encoder, e.query)
         scores = np.array([naive_embedding(encoder, text) @ query for text in texts])
-        assert dense.scores(e.query.strip(), texts) == pytest.approx(scores, abs=1e-5)
-        found = places(retrieve(e, 67, "dense", dense=dense), e)
+        cosines = embed(encoder, (*texts,)) @ embed(encoder, (e.query.strip(),))[0]
+        assert cosines == pytest.approx(scores, abs=1e-5)
+        found = places(retrieve(e, 67, "dense", encoder=encoder), e)
         assert sorted(found) == list(range(67)) and (np.diff(scores[found]) < 1e-5).all()
-        assert places(retrieve(e, 5, "dense", dense=dense), e) == found[:5]
+        assert places(retrieve(e, 5, "dense", encoder=encoder), e) == found[:5]
+        encoder.tokenizer = None
+        for lacks in (None, encoder):
+            with pytest.raises(ValueError, match=r"--encoder DIRECTORY.*tokenizer\.json"):
+                retrieve(e, 5, "dense", encoder=lacks)
 
     def test_bert_and_a_profile_are_read_once(self, world, toy_tokenizer, monkeypatch):
         """Whoever asks, as every evaluation does; and no profile passes for another: LaMP's item
         ids repeat across records, with other texts."""
-        loaded, embedded, load, embed = [], [], prlm.load_encoder, Dense.embed
+        loaded, embedded, load, encode = [], [], prlm.load_encoder, prlm.Tokenizer.encode_pair
+
+        def encode_pair(own, text, *rest):
+            embedded.append(text)
+            return encode(own, text, *rest)
+
         monkeypatch.setattr(prlm, "load_encoder", lambda *a: loaded.append(a) or load(*a))
-        monkeypatch.setattr(Dense, "embed", lambda d, t: embedded.extend(t) or embed(d, t))
-        module.load_dense.cache_clear()
+        monkeypatch.setattr(prlm.Tokenizer, "encode_pair", encode_pair)
+        module.load_once.cache_clear()
         o = PromptOptions(task="LaMP-7", retriever="dense", encoder=str(world / "encoder"), k=3)
         one, other = (example("tennis", random_texts(6, 9, seed)) for seed in (1, 2))
         prompts = [module.make_prompts(o, toy_tokenizer, [one, other]) for _ in range(3)]
         assert prompts[0] == prompts[1] == prompts[2] and prompts[0][0] != prompts[0][1]
-        assert len(loaded) == 1 and len(embedded) == 6 + 6 + 2 * 3  # profiles, then queries
+        assert len(loaded) == 1 and len(embedded) == 6 + 6 + 1  # profiles, and the query of both
         for e, prompt in zip((one, other), prompts[0], strict=True):
-            items = retrieve(e, 3, "dense", dense=Dense(load(world / "encoder")))
+            items = retrieve(e, 3, "dense", encoder=load(world / "encoder"))
             assert prompt == toy_tokenizer.chat(build_messages(e, items, toy_tokenizer, 512))
 
 
