@@ -1028,12 +1028,12 @@ def parse_flags(options: type, description: str, arguments: list[str] | None = N
 def resolve(options: type, given: dict):
     """The options: defaults, then a preset or what a run recorded, then what was given."""
     names = {field.name for field in dataclasses.fields(options)}
-    config = Path(given.get("run") or given.get("out") or options.out or "") / "config.json"
+    path = Path(given.get("run") or given.get("out") or getattr(options, "out", "")) / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
     if "run" in given:  # eval.py scores a run's checkpoint as the run does, on all records
-        base = read_json(config) | {"model": str(config.parent / "checkpoint"), "limit": 0}
-    elif given.get("resume") and config.is_file():
-        base = read_json(config)
+        base = read_json(path) | {"model": str(path.parent / "checkpoint"), "limit": 0}
+    elif given.get("resume") and path.is_file():
+        base = read_json(path)
     elif "preset" not in names or shipped or "preset" in given:
         base = PRESETS[given.get("preset", "toy")]
     else:
@@ -1095,7 +1095,6 @@ class Options:
     seed: int = option(0, "of the sampling noise", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")
     precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
-    out = None
 
 
 def main(o: Options) -> None:

@@ -327,7 +327,6 @@ class PromptOptions:
 class Options(PromptOptions):
     split: Split = option("dev", "which of LaMP's files")
     show: int = option(1, "prompts to print", 0)
-    out = None
 
 
 def main(o: Options) -> None:
