@@ -38,18 +38,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import prlm
-from eval import extract_answer, is_placeholder, make_records, rouge, run_directory
+from eval import PromptOptions, extract_answer, is_placeholder, make_records, rouge, run_directory
 from prlm import Encoder, Ragged, option
-from retrieve import (
-    Example,
-    PromptOptions,
-    answer_block,
-    load_examples,
-    make_prompts,
-    one_line,
-    show,
-    task_of,
-)
+from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
 # ---- The paper's reward: its three parts ---------------------------------------------------------
 PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each

@@ -241,7 +241,9 @@ def main(o: Options, judge=None) -> None:
         make_prompts(o, policy.tokenizer, train[:1])
         out = prlm.gather(scoring.run_directory(o) if prlm.world()[0] == 0 else None)[0]
         done = (out / "predictions.json").is_file()
-        if not done or len(prlm.read_lines(out / "metrics.jsonl")) < o.steps:  # more than then
+        if done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps:  # as many as asked now
+            print(f"{out} was finished before")
+        else:
             run(o, out, policy, train, held, judge)
         if prlm.world()[0] == 0:
             report(out)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import eval as module
 import prlm
-from eval import bleu, extract_answer, mean_scores, rouge
+from eval import bleu, evaluate, extract_answer, mean_scores, rouge
 from retrieve import Example, PromptOptions, load_lamp
 
 GOLDEN = [  # prediction, reference, ROUGE-1, -2, -L (rouge_score 0.1.2), BLEU (NLTK 3.10.4)
@@ -216,8 +216,7 @@ def test_every_completion_goes_to_its_prompt(monkeypatch, size):
 class TestEvaluate:
     def test_scores_are_the_means_of_each_record(self, policy):
         o, examples = PromptOptions(k=2, max_new_tokens=12), policy[2]
-        records = module.answer_all(o, *policy, 0.7)
-        scores, answers = mean_scores(records), {r["id"]: r["answer"] for r in records}
+        scores, answers = evaluate(*policy, o, 0.7)
         with_profile, without = (module.answer_all(o, *policy, 0.7, k) for k in (None, 0))
         assert list(answers.items()) == [(r["id"], r["answer"]) for r in with_profile]
         assert all(len(a["prompt"]) > len(b["prompt"]) for a, b in zip(with_profile, without))
