@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -179,16 +178,12 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side. The plain
         definition: the tests compare all that is faster with it."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        visible = None  # causal
-        if mask is not None:
-            mask = mask.bool()
-            tokens = tokens.masked_fill(~mask, 0)
-            visible = (positions <= positions[:, None]) & mask[:, None]  # [B, T, T]
-            # Padding sees itself: a query that sees nothing would be NaN.
-            visible |= torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        x = self.run(tokens, positions.expand_as(tokens), lambda _, *qkv: attention(*qkv, visible))
+        visible = (positions <= positions[:, None]) & mask[:, None]  # [B, T, T]
+        visible |= positions == positions[:, None]  # a query that sees nothing would be NaN
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
+        x = self.run(tokens, positions, lambda _, *qkv: attention(*qkv, visible))
         return self.logits(x, self.head)
 
 
@@ -213,9 +208,6 @@ def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 # ---- Sampling: the prompt once, its completions many -----------------------------------------
-COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature may overflow
-
-
 class Ragged:
     """Unequal sequences laid end to end, N tokens in all: only attention pays for padding.
     >>> rows = Ragged([[5, 6, 7], [8]])
@@ -253,7 +245,7 @@ class Completion:
 class Cache:
     """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
       shared  per layer (keys, values), each [P, K, T, D]    what the prompts left, read-only
-      own     [layers, 2, P, K, G, C, D]                     a slot for each completion token
+      own     per layer [2, P, K, G, C, D]                   a slot for each completion token
       hide    [P, T + C]       0 where a row may look, -inf at padding and slots not yet written
     G stands behind K: so all G R queries of a group for one key-value head meet the prompt's keys
     in one product. A step reads the first `window` slots: what is written, or a power of 2."""
@@ -261,8 +253,9 @@ class Cache:
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
         self.prompts, self.shared, self.scale = prompts, [], c.head_dim**-0.5
-        rows = (P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
-        self.own = torch.zeros(c.num_hidden_layers, 2, *rows, dtype=decoder.products, device=device)
+        shape = (2, P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
+        how = {"dtype": decoder.products, "device": device}
+        self.own = [torch.zeros(shape, **how) for _ in decoder.model.layers]
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
@@ -279,14 +272,13 @@ class Cache:
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1
-        window = max(128, 1 << (self.length - 1).bit_length()) if coarse else self.length
-        self.window = min(window, self.own.shape[5])  # max_new_tokens
+        self.window = max(128, 1 << (self.length - 1).bit_length()) if coarse else self.length
 
     def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
         One softmax over products with both is exact: attention's keys may lie in two tensors."""
-        P, K, G, _, D = self.own.shape[2:]
-        n, R, T = self.window, q.shape[1] // K, self.prompts.shape[1]
+        P, K, G, slots, D = self.own[layer].shape[1:]
+        n, R, T = min(self.window, slots), q.shape[1] // K, self.prompts.shape[1]
         for own, new in zip(self.own[layer], (k, v), strict=True):
             own.index_copy_(3, self.slot, new.view(P, G, K, 1, D).transpose(1, 2))
         own_keys, own_values = self.own[layer].flatten(1, 3)[:, :, :n]  # [P*K*G, n, D]
@@ -330,11 +322,8 @@ def generate(
     A completion ends with its first id of `eos_ids`, or, not `finished`, after `max_new_tokens`.
     The same seed samples the same; without one the noise is torch's own. Temperature 0 is greedy.
     Ids from `decoder.vocab_limit` on are never sampled. ValueError for what is empty or too low."""
-    good = temperature == 0 or temperature >= COLDEST
-    if not good or min(group_size, max_new_tokens, *map(len, prompts)) < 1:
+    if min(group_size, max_new_tokens, *map(len, prompts)) < 1 or 0 != temperature < COLDEST:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
-    if not prompts:
-        return []
     P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos, pace = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device), PACES[device.type]
@@ -377,10 +366,9 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     own keys]. The temperature is the sampler's: else the loss would compare two different policies.
     The softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for a
     temperature below COLDEST, an empty prompt, groups of unequal size."""
-    if not temperature >= COLDEST or not all(map(len, prompts)):
-        raise ValueError(f"the temperature must be at least {COLDEST}, and no prompt be empty")
-    if len(prompts) != len(completions) or len({*map(len, completions)}) > 1:
-        raise ValueError("each prompt needs one group of completions, and all groups one size")
+    fits = len(prompts) == len(completions) and len({*map(len, completions)}) <= 1
+    if not (fits and temperature >= COLDEST and all(map(len, prompts))):
+        raise ValueError(f"prompts must not be empty, groups equal, a temperature from {COLDEST}")
     device, G = decoder.head.device, len(completions[0]) if completions else 0
     rows = [list(ids) for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
@@ -393,8 +381,6 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     def attend(_, q, k, v):
         prompt_q, prompt_k, prompt_v = (prompt.grid(x[:N]) for x in (q, k, v))  # [P, T, heads, D]
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
-        if L == 0:
-            return out
         # Unlike in the Cache, the prompt's keys are repeated for each completion: so autograd sums
         # their gradients over the group, which makes the shared prompt exact (arXiv 2506.05433).
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
@@ -451,13 +437,12 @@ class EncoderLayer(nn.Module):
         self.output = nn.ModuleDict({"dense": Linear(inner, H), "LayerNorm": norm()})
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        heads, on = (self.c.num_attention_heads, -1), self.training
+        c, on, heads = self.c, self.training, (self.c.num_attention_heads, -1)
         projections = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
         q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in projections)
-        rate = self.c.attention_probs_dropout_prob * on
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
+        out = F.scaled_dot_product_attention(q, k, v, visible, c.attention_probs_dropout_prob * on)
         out = out.transpose(1, 2).flatten(2)  # [B, T, H]
-        first, last, rate = self.attention.output, self.output, self.c.hidden_dropout_prob
+        first, last, rate = self.attention.output, self.output, c.hidden_dropout_prob
         x = first.LayerNorm(x + F.dropout(first.dense(out), rate, on))
         out = F.gelu(self.intermediate.dense(x))
         return last.LayerNorm(x + F.dropout(last.dense(out), rate, on))
@@ -492,13 +477,10 @@ class Encoder(nn.Module):
         if tokens.numel() and positions.max() >= self.max_length:
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
         words, places, kinds, norm = self.embeddings.values()
-        tokens, segments = tokens.masked_fill(~mask, 0), segments.masked_fill(~mask, 0)
         x = norm(words(tokens) + places(positions) + kinds(segments))
         x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
-        itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-        visible = mask[:, None, None, :] | itself  # [B, 1, T, T]; padding sees itself too
         for layer in self.encoder.layer:
-            x = layer(x, visible)
+            x = layer(x, mask[:, None, None])  # all queries of all heads see what is no padding
         return x
 
 
@@ -633,8 +615,6 @@ class Tokenizer:
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
 # CUDA alone, elsewhere: a line in `attention`, `sample`, `device_and_dtype`; in rl.py `processes`,
 # `make_optimizer`, `load_state`.
-
-
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
@@ -645,6 +625,7 @@ class Pace(NamedTuple):
 
 PACES = {"cpu": Pace(1, 0.75, 2**21, 1, False), "cuda": Pace(16, 0.5, 2**27, 8, True)}
 PACES["mps"] = PACES["cpu"]
+COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature may overflow
 # cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -659,11 +640,8 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
     members = done[alive].sort(dim=1, stable=True).indices[:, :width]  # [P', G']
     cache.hide = cache.hide[alive]
     cache.shared = [(k[alive], v[alive]) for k, v in cache.shared]
-    old, written = cache.own, slice(cache.length)
-    cache.own = old.new_zeros(old[:, :, : len(alive), :, :width].shape)
-    for new, layer in zip(cache.own, old, strict=True):
-        rows = layer[..., written, :][:, alive[:, None], :, members]  # [P', G', 2, K, written, D]
-        new[..., written, :] = rows.permute(2, 0, 3, 1, 4, 5)
+    rows = (own[:, alive[:, None], :, members] for own in cache.own)  # each [P', G', 2, K, C, D]
+    cache.own = [x.permute(2, 0, 3, 1, 4, 5).contiguous() for x in rows]
     kept = (alive[:, None] * done.shape[1] + members).flatten()
     return kept, done.flatten()[kept].view_as(members)
 
@@ -683,7 +661,7 @@ class Recorded:
 
     def __init__(self, step, cache: Cache):
         self.step, self.cache, self.shape = step, cache, None
-        Recorded.side = Recorded.side or torch.cuda.Stream(cache.own.device)
+        Recorded.side = Recorded.side or torch.cuda.Stream(cache.hide.device)
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         if self.shape != (shape := (len(ids), self.cache.window)):
@@ -708,10 +686,9 @@ class Recorded:
 
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16}
-DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
-DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
-DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+for kind in ("int", "uint", "float"):  # I16, U32, F64, ...
+    DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
 # What tokenizer.json has beside it, copied with a trained checkpoint as it is.
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
@@ -738,15 +715,12 @@ def parse_config(raw: dict) -> SimpleNamespace:
         f"hidden_act {c.hidden_act!r}": c.hidden_act != "silu",
         f"rope_type {c.rope_type!r}": c.rope_type not in ("default", "llama3"),
         "a partial_rotary_factor": c.partial_rotary_factor not in (1, None),
-        "a rotary embedding without rope_theta": not c.rope_theta,
         "a sliding window": slides or {*c.layer_types} - {"full_attention"},
     }.items():
         if refused:
             raise ValueError(f"{what} is not implemented")
     # Qwen2 has biases, but not at the output, though its config.json does not say so.
-    c.qkv_bias = c.attention_bias or family == "qwen2"
-    c.o_bias = c.attention_bias and family != "qwen2"
-    c.mlp_bias = c.mlp_bias and family == "llama"
+    c.qkv_bias, c.o_bias = (True, False) if family == "qwen2" else [c.attention_bias] * 2
     return c
 
 
@@ -768,8 +742,7 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn
     is replaced in their names; one that becomes empty is left out."""
     folder, weights = Path(directory), {}
     if not folder.is_dir():
-        hub = f"hf download {folder} --local-dir DIR"
-        raise FileNotFoundError(f"{folder}: no such directory; from Hugging Face: {hub}")
+        raise FileNotFoundError(f"{folder}: no such directory; hf download {folder} --local-dir X")
     with faults_in(folder):
         if (folder / "adapter_config.json").is_file():
             raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
@@ -841,15 +814,14 @@ def read_safetensors(path) -> dict[str, Tensor]:
             raise ValueError("a key appears twice in the header")
         return dict(pairs)
 
-    tensors, size = {}, os.path.getsize(path)
+    tensors, size = {}, Path(path).stat().st_size
     with faults_in(path):
-        with open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > min(size, 100_000_008):  # the format's own limit
-                raise ValueError("the file ends before its header; is the download complete?")
-            text = file.read(start - 8).decode("utf-8")
-        header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+        if size < 8 or start > min(size, 100_000_008):  # the format's own limit
+            raise ValueError("the file ends before its header; is the download complete?")
+        text = data[8:start].numpy().tobytes().decode("utf-8")
+        header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
             # The format does not promise alignment.
@@ -861,8 +833,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    metadata = header.pop("__metadata__", None)
-    if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
+    if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
@@ -915,7 +886,7 @@ def replacing(path):  # a temporary path; on success the first process's becomes
     try:
         yield temporary
         if world()[0] == 0:
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -964,15 +935,12 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
 # by `complete` and `my_batches`; the parts meet in `complete`, `optimizer_step`, `update_metrics`,
 # `warm_start`, `stop_after_step`. Every process does all else; the first writes. `gather()` waits.
-
-
 def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def my_share(items):  # of a range or a list
-    process, count = world()
-    return items[process::count]
+    return items[world()[0] :: world()[1]]
 
 
 def gather(value=None) -> list:  # every process's value; each comes here and waits for all
@@ -1030,15 +998,13 @@ def resolve(options: type, given: dict):
     names = {field.name for field in dataclasses.fields(options)}
     path = Path(given.get("run") or given.get("out") or getattr(options, "out", "")) / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
+    base = PRESETS[given.get("preset", "toy")]
     if "run" in given:  # eval.py scores a run's checkpoint as the run does, on all records
         base = read_json(path) | {"model": str(path.parent / "checkpoint"), "limit": 0}
     elif given.get("resume") and path.is_file():
         base = read_json(path)
-    elif "preset" not in names or shipped or "preset" in given:
-        base = PRESETS[given.get("preset", "toy")]
-    else:
-        recipes = "--preset small is for models like SmolLM2-135M, paper for 1.5 B parameters"
-        raise ValueError(f"--model is not the toy's, so say which recipe fits it: {recipes}")
+    elif "preset" in names - given.keys() and not shipped:
+        raise ValueError("--model is not the toy's: --preset small (for 135 M) or paper (1.5 B)?")
     own = {"out", "overwrite", "force"}  # a command's, never a run's
     own |= set() if "steps" in names else {"temperature"}  # a run's is for rollouts
     chosen = {name: base[name] for name in base.keys() - own} | given

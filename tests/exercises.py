@@ -405,7 +405,7 @@ EXERCISES = [
             Mutant("heads are paired wrongly", "Right with one key-value head, noise with more.",
                    "q.view(P, G, K, R, D).transpose(1, 2)", "q.view(P, G, R, K, D).movedim(3, 1)"),
         ], """
-        P, K, G, _, D = self.own.shape[2:]
+        P, K, G, _, D = self.own[layer].shape[1:]
         n, real, rows = self.length, self.hide[:, : self.prompts.shape[1]] == 0, []
         for own, new in zip(self.own[layer], (k, v)):
             own[:, :, :, n - 1] = new.view(P, G, K, D).transpose(1, 2)
