@@ -92,13 +92,10 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in x's precision; the result in that of products."""
-
-    products: torch.dtype | None = None
+    """x / sqrt(mean(x^2) + eps) * weight, in x's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return out.to(self.products or x.dtype)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Layer(nn.Module):
@@ -120,12 +117,12 @@ class Layer(nn.Module):
         self.mlp = nn.ModuleDict({name: Linear(*size, c.mlp_bias) for name, size in sizes.items()})
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        y, own, mlp = self.input_layernorm(x), self.self_attn, self.mlp
+        y, own, mlp = self.input_layernorm(x).to(cos.dtype), self.self_attn, self.mlp
         projections = (own.q_proj, own.k_proj, own.v_proj)
         q, k, v = (p(y).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
         q, k = rotate(own.q_norm(q), cos, sin), rotate(own.k_norm(k), cos, sin)
         x = x + own.o_proj(attend(q, k, v).flatten(-2))
-        y = self.post_attention_layernorm(x)
+        y = self.post_attention_layernorm(x).to(cos.dtype)  # that of products
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 
@@ -154,7 +151,7 @@ class Decoder(nn.Module):
 
     @property
     def products(self) -> torch.dtype:  # the precision of matrix products, see `multiply_in`
-        return self.model.norm.products or self.head.dtype
+        return self.model.layers[0].self_attn.o_proj.products or self.head.dtype
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:  # hidden [.., H], rows of the head
         return F.linear(hidden.to(self.products), head.to(self.products))
@@ -173,7 +170,7 @@ class Decoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
             x = layer(x, cos, sin, partial(attend, number))
-        return self.model.norm(x)
+        return self.model.norm(x).to(self.products)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side. The plain
@@ -194,7 +191,7 @@ def start_random(module: nn.Module) -> None:
 
 def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:  # from here on, in place
     for part in module.modules():
-        if isinstance(part, Linear | RMSNorm):
+        if isinstance(part, Linear):
             part.products = dtype
     return module
 
@@ -253,9 +250,8 @@ class Cache:
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
         self.prompts, self.shared, self.scale = prompts, [], c.head_dim**-0.5
-        shape = (2, P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
-        how = {"dtype": decoder.products, "device": device}
-        self.own = [torch.zeros(shape, **how) for _ in decoder.model.layers]
+        rows = (2, P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
+        self.own = [*torch.zeros(c.num_hidden_layers, *rows, dtype=decoder.products, device=device)]
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
@@ -416,13 +412,6 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
 
 
 # ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
-BERT = {  # the defaults of config.json; the first four are all that is implemented
-    "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
-    "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-}  # fmt: skip
-
-
 class EncoderLayer(nn.Module):
     """Post-norm: norm(x + attention(x)), then norm(x + mlp(x)), with dropout before each sum."""
 
@@ -613,8 +602,6 @@ class Tokenizer:
 
 # ==== Below: not the method =====================================================================
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
-# CUDA alone, elsewhere: a line in `attention`, `sample`, `device_and_dtype`; in rl.py `processes`,
-# `make_optimizer`, `load_state`.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
@@ -689,6 +676,11 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 for kind in ("int", "uint", "float"):  # I16, U32, F64, ...
     DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
+BERT = {  # the defaults of its config.json; the first four are all that is implemented
+    "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
+    "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+}  # fmt: skip
 # What tokenizer.json has beside it, copied with a trained checkpoint as it is.
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
@@ -748,8 +740,7 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn
             raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
         if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
-            shards = {*read_json(index)["weight_map"].values()}
-            files = [folder / Path(name).name for name in sorted(shards)]
+            files = sorted({folder / Path(n).name for n in read_json(index)["weight_map"].values()})
         for file in files:
             for name, tensor in read_safetensors(file).items():
                 for old, new in names.items():
@@ -793,15 +784,16 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     path, eos_ids = Path(directory) / "tokenizer.json", set()
+    files = [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]
+    texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
     with faults_in(path):
-        backend = Backend.from_str(read_text(path))
+        backend = Backend.from_str(texts[path.name])
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
         ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
         eos_ids |= {*ids} if isinstance(ids, list) else {ids}
         eos_ids.add(backend.token_to_id(token if isinstance(token, str) else token["content"]))
-    files = [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]
-    return Tokenizer(backend, eos_ids - {None}, {file.name: read_text(file) for file in files})
+    return Tokenizer(backend, eos_ids - {None}, texts)
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
@@ -906,21 +898,17 @@ def append(path, records: list[dict]) -> None:  # to a JSON Lines file
             file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def read_text(path) -> str:
-    with faults_in(path):
-        return Path(path).read_bytes().decode("utf-8-sig")
-
-
 def read_json(path, kind: type = dict):  # the top level must be a `kind`
     with faults_in(path):
-        value = json.loads(read_text(path))
+        value = json.loads(Path(path).read_text("utf-8-sig"))
         if not isinstance(value, kind):
             raise ValueError(f"the top level is not a JSON {kind.__name__}")
         return value
 
 
 def read_lines(path) -> list[dict]:  # without the half line that a killed process may leave
-    return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
+    with faults_in(path):
+        return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n")[:-1]]
 
 
 def as_text(text: str) -> str:  # with U+FFFD for half of a surrogate pair
@@ -933,8 +921,7 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# by `complete` and `my_batches`; the parts meet in `complete`, `optimizer_step`, `update_metrics`,
-# `warm_start`, `stop_after_step`. Every process does all else; the first writes. `gather()` waits.
+# Every process does all else; the first writes. `gather()` waits for the others.
 def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -958,7 +945,6 @@ def progress(iterable=None, title=None, **more) -> tqdm:  # on a terminal, by th
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = {  # what differs from the defaults, which are the toy's; a command takes what it knows
-    "toy": {},
     "small": {  # models like SmolLM2-135M
         "k": 3, "max_prompt_tokens": 288, "encoder": None, "reward_lr": 5e-5,
         "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4, "temperature": 0.7, "lr": 6e-5,
@@ -998,7 +984,7 @@ def resolve(options: type, given: dict):
     names = {field.name for field in dataclasses.fields(options)}
     path = Path(given.get("run") or given.get("out") or getattr(options, "out", "")) / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
-    base = PRESETS[given.get("preset", "toy")]
+    base = PRESETS.get(given.get("preset"), {})
     if "run" in given:  # eval.py scores a run's checkpoint as the run does, on all records
         base = read_json(path) | {"model": str(path.parent / "checkpoint"), "limit": 0}
     elif given.get("resume") and path.is_file():
@@ -1012,8 +998,7 @@ def resolve(options: type, given: dict):
     for field in dataclasses.fields(o):
         value, least = getattr(o, field.name), field.metadata.get("least")
         if None not in (value, least) and not least <= value < math.inf:
-            flag = f"--{field.name}".replace("_", "-")
-            raise ValueError(f"{flag} must be a number of at least {least}, not {value}")
+            raise ValueError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
     return o
 
 
