@@ -91,9 +91,7 @@ class Linear(nn.Linear):
         return product.view(change.shape)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in x's precision."""
-
+class RMSNorm(nn.RMSNorm):  # x / sqrt(mean(x^2) + eps) * weight, in x's precision
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
@@ -232,11 +230,9 @@ class Ragged:
 
 @dataclasses.dataclass
 class Completion:
-    """A sampled completion; `finished`: it ended by itself, and its EOS id is its last token."""
-
     tokens: list[int]
     logprobs: list[float]
-    finished: bool
+    finished: bool  # it ended by itself, and its EOS id is its last token
 
 
 class Cache:
@@ -263,8 +259,7 @@ class Cache:
         self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
         return self.prompts.flat(attention(q, k, v))
 
-    def next_slot(self, coarse: bool) -> None:
-        """Opens the next slot of every completion; `coarse` windows are 128, 256, 512, ..."""
+    def next_slot(self, coarse: bool) -> None:  # opens it; coarse: windows of 128, 256, 512, ...
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1
@@ -447,11 +442,10 @@ class Encoder(nn.Module):
             raise ValueError("not a BERT encoder with gelu and absolute positions")
         self.config = c = SimpleNamespace(**self.raw)
         self.tokenizer, self.max_length = tokenizer, c.max_position_embeddings
-        H, self.embeddings = c.hidden_size, nn.ModuleDict()
+        H, embedding = c.hidden_size, partial(nn.Embedding.from_pretrained, freeze=False)
         sizes = {"word": c.vocab_size, "position": self.max_length, "token_type": c.type_vocab_size}
-        for name, size in sizes.items():
-            table = nn.Embedding.from_pretrained(torch.empty(size, H), freeze=False)
-            self.embeddings[f"{name}_embeddings"] = table
+        tables = {f"{name}_embeddings": torch.empty(size, H) for name, size in sizes.items()}
+        self.embeddings = nn.ModuleDict({name: embedding(x) for name, x in tables.items()})
         self.embeddings["LayerNorm"] = nn.LayerNorm(H, c.layer_norm_eps)
         layers = (EncoderLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
@@ -483,7 +477,7 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
     "Llama 3": ("<|begin_of_text|>", {role: (
         f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
-CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>")
+CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|</?think>")
 THINK = re.compile(r"(</?think>)")
 FOREIGN = ("<|im_sep|>", "## Metadata", "%}{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
 PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
@@ -518,22 +512,20 @@ class Tokenizer:
         self.eos_ids = frozenset({*eos_ids, *end})
         self.end_id = min(end or self.eos_ids, default=None)
         content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        for token in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
-            named = CONTROL.fullmatch(token["content"]) or THINK.fullmatch(token["content"])
-            token["special"] |= bool(named) or token["id"] in self.eos_ids
+        for t in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
+            t["special"] |= bool(CONTROL.fullmatch(t["content"])) or t["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
         self.hidden = {n: i for n, i in self.control.items() if "think>" not in n}  # in `decode`
         self.acting = re.compile(f"({'|'.join(map(re.escape, self.hidden)) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
-        # What the template adds to its format: a BOS, a system message, how an answer begins.
+        # What the template adds to its format: a BOS, a system message, the shortest opening.
         bos, plain = settings.get("bos_token"), not self.template
         bos = bos["content"] if isinstance(bos, dict) else bos
         self.bos = bos if bos in self.control and "bos_token" in self.template else ""
         unescape = partial(re.sub, r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1])
-        said = ["<think>\n"] if self.format == "R1" and plain else []  # for the assistant
-        said += OPENS_THINKING.findall(self.template)
-        self.opening = unescape(min(said, key=len, default=""))  # open, where it can be either
+        begins = "<think>\n" if self.format == "R1" and plain else ""
+        self.opening = unescape(min(OPENS_THINKING.findall(self.template), key=len, default=begins))
         dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
         self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
         found = DEFAULT_SYSTEM.search(self.template)
@@ -613,8 +605,7 @@ class Pace(NamedTuple):
 PACES = {"cpu": Pace(1, 0.75, 2**21, 1, False), "cuda": Pace(16, 0.5, 2**27, 8, True)}
 PACES["mps"] = PACES["cpu"]
 COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature may overflow
-# cuDNN's attention makes a plan for each new shape, and here nearly every batch has a new one.
-torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for nearly every batch
 
 
 def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
@@ -816,8 +807,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
         header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
-            # The format does not promise alignment.
-            flat = flat.clone() if (start + begin) % dtype.itemsize else flat
+            flat = flat.clone() if (start + begin) % dtype.itemsize else flat  # not aligned
             tensors[name] = flat.view(dtype).view(shape)
     return tensors
 
@@ -907,8 +897,7 @@ def read_json(path, kind: type = dict):  # the top level must be a `kind`
 
 
 def read_lines(path) -> list[dict]:  # without the half line that a killed process may leave
-    with faults_in(path):
-        return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n")[:-1]]
 
 
 def as_text(text: str) -> str:  # with U+FFFD for half of a surrogate pair
