@@ -125,8 +125,7 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     return re.sub(escaped, r"\1", found[1].strip("* \t")).strip(), found.end()
 
 
-def is_placeholder(answer: str, task: str) -> bool:
-    """Whether the answer is empty or still holds the prompt's "generated title": worth nothing."""
+def is_placeholder(answer: str, task: str) -> bool:  # empty, or still with a "generated title"
     return not answer.strip() or f"generated {task_of(task).answer}" in answer.lower()
 
 
@@ -140,9 +139,8 @@ def make_records(
     group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and what it says, for each of P G completions: id, query, target,
-    prompt and completion (text), answer, tokens (ids), logprobs, finished. `batch` of them are
-    sampled together, of prompts of similar length, so that there is little padding. `purpose` and
-    the batch's place seed the noise."""
+    prompt and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length
+    are sampled together; `purpose` and the batch's place seed their noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
@@ -217,8 +215,7 @@ def run_directory(o, record="config.json") -> Path:
     return out
 
 
-def write_predictions(path, task: str, records: list[dict]) -> None:
-    """The answers as LaMP's own evaluation script reads them."""
+def write_predictions(path, task: str, records: list[dict]) -> None:  # for LaMP's own script
     golds = [{"id": record["id"], "output": record["answer"]} for record in records]
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 

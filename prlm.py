@@ -41,9 +41,9 @@ from tqdm import tqdm
 
 # ---- The decoder: modules have Hugging Face's names, so its state dict is the checkpoint ------
 def rope_frequencies(c: SimpleNamespace) -> Tensor:
-    """Radians per position for each channel pair of a head: theta^(-2i/D), i = 0 .. D/2 - 1. [D/2]
-    llama3 divides by `factor` where a pair turns fewer than `low` times within the original
-    context, keeps it with more than `high` turns, and blends in between, linearly in the turns."""
+    """Radians per position of each channel pair, theta^(-2i/D), i = 0 .. D/2 - 1: [D/2]. llama3
+    divides them by `factor` below `low` turns within the original context, not above `high`, and
+    blends in between, linearly in the turns."""
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
     frequencies = 1.0 / c.rope["rope_theta"] ** exponents
     if c.rope["rope_type"] == "llama3":
@@ -155,9 +155,8 @@ class Decoder(nn.Module):
         return F.linear(hidden.to(self.products), head.to(self.products))
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
-        """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention.
-        The residual stream is float32 even where products are bfloat16: so sampler and trainer,
-        whose weights may differ in type, agree."""
+        """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention. The
+        residual stream is float32 even if products are not: so sampler and trainer agree."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
@@ -355,11 +354,11 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
     own keys]. The temperature is the sampler's: else the loss would compare two different policies.
-    The softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for a
-    temperature below COLDEST, an empty prompt, groups of unequal size."""
+    The softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for what
+    `generate` refuses, and for groups of unequal size."""
     fits = len(prompts) == len(completions) and len({*map(len, completions)}) <= 1
     if not (fits and temperature >= COLDEST and all(map(len, prompts))):
-        raise ValueError(f"prompts must not be empty, groups equal, a temperature from {COLDEST}")
+        raise ValueError(f"empty prompts, unequal groups, or a temperature below {COLDEST}")
     device, G = decoder.head.device, len(completions[0]) if completions else 0
     rows = [list(ids) for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
@@ -462,8 +461,9 @@ class Encoder(nn.Module):
         words, places, kinds, norm = self.embeddings.values()
         x = norm(words(tokens) + places(positions) + kinds(segments))
         x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
+        visible = mask | ~mask.any(1, keepdim=True)  # [B, T]; a row of nothing but padding sees it
         for layer in self.encoder.layer:
-            x = layer(x, mask[:, None, None])  # all queries of all heads see what is no padding
+            x = layer(x, visible[:, None, None])
         return x
 
 
@@ -552,8 +552,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
         """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
-        it already (default: how the template opens it); plain text without a chat format.
-        ValueError for a template that is not known."""
+        it already (default: the template's opening). ValueError for a template not known."""
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format is None:
             if self.template:
@@ -594,6 +593,7 @@ class Tokenizer:
 
 # ==== Below: not the method =====================================================================
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
+# CUDA alone, elsewhere: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
@@ -672,7 +672,6 @@ BERT = {  # the defaults of its config.json; the first four are all that is impl
     "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
 }  # fmt: skip
-# What tokenizer.json has beside it, copied with a trained checkpoint as it is.
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 
@@ -688,7 +687,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
         "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
         "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 10**9,
-        "rope_theta": 10000.0 if family == "llama" else None, "partial_rotary_factor": 1,
+        "rope_theta": 10000.0, "partial_rotary_factor": 1,
         "rope_type": rope.get("type", "default"), "layer_types": (), **given, **rope,
     })  # fmt: skip
     c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
@@ -776,8 +775,8 @@ def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
     path, eos_ids = Path(directory) / "tokenizer.json", set()
     files = [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]
-    texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
     with faults_in(path):
+        texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
         backend = Backend.from_str(texts[path.name])
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
@@ -815,7 +814,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
+    if not all(isinstance(x, str) for x in (header.pop("__metadata__", None) or {}).values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
@@ -910,7 +909,8 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# Every process does all else; the first writes. `gather()` waits for the others.
+# by `make_records`, `micro_batches`; the parts meet there, in `optimizer_step`, `update_metrics`,
+# `warm_start`, `stop_after_step`. All do all else; the first writes; `gather()` waits for it.
 def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -979,7 +979,9 @@ def resolve(options: type, given: dict):
     elif given.get("resume") and path.is_file():
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
-        raise ValueError("--model is not the toy's: --preset small (for 135 M) or paper (1.5 B)?")
+        raise ValueError(
+            "--model is not the toy's: say --preset small (135 M) or --preset paper (1.5 B)"
+        )
     own = {"out", "overwrite", "force"}  # a command's, never a run's
     own |= set() if "steps" in names else {"temperature"}  # a run's is for rollouts
     chosen = {name: base[name] for name in base.keys() - own} | given
@@ -1008,8 +1010,7 @@ def command(main, options: type, description: str) -> None:
 
 
 def device_and_dtype(o) -> tuple[str, torch.dtype]:  # dtype: of products
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = best if o.device == "auto" else o.device
+    device = o.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     low = o.precision == "bfloat16" or (o.precision == "auto" and device.startswith("cuda"))
     return device, torch.bfloat16 if low else torch.float32
 

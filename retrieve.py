@@ -147,11 +147,10 @@ def show(item: dict, task: str) -> str:
 
 
 def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -> list[dict]:
-    """The best k of the profile's own dictionaries, best first; fewer if it has fewer. Items that
-    tie keep the profile's order. bm25 and lucene (its idf) split the items' texts (`show`) at
-    whitespace, case kept; dense ranks the same texts; recency puts the newest first (a date is a
-    year, perhaps a month, a day, a time); random is the same draw for the same seed and record.
-    ValueError: k below 0, an unknown retriever, an item without a date, dense without `encoder`."""
+    """The best k of the profile's own dictionaries, best first; all if it has fewer. Items that tie
+    keep the profile's order. bm25 and lucene (its idf) split the items' texts (`show`) at blanks,
+    case kept; dense ranks the same texts; recency puts the latest date first; random depends on
+    seed and record. ValueError: k below 0, unknown retriever, no date, dense without `encoder`."""
     profile, known = example.profile, get_args(Retriever)
     if k < 0 or retriever not in known:
         raise ValueError(f"k {k} is below 0, or {retriever!r} is none of {', '.join(known)}")
@@ -208,9 +207,8 @@ def one_line(answer: str) -> str:  # since `extract_answer` reads one
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
     """SYSTEM, then one user message of lines: `show` of each item, `instruction`, `question`. With
     a tokenizer, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: every field, of items
-    and query, is cut to the same number of tokens, the largest that fits, so what short ones leave
-    goes to the others. Where one token of each is too much, the last items are left out. ValueError
-    if even the bare instruction is too long."""
+    and query, is cut to the same number of tokens, the largest that fits; where one token of each
+    is too much, the last items are left out. ValueError if the bare instruction is too long."""
     task, fields = example.task, TASKS[example.task].fields
 
     def messages(most: int | None, items: list[dict]) -> list[dict]:

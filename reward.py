@@ -7,10 +7,10 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code. It dominates its
-group's standard deviation, the divisor of its advantages. --judge bert is the paper's, a BERT
-cross-encoder s(q, a). It learns, without labels, to tell an answer that the policy gave WITH the
-user's profile d (a+) from ones it gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code, which dominates its
+group's standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns,
+without labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it
+gave without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
@@ -302,8 +302,7 @@ def save_reward_model(model: RewardModel, directory) -> None:
     prlm.save_checkpoint(model.state_dict(), raw, model.tokenizer, directory)
 
 
-def load_reward_model(directory, device="cpu") -> RewardModel:
-    """What `save_reward_model` wrote; ValueError for a checkpoint of another kind."""
+def load_reward_model(directory, device="cpu") -> RewardModel:  # what `save_reward_model` wrote
     names = {r".*position_ids": ""}  # a buffer
     return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), names, device)
 
@@ -344,12 +343,9 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
+    said = ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
+    print(f"judge {o.judge} (.5 is chance): {said}")
     return judge
-
-
-def describe(report: dict) -> str:
-    return ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
 
 
 @dataclass

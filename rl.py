@@ -14,8 +14,7 @@ to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step i
 group's mean as baseline. Watch the reward instead. The policy is trained on the very ids that it
 sampled. Every random choice is a function of (seed, purpose, step): no generator's state is saved.
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
-rounding differently (`gap` in the log watches it); length penalties; new samples for groups whose
-rewards are all equal.
+rounding differently (`gap` watches it); length penalties; new samples for groups of equal rewards.
 
     python rl.py                # the toy, on a CPU, in minutes; on four GPUs:
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ..."""
@@ -351,8 +350,8 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
     prompts = make_prompts(o, policy.tokenizer, shown)
     rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
-    answered = sum(not scoring.is_placeholder(row["answer"], o.task) for row in rows)
-    found = {"answered": answered / len(rows)}
+    empty = sum(scoring.is_placeholder(row["answer"], o.task) for row in rows)
+    found = {"answered": 1 - empty / len(rows)}
     found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
     found["groups_with_spread"] = by_group(o, rows, "advantage").any(1).float().mean().item()
     said = "a first look: {:.0%} answered, {:.0%} truncated, rewards differ in {:.0%} of groups"
