@@ -193,8 +193,7 @@ def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:  # from her
     return module
 
 
-def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """The decoder, frozen, its matrices and biases, but not its norms, in the type of products."""
+def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:  # frozen; norms as they are
     for module in decoder.modules():
         if isinstance(module, Linear | nn.Embedding):
             module.to(dtype)
@@ -687,7 +686,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
         "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
         "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 10**9,
-        "rope_theta": 10000.0, "partial_rotary_factor": 1,
+        "rope_theta": 10000.0 if family == "llama" else None, "partial_rotary_factor": 1,
         "rope_type": rope.get("type", "default"), "layer_types": (), **given, **rope,
     })  # fmt: skip
     c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
@@ -697,6 +696,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
         f"hidden_act {c.hidden_act!r}": c.hidden_act != "silu",
         f"rope_type {c.rope_type!r}": c.rope_type not in ("default", "llama3"),
         "a partial_rotary_factor": c.partial_rotary_factor not in (1, None),
+        "a rotary embedding without rope_theta": not c.rope_theta,
         "a sliding window": slides or {*c.layer_types} - {"full_attention"},
     }.items():
         if refused:
@@ -814,7 +814,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int) -> dict[str, tuple]:
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    if not all(isinstance(x, str) for x in (header.pop("__metadata__", None) or {}).values()):
+    if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
