@@ -136,8 +136,7 @@ def retrieve(m, r):
     example = m.Example(str(r.random()), "u", task, phrase(r), items, None)
     letters = "".join(sorted({*"".join(value for item in items for value in item.values())}))
     m.embed = lambda _, texts: np.array([[c in text for c in letters] for text in texts], int)
-    bare, whole = (types.SimpleNamespace(tokenizer=x) for x in (None, 1))
-    encoder = r.choice([whole, whole, bare, None])
+    encoder = r.choice([*(types.SimpleNamespace(tokenizer=x) for x in (1, 1, None)), None])
     found = m.retrieve(example, r.randint(-1, 7), retriever, r.randint(0, 3), encoder)
     return len(found) if retriever == "random" else found
 

@@ -1019,8 +1019,7 @@ def run_tests(e: Exercise, modules: dict[str, str]) -> tuple[dict, bool, str]:
 
 def grade(e: Exercise, directory: Path) -> dict:
     """Gradescope's results: the exercise with its points, then every test of it, passed or not.
-    The tests are the reference's own. The points are for all of them: a constant may pass one or
-    two, and a function is right or it is not."""
+    The points are for all tests together: a constant may pass one or two."""
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         install = f"pip install -r {ROOT / 'tests' / 'requirements.txt'}"
         raise ValueError(f"the tests need {', '.join(missing)}: {install}")

@@ -50,9 +50,8 @@ def find_gguf() -> Path:
 
 
 def half_split(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's order of the rows of q and k, within each head. Rotary embedding turns
-    channel pairs: Hugging Face pairs i with i + D/2, llama.cpp 2i with 2i + 1, so there the rows
-    stand as [D/2, 2] and here as [2, D/2]."""
+    """Undoes llama.cpp's order of the rows of q and k, within each head: its rotary embedding pairs
+    channel 2i with 2i + 1, Hugging Face's i with i + D/2: [D/2, 2] there, [2, D/2] here."""
     return matrix.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 

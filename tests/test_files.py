@@ -247,8 +247,7 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("raw", [RAW, TIED], ids=["untied", "tied"])
     def test_round_trip(self, tmp_path, raw):
-        """Every file of the tokenizer goes along, a template in a file of its own too, and
-        transformers can chat with what was saved."""
+        """Every file of the tokenizer goes along, and transformers can chat with what was saved."""
         a, b = tmp_path / "a", tmp_path / "b"
         files = {"tokenizer_config": {"eos_token": "<|im_end|>", "top_p": "é"}, "vocab": {"a": 0}}
         files["tokenizer_config"]["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -430,8 +429,7 @@ def word_tokenizer():
 
 class TestTokenizer:
     def test_truncation_padding_and_bos_of_the_file_are_off(self, tmp_path):
-        backend = byte_tokenizer()
-        special = [("<|im_start|>", 257)]
+        backend, special = byte_tokenizer(), [("<|im_start|>", 257)]
         backend.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, special)
         backend.enable_truncation(4)
         backend.enable_padding(length=16)

@@ -57,8 +57,7 @@ class TestLoadLamp:
             load_lamp(tmp_path, "LaMP-4", "train")
 
     def test_users_ids_queries_and_outputs(self, tmp_path):
-        """Outputs are joined by id, not by order; an id may be a number in one of the files. And
-        only the task's prefix at the start goes from a query."""
+        """By id, not order; one may be a number. Only the prefix at the start goes from a query."""
         users, outputs = ["u1", "u1", 7, None, None], ["gold 0", "gold 1", "gold 2", "gold 3", ""]
         queries = [" two  blanks ", PREFIX["LaMP-7"] + "twice", "", "Generate a", "b"]
         records = [record(str(n), q, "LaMP-7", user_id=users[n]) for n, q in enumerate(queries)]
@@ -279,14 +278,9 @@ class TestDense:
                 retrieve(e, 5, "dense", encoder=lacks)
 
     def test_bert_and_a_profile_are_read_once(self, world, toy_tokenizer, monkeypatch):
-        """Whoever asks, as every evaluation does; and no profile passes for another: LaMP's item
-        ids repeat across records, with other texts."""
+        """And no profile passes for another: LaMP's item ids repeat, with other texts."""
         loaded, embedded, load, encode = [], [], prlm.load_encoder, prlm.Tokenizer.encode_pair
-
-        def encode_pair(own, text, *rest):
-            embedded.append(text)
-            return encode(own, text, *rest)
-
+        encode_pair = lambda *a: embedded.append(a[1]) or encode(*a)  # noqa: E731
         monkeypatch.setattr(prlm, "load_encoder", lambda *a: loaded.append(a) or load(*a))
         monkeypatch.setattr(prlm.Tokenizer, "encode_pair", encode_pair)
         module.load_once.cache_clear()

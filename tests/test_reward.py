@@ -398,8 +398,7 @@ class TestSwapTest:
 
 class TestRatioJudge:
     def test_equals_one_answer_at_a_time(self, toy):
-        """Answers of several users in any order, each beside its own two prompts; and of records
-        that differ in their profile alone, as in the swap test."""
+        """Of several users in any order, and of records that differ in their profile alone."""
         one, two = load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev")[:2]
         asked = [one, two, one, replace(one, profile=two.profile), one]
         answers = ["on golf no joke", "why", one.target, one.target, "on\n\n and on"]

@@ -34,8 +34,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """What the command writes, as we and as transformers load it; `original` is transformers' own
-    reading of the GGUF: nothing of ours has touched it."""
+    """What the command writes, as we and as transformers load it; `original`: it reads the GGUF."""
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("models") / "smollm2"
     line = [sys.executable, smollm2.__file__, str(folder)]
