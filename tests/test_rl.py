@@ -98,8 +98,7 @@ class TestWeights:
         """Two prompts with three completions, one of them empty: padding never counts."""
         lengths = torch.tensor([[5, 2, 1], [3, 0, 4]])
         for width, name in itertools.product((5, 12), NORMALIZERS):
-            mask = torch.arange(width) < lengths[..., None]
-            expected = torch.zeros(2, 3, width)
+            mask, expected = torch.arange(width) < lengths[..., None], torch.zeros(2, 3, width)
             for p, g in itertools.product(range(2), range(3)):
                 n = int(lengths[p, g])
                 size = {"grpo": 6 * n, "dapo": 15, "dr_grpo": 6 * 8}[name]

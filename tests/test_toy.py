@@ -309,8 +309,7 @@ class TestPage:
 
     @pytest.mark.parametrize("task", list(retrieve.TASKS))
     def test_items_are_found_in_the_prompt(self, task, tmp_path):
-        tokenizer = prlm.load_tokenizer(TOY / "policy")
-        fields = list(retrieve.TASKS[task].fields)
+        tokenizer, fields = prlm.load_tokenizer(TOY / "policy"), [*retrieve.TASKS[task].fields]
         write_lamp(tmp_path, task, users=20, split="dev")
         for example in retrieve.load_lamp(tmp_path, task, "dev"):
             for items in (retrieve.retrieve(example, 4), []):
