@@ -85,7 +85,7 @@ ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
-    """The value of 'title', 'tweet' or whatever the task asks for; "" if there is none.
+    """The value of 'title' or what else the task asks for; "" if none. ValueError: unknown task.
     1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
        that, what stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins

@@ -61,8 +61,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal unless given `visible` [B, T, S].
-    Of k and v [B, S, K, D] with fewer heads (grouped queries), query head h looks at h // R."""
+    """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal, or by `visible` [B, T, S]: True if t
+    may see s. k, v [B, S, K, D] may have fewer heads: query head h looks at key head h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
     if visible is not None and q.is_cuda:
@@ -73,7 +73,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 
 
 class Linear(nn.Linear):
-    """W x + b, and after `add_lora` also (alpha / r) B A x (Hu et al. 2021); A [r, inputs], B
+    """W x + b, and after `rl.add_lora` also (alpha / r) B A x (Hu et al. 2021); A [r, inputs], B
     [outputs, r]. Products are of the type `products`, or W's own where that is None."""
 
     products: torch.dtype | None = None
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         visible = (positions <= positions[:, None]) & mask[:, None]  # [B, T, T]
         visible |= positions == positions[:, None]  # a query that sees nothing would be NaN
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
-        x = self.run(tokens, positions, lambda _, *qkv: attention(*qkv, visible))
+        x = self.run(tokens * mask, positions, lambda _, *qkv: attention(*qkv, visible))
         return self.logits(x, self.head)
 
 
@@ -193,7 +193,7 @@ def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:  # from her
     return module
 
 
-def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:  # frozen; norms as they are
+def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:  # frozen; all but norms cast
     for module in decoder.modules():
         if isinstance(module, Linear | nn.Embedding):
             module.to(dtype)
@@ -311,7 +311,7 @@ def generate(
     A completion ends with its first id of `eos_ids`, or, not `finished`, after `max_new_tokens`.
     The same seed samples the same; without one the noise is torch's own. Temperature 0 is greedy.
     Ids from `decoder.vocab_limit` on are never sampled. ValueError for what is empty or too low."""
-    if min(group_size, max_new_tokens, *map(len, prompts)) < 1 or 0 != temperature < COLDEST:
+    if min(group_size, max_new_tokens, *map(len, prompts)) < 1 or not (temperature or 1) >= COLDEST:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
     P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -327,7 +327,7 @@ def generate(
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(P * G, max_new_tokens, device=device)
-    for step in range(max_new_tokens):
+    for step in range(max_new_tokens if prompts else 0):
         logits = decoder.logits(hidden, head[: decoder.vocab_limit])  # [rows, V]
         ids, chosen = sample(logits, temperature, generator)
         tokens[writing, step], logprobs[writing, step] = ids, chosen
@@ -354,7 +354,7 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
     own keys]. The temperature is the sampler's: else the loss would compare two different policies.
     The softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for what
-    `generate` refuses, and for groups of unequal size."""
+    `generate` refuses, for temperature 0, and for groups of unequal size."""
     fits = len(prompts) == len(completions) and len({*map(len, completions)}) <= 1
     if not (fits and temperature >= COLDEST and all(map(len, prompts))):
         raise ValueError(f"empty prompts, unequal groups, or a temperature below {COLDEST}")
@@ -458,7 +458,7 @@ class Encoder(nn.Module):
         if tokens.numel() and positions.max() >= self.max_length:
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
         words, places, kinds, norm = self.embeddings.values()
-        x = norm(words(tokens) + places(positions) + kinds(segments))
+        x = norm(words(tokens * mask) + places(positions) + kinds(segments * mask))
         x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
         visible = mask | ~mask.any(1, keepdim=True)  # [B, T]; a row of nothing but padding sees it
         for layer in self.encoder.layer:
@@ -773,11 +773,11 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
 
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
-    path, eos_ids = Path(directory) / "tokenizer.json", set()
-    files = [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]
-    with faults_in(path):
-        texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
-        backend = Backend.from_str(texts[path.name])
+    path, backend, eos_ids, texts = Path(directory) / "tokenizer.json", None, set(), {}
+    for file in [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]:
+        with faults_in(file):
+            texts[file.name] = file.read_bytes().decode("utf-8-sig")
+            backend = Backend.from_str(texts[path.name]) if file == path else backend
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
         ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
@@ -849,7 +849,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
 # ---- Files: never half-written, never trusted ------------------------------------------------
 @contextmanager
 def faults_in(path):
-    """Whatever is wrong with the content of `path`, to whomever, is a ValueError that names it."""
+    """Whatever is wrong with the content of `path` is a ValueError that names it."""
     try:
         yield
     except Exception as error:
@@ -909,8 +909,8 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# by `make_records`, `micro_batches`; the parts meet there, in `optimizer_step`, `update_metrics`,
-# `warm_start`, `stop_after_step`. All do all else; the first writes; `gather()` waits for it.
+# by `make_records`, `micro_batches`; the parts meet in the former, `optimizer_step`, `warm_start`,
+# `update_metrics`, `stop_after_step`. All do all else; the first writes; `gather()` waits for it.
 def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

@@ -147,10 +147,10 @@ def show(item: dict, task: str) -> str:
 
 
 def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -> list[dict]:
-    """The best k of the profile's own dictionaries, best first; all if it has fewer. Items that tie
-    keep the profile's order. bm25 and lucene (its idf) split the items' texts (`show`) at blanks,
-    case kept; dense ranks the same texts; recency puts the latest date first; random depends on
-    seed and record. ValueError: k below 0, unknown retriever, no date, dense without `encoder`."""
+    """The best k of the profile's own dictionaries, best first; ties keep the profile's order. bm25
+    and lucene (its idf) split the items' texts (`show`) at whitespace, case kept; dense ranks the
+    same texts; recency: the latest date (year, month, ..) first; random depends on seed and record.
+    ValueError: k below 0, unknown retriever, dense without `encoder`, no date (of which record)."""
     profile, known = example.profile, get_args(Retriever)
     if k < 0 or retriever not in known:
         raise ValueError(f"k {k} is below 0, or {retriever!r} is none of {', '.join(known)}")

@@ -314,7 +314,7 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
         return load_reward_model(o.reward_model, device)
     if o.k == 0 or o.retriever == "none":
         flag = "--k 0" if o.k == 0 else "--retriever none"
-        raise ValueError(f"{flag} leaves none of a profile to judge by: take --personalization 0")
+        raise ValueError(f"{flag} leaves none of the profile to judge by: take --personalization 0")
     if o.judge == "ratio":
         return None
     if o.encoder is None:

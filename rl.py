@@ -52,7 +52,7 @@ LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would o
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
     not divide (Dr. GRPO). A group of one, or whose rewards are equal up to rounding (8 eps of the
-    largest), gets exact zeros. ValueError: another scale."""
+    largest), gets exact zeros. Computed in float32 at least. ValueError: another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -94,7 +94,7 @@ def grpo_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
     `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts.
-    `weights`: a micro-batch's part of the step's. ValueError: beta without ref_logprobs."""
+    `weights`: the `token_weights` of a part of a step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs = logprobs.masked_fill(outside, 0.0)
@@ -298,9 +298,9 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # how many: a title, or how a tweet beg
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The completion to imitate for each record, as ids that end with the EOS id: what the user
-    really wrote, after reasoning with a line EVIDENCE for each of the best items, at most o.k and
-    EVIDENCE_ITEMS: its last field, cut to EVIDENCE_TOKENS. No <think> if the prompt has it."""
+    """The ids to imitate for each record, EOS last: what the user really wrote, and before it, with
+    o.reasoning, a line EVIDENCE for each of the best items, at most o.k and EVIDENCE_ITEMS: the
+    last field, cut to EVIDENCE_TOKENS; an empty line for none. No <think> if the prompt has it."""
     rank, targets = make_ranker(o), []
     *_, last_field = task_of(o.task).fields
     for example in examples:
@@ -525,8 +525,8 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 
 @contextmanager
 def stop_after_step():
-    """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a function:
-    which has come, or 0."""
+    """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a
+    function that says which has come, or 0."""
     came, before = [0], {}
 
     def ask(number, _frame) -> None:
