@@ -592,7 +592,7 @@ class Tokenizer:
 
 # ==== Below: not the method =====================================================================
 # ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
-# CUDA alone, elsewhere: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
+# More for CUDA alone: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished; on a GPU each look waits for it
     keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
@@ -909,8 +909,8 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 
 # ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# by `make_records`, `micro_batches`; the parts meet in the former, `optimizer_step`, `warm_start`,
-# `update_metrics`, `stop_after_step`. All do all else; the first writes; `gather()` waits for it.
+# by `make_records` and `micro_batches`. The parts meet in `make_records`, `optimizer_step`,
+# `warm_start`, `update_metrics`. Every process does all the rest; only the first writes files.
 def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

@@ -146,7 +146,7 @@ class RewardOptions(PromptOptions):
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
-    sampled before RL at T = 0.7, each with noise of its own. A pair with an empty one goes."""
+    sampled before RL at T = 0.7, each with noise of its own. Empty answers make no pair."""
     sides, pairs = [], []
     for purpose, k in (("answers with profile", o.k), ("answers without profile", 0)):
         how = (make_prompts(o, tokenizer, examples, k), o.pairs_per_query, 0.7, (purpose,))
@@ -268,7 +268,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     """How often a user's real text scores higher with the user's own profile than with another
-    user's, ties half; .5 is chance. None without a second user; who shares an item is the same."""
+    user's, ties half; .5 is chance. None without a second user; users who share an item are one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     pairs = []
     for n, e in enumerate(examples):
