@@ -257,7 +257,7 @@ class Cache:
         self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
         return self.prompts.flat(attention(q, k, v))
 
-    def next_slot(self, coarse: bool) -> None:  # opens it; coarse: windows of 128, 256, 512, ...
+    def next_slot(self, coarse: bool) -> None:  # coarse: windows of 128, 256, 512, ...
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1

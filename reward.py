@@ -267,7 +267,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
 
 
 def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
-    """How often a user's real text scores higher with the user's own profile than with another
+    """How often a user's real text is worth more with the user's own profile than with another
     user's, ties half; .5 is chance. None without a second user; users who share an item are one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     pairs = []
@@ -278,8 +278,8 @@ def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
     if not pairs:
         return None
     texts = [e.target for e, _ in pairs]
-    scores = zip(*(judge([*asked], texts) for asked in zip(*pairs)), strict=True)
-    return sum(0.5 if own == other else float(own > other) for own, other in scores) / len(pairs)
+    values = zip(*(judge([*asked], texts) for asked in zip(*pairs)), strict=True)
+    return sum(0.5 if own == other else float(own > other) for own, other in values) / len(pairs)
 
 
 # ==== Below: not the method =====================================================================
