@@ -42,8 +42,8 @@ from tqdm import tqdm
 # ---- The decoder: modules have Hugging Face's names, so its state dict is the checkpoint ------
 def rope_frequencies(c: SimpleNamespace) -> Tensor:
     """Radians per position of each channel pair, theta^(-2i/D), i = 0 .. D/2 - 1: [D/2]. llama3
-    divides them by `factor` below `low` turns within the original context, not above `high`, and
-    blends in between, linearly in the turns."""
+    divides them by `factor` below `low` turns within the original context, keeps them above `high`,
+    and blends in between, linearly in the turns."""
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
     frequencies = 1.0 / c.rope["rope_theta"] ** exponents
     if c.rope["rope_type"] == "llama3":
@@ -290,7 +290,7 @@ def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, 
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
         # One uniform number, looked up in running sums: torch.multinomial, which draws one for each
-        # id, is 3 to 7 times slower on a CPU. CUDA's parallel float32 sums could fall in between.
+        # id, is 3 to 7 times slower on a CPU. CUDA's parallel sums could decrease in float32.
         sums = probabilities.cumsum(-1, dtype=torch.float64 if logits.is_cuda else None)
         uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
@@ -460,7 +460,7 @@ class Encoder(nn.Module):
         words, places, kinds, norm = self.embeddings.values()
         x = norm(words(tokens * mask) + places(positions) + kinds(segments * mask))
         x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
-        visible = mask | ~mask.any(1, keepdim=True)  # [B, T]; a row of nothing but padding sees it
+        visible = mask | ~mask.any(1, keepdim=True)  # [B, T]; a row of padding alone sees itself
         for layer in self.encoder.layer:
             x = layer(x, visible[:, None, None])
         return x
@@ -551,7 +551,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
         """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
-        it already (default: the template's opening). ValueError for a template not known."""
+        it already (default: the template's opening). ValueError for an unknown template."""
         turns = [(m["role"], m["content"]) for m in messages]
         if self.format is None:
             if self.template:
@@ -979,9 +979,7 @@ def resolve(options: type, given: dict):
     elif given.get("resume") and path.is_file():
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
-        raise ValueError(
-            "--model is not the toy's: say --preset small (135 M) or --preset paper (1.5 B)"
-        )
+        raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
     own = {"out", "overwrite", "force"}  # a command's, never a run's
     own |= set() if "steps" in names else {"temperature"}  # a run's is for rollouts
     chosen = {name: base[name] for name in base.keys() - own} | given

@@ -150,7 +150,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -
     """The best k of the profile's own dictionaries, best first; ties keep the profile's order. bm25
     and lucene (its idf) split the items' texts (`show`) at whitespace, case kept; dense ranks the
     same texts; recency: the latest date (year, month, ..) first; random depends on seed and record.
-    ValueError: k below 0, unknown retriever, dense without `encoder`, no date (of which record)."""
+    ValueError: k below 0, unknown retriever, dense without `encoder`, a record with no date."""
     profile, known = example.profile, get_args(Retriever)
     if k < 0 or retriever not in known:
         raise ValueError(f"k {k} is below 0, or {retriever!r} is none of {', '.join(known)}")

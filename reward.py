@@ -7,7 +7,7 @@ A completion o with answer a for a query q whose user really wrote y earns
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code, which dominates its
+An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code: that dominates its
 group's standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns,
 without labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it
 gave without (a1- .. aN-):
@@ -50,7 +50,7 @@ Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
 
 
 def format_reward(completion: str) -> float:
-    """1 if a line that begins with </think> follows the last <think>, if any is seen; else 0."""
+    """1 if a line that begins with </think> follows the last <think>, if there is one; else 0."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
@@ -326,7 +326,7 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
     """The judge that the options name. The decoder is frozen: "bert" samples its pairs from it,
     "ratio" keeps it. What is in `directory` already, pairs or a model with its report, stays."""
-    file = Path(directory) / "report.json"  # written last: it says that all is there
+    pairs, file = (Path(directory) / f"{name}.json" for name in ("pairs", "report"))  # that last
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)
     trained = o.reward_model or (directory if report else None)
@@ -334,7 +334,6 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     ratio = partial(ratio_judge, o, decoder, tokenizer)
     judge = prlm.multiply_in(model, dtype).judge if model else ratio
     if model and not trained:
-        pairs = Path(directory) / "pairs.json"
         if not pairs.is_file():
             prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
         prlm.gather()  # the others wait for the first process
@@ -343,9 +342,12 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    said = ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
-    print(f"judge {o.judge} (.5 is chance): {said}")
+    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
     return judge
+
+
+def describe(report: dict) -> str:
+    return ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
 
 
 @dataclass
