@@ -272,26 +272,28 @@ class TestDense:
         found = places(retrieve(e, 67, "dense", encoder=encoder), e)
         assert sorted(found) == list(range(67)) and (np.diff(scores[found]) < 1e-5).all()
         assert places(retrieve(e, 5, "dense", encoder=encoder), e) == found[:5]
-        encoder.tokenizer = None
-        for lacks in (None, encoder):
-            with pytest.raises(ValueError, match=r"--encoder DIRECTORY.*tokenizer\.json"):
-                retrieve(e, 5, "dense", encoder=lacks)
 
     def test_bert_and_a_profile_are_read_once(self, world, toy_tokenizer, monkeypatch):
         """And no profile passes for another: LaMP's item ids repeat, with other texts."""
-        loaded, embedded, load, encode = [], [], prlm.load_encoder, prlm.Tokenizer.encode_pair
-        encode_pair = lambda *a: embedded.append(a[1]) or encode(*a)  # noqa: E731
+        loaded, seen, load, encode = [], [], prlm.load_encoder, prlm.Tokenizer.encode_pair
         monkeypatch.setattr(prlm, "load_encoder", lambda *a: loaded.append(a) or load(*a))
-        monkeypatch.setattr(prlm.Tokenizer, "encode_pair", encode_pair)
+        monkeypatch.setattr(
+            prlm.Tokenizer, "encode_pair", lambda *a: seen.append(a[1]) or encode(*a)
+        )
         module.load_once.cache_clear()
         o = PromptOptions(task="LaMP-7", retriever="dense", encoder=str(world / "encoder"), k=3)
         one, other = (example("tennis", random_texts(6, 9, seed)) for seed in (1, 2))
         prompts = [module.make_prompts(o, toy_tokenizer, [one, other]) for _ in range(3)]
         assert prompts[0] == prompts[1] == prompts[2] and prompts[0][0] != prompts[0][1]
-        assert len(loaded) == 1 and len(embedded) == 6 + 6 + 1  # profiles, and the query of both
+        assert len(loaded) == 1 and len(seen) == 6 + 6 + 1  # profiles, and the query of both
         for e, prompt in zip((one, other), prompts[0], strict=True):
             items = retrieve(e, 3, "dense", encoder=load(world / "encoder"))
             assert prompt == toy_tokenizer.chat(build_messages(e, items, toy_tokenizer, 512))
+        bare = load(world / "encoder")
+        bare.tokenizer = None
+        for lacks in (None, bare):
+            with pytest.raises(ValueError, match=r"--encoder DIRECTORY.*tokenizer\.json"):
+                retrieve(one, 5, "dense", encoder=lacks)
 
 
 SOUP = ["it's", "some!", "words?'", "'", "a''b", "éé中", "\U0001f600", "of", "a", "b!'"]
