@@ -74,9 +74,9 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
     text = (Path(options.out) / "commits" / "report_choose.md").read_text()
     for arm in ("warm", "prlm"):  # scores, two shares, judges, training
         assert text.count(f"| {real.ARMS[arm][0]} |") >= 4
-    count = len(jobs.commands)
+    assert "](shares_choose.png)" in text
     real.main(options)
-    assert len(jobs.commands) == count
+    assert len(jobs.commands) == 3 * 4
     with pytest.raises(ValueError, match=r"was made with lr 6e-05, not 0\.001"):
         real.main(replace(options, more=f"{SMALL} --lr 1e-3"))
 

@@ -135,6 +135,17 @@ def mean(seeds) -> str:
     return f"{np.mean(means):.3f}{deviation}" if means else "–"
 
 
+def picture(path: Path, size: tuple[float, float], draw) -> str:
+    """Markdown of what draw(figure) makes, inches `size`, saved as `path`; or why there is none."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "(no picture: matplotlib is not installed)\n"
+    draw(figure := Figure(size, layout="constrained"))
+    figure.savefig(path, dpi=110)
+    return f"![]({path.name})\n"
+
+
 AGAINST = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 %"]
 
 

@@ -190,28 +190,25 @@ def grids(o: Options) -> str:
 
 
 def curves(o: Options, arms: list[str], file: str) -> str:
-    """A picture by step, means over seeds, as Markdown; or why there is none."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "(no picture: matplotlib is not installed)\n"
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    """A picture by step, means over seeds, as Markdown."""
     panels = {"eval_rouge-l": "ROUGE-L of 64 held-out users, greedy"}
     panels |= {"completion_tokens": "tokens a completion", "format": "reasoning closed"}
-    for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for n, arm in enumerate(arms):
-            runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
-            logs = [[x for x in prlm.read_lines(r / "metrics.jsonl") if key in x] for r in runs]
-            steps = [line["step"] for line in logs[0]]
-            values = np.mean([[line[key] for line in log] for log in logs], 0).tolist()
-            if key == "eval_rouge-l":
-                start = scores_of(o, TASK, arm, "before")[:, :64].mean()
-                steps, values = [0, *steps], [start, *values]
-            axis.plot(steps, values, f"C{n}", label=ARMS[arm][0])
-        axis.set(title=title, xlabel="step")
-    figure.axes[0].legend(fontsize=7)
-    figure.savefig(Path(o.out) / file, dpi=110)
-    return f"![]({file})\n"
+
+    def draw(figure) -> None:
+        for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for n, arm in enumerate(arms):
+                runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
+                logs = [[x for x in prlm.read_lines(r / "metrics.jsonl") if key in x] for r in runs]
+                steps = [line["step"] for line in logs[0]]
+                values = np.mean([[line[key] for line in log] for log in logs], 0).tolist()
+                if key == "eval_rouge-l":
+                    start = scores_of(o, TASK, arm, "before")[:, :64].mean()
+                    steps, values = [0, *steps], [start, *values]
+                axis.plot(steps, values, f"C{n}", label=ARMS[arm][0])
+            axis.set(title=title, xlabel="step")
+        figure.axes[0].legend(fontsize=7)
+
+    return common.picture(Path(o.out) / file, (10, 3.4), draw)
 
 
 def report(o: Options) -> str:

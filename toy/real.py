@@ -195,6 +195,27 @@ def shares_table(o: Options, found: dict, metric: str, base: str | None = None) 
     return common.markdown(["", *common.AGAINST, "by seed"], rows)
 
 
+def shares_picture(found: dict, path: Path, metrics) -> str:
+    """The profile's share by arm: a dot for each seed, their mean, its 95 % over authors."""
+
+    def draw(figure) -> None:
+        for axis, metric in zip(figure.subplots(1, 2, sharey=True), metrics, strict=True):
+            for n, arm in enumerate(found):
+                difference = share(found, arm, metric)
+                difference = difference[~np.isnan(difference).any(1)]
+                if len(difference):
+                    _, *ends = common.bootstrap(difference, 0)["users"]
+                    axis.plot(ends, [n, n], f"C{n}", linewidth=2)
+                    axis.plot(difference.mean(), n, f"C{n}o", markersize=9)
+                    axis.plot(difference.mean(1), [n] * len(difference), "k|", markersize=12)
+            axis.axvline(0, color="grey", linewidth=0.8)
+            axis.set(title=f"the profile's share of {metric}")
+        figure.axes[0].set_yticks(range(len(found)), [ARMS[arm][0] for arm in found])
+        figure.axes[0].invert_yaxis()
+
+    return common.picture(path, (10, 1 + 0.4 * len(found)), draw)
+
+
 def judges_table(o: Options, found: dict) -> str:
     """What the judges know: pair accuracy and swap test before RL, and the ratio's after it."""
     columns = {
@@ -221,7 +242,9 @@ Intervals over users hold the trained policies fixed; those over seeds (Student'
 fixed. The share is the score with the profile minus that of the same policy without.
 
 {scores_table(o, authors, found)}"""
-    for metric in ("rouge-1", "form" if o.task == "commits" else "rouge-l"):
+    metrics = ("rouge-1", "form" if o.task == "commits" else "rouge-l")
+    text += shares_picture(found, Path(o.out) / o.task / f"shares_{o.half}.png", metrics)
+    for metric in metrics:
         text += f"\n## The profile's share of {metric}\n\n{shares_table(o, found, metric)}"
         if "prlm" in found:
             text += f"\n… above that of {ARMS['prlm'][0]}\n\n"
