@@ -10,14 +10,14 @@ So a text in another script scores 0 even where it is right. The authors score w
 after jieba (sets of n-grams, punctuation as words): their numbers cannot be compared with these.
 BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
-    python eval.py --run runs/toy               # a run's checkpoint, under the run's own options"""
+    python eval.py --run runs/toy       # a run's checkpoint, under the run's own options"""
 
 import dataclasses
 import math
 import random
 import re
 import shutil
-from collections import Counter
+from collections import ChainMap, Counter
 from pathlib import Path
 
 import prlm
@@ -54,7 +54,7 @@ def longest_common_subsequence(a: list, b: list) -> int:
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
+    """F1 of ROUGE-1, -2 and -L; 0 where a side is empty.
     >>> rouge("a b c", "a b d")
     {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}"""
     a, b = words(prediction), words(reference)
@@ -149,7 +149,7 @@ def make_records(
         chosen = order[start : start + starts.step]
         asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
         groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
-    groups = {n: group for share in prlm.gather(groups) for n, group in share.items()}
+    groups = ChainMap(*prlm.gather(groups))
     opened, records = tokenizer.opening if o.reasoning else CLOSED, []
     for n, (e, prompt) in enumerate(zip(examples, prompts)):
         asked = dict(id=e.id, query=e.query, target=e.target, prompt=tokenizer.decode(prompt))
@@ -221,7 +221,7 @@ def write_predictions(path, task: str, records: list[dict]) -> None:  # for LaMP
 
 
 def line(name: str, scores: dict[str, float]) -> str:
-    return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
+    return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS)
 
 
 @dataclasses.dataclass

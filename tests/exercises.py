@@ -832,12 +832,11 @@ EXERCISES = [
             Mutant("every item is quoted", "With --k 10 completions are cut before they answer.",
                    "min(o.k, EVIDENCE_ITEMS)", "o.k"),
         ], """
-        best, found = make_ranker(o), []
-        field = list(task_of(o.task).fields)[-1]
+        field, found = list(task_of(o.task).fields)[-1], []
         for example in examples:
             form, said, opening = answer_block(o.task), [], tokenizer.opening
             if o.reasoning:
-                items = best(example, o.k)[:EVIDENCE_ITEMS]
+                items = best_items(o, example, o.k)[:EVIDENCE_ITEMS]
                 said = [tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS) for item in items]
                 form = "<think>\\n" + (EVIDENCE * len(said) or "\\n") + "</think>\\n" + form
                 form = form[len(opening) :] if form.startswith(opening) else form
