@@ -1,14 +1,14 @@
 """Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
 
-ROUGE is that of LaMP's official evaluation, Google's rouge_score without stemming: it counts which
-n-grams of lowercased [a-z0-9]+ words two texts share, a repeated one as often as both have it.
+ROUGE is that of LaMP's evaluation, Google's rouge_score without stemming: it counts the n-grams of
+lowercased [a-z0-9]+ words that two texts share, a repeated one as often as both have it.
 
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-So a text in another script scores 0 even where it is right. The authors score with rouge_chinese
-after jieba (sets of n-grams, punctuation as words): their numbers cannot be compared with these.
-BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
+So a text in another script scores 0. The authors score with rouge_chinese after jieba (sets of
+n-grams, punctuation as words): their numbers cannot be compared with these. BLEU is theirs:
+characters, 4-grams, NLTK's smoothing method 3.
 
     python eval.py --run runs/toy       # a run's checkpoint, under the run's own options"""
 
@@ -106,9 +106,9 @@ def extract_answer(completion: str, task: str) -> str:
     values, start = [], 0
     while found := key.search(text, start):
         value, start = read_value(text, found.end())
-        values += [value] if value else []
+        values.append(value)
     real = [value for value in values if not is_placeholder(value, task)]
-    return (real or values or [""])[0]
+    return next(filter(None, real + values), "")
 
 
 def read_value(text: str, start: int) -> tuple[str, int]:
@@ -125,12 +125,12 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     return re.sub(escaped, r"\1", found[1].strip("* \t")).strip(), found.end()
 
 
-def is_placeholder(answer: str, task: str) -> bool:  # empty, or still with a "generated title"
+def is_placeholder(answer: str, task: str) -> bool:  # or empty
     return not answer.strip() or f"generated {task_of(task).answer}" in answer.lower()
 
 
 # ---- A policy on a data set --------------------------------------------------------------------
-def seed_of(*parts) -> int:  # for one purpose: what should be independent must not share noise
+def seed_of(*parts) -> int:  # a purpose's own: what should be independent must not share noise
     return random.Random(repr(parts)).getrandbits(63)
 
 
@@ -138,9 +138,9 @@ def make_records(
     o: PromptOptions, decoder, tokenizer, examples, prompts: list[list[int]],
     group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
-    """What the policy was asked and what it says, for each of P G completions: id, query, target,
-    prompt and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length
-    are sampled together; `purpose` and the batch's place seed their noise."""
+    """What the policy was asked and says, for each of P G completions: id, query, target, prompt
+    and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length are
+    sampled together; `purpose` and their place seed their noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
@@ -161,9 +161,9 @@ def make_records(
     return records
 
 
-def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0, k=None):
+def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0) -> list[dict]:
     """`make_records` of one completion for each example, with every metric if it has a target."""
-    prompts = make_prompts(o, tokenizer, examples, k)
+    prompts = make_prompts(o, tokenizer, examples)
     records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
         if record["target"] is not None:
@@ -173,26 +173,26 @@ def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0, 
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
-    """The mean of each metric over records; {} without records, or where targets are withheld."""
+    """The mean of each metric; {} without records, or where targets are withheld."""
     scored = records and all(record["target"] is not None for record in records)
     return {name: sum(r[name] / len(records) for r in records) for name in METRICS if scored}
 
 
 def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tuple[dict, dict]:
-    """(mean scores, answers by record id), greedy unless a temperature is given."""
+    """(mean scores, answers by record id), greedy by default."""
     records = answer_all(options or PromptOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
 
 # ==== Below: not the method =====================================================================
-# What may change when a run is resumed: its length and place, what costs time or memory.
+# What may change when a run is resumed: its length, its place, what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 
 
 def run_directory(o, record="config.json") -> Path:
-    """o.out with its options in `record`: a new directory, or a run that --resume continues if all
-    options but the FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
+    """o.out, its options in `record`: a new directory, or a run that --resume continues if all
+    options but FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = prlm.read_json(out / record) if (out / record).is_file() else {}
     if held.keys() == mine.keys() and mine.get("resume"):
@@ -229,7 +229,7 @@ class Options(PromptOptions):
     run: str | None = option(None, "run directory of rl.py: its checkpoint, its options")
     split: Split = option("dev", "which of LaMP's files")
     temperature: float = option(0.0, "0 is greedy", 0)
-    out: str = option("runs/eval", "directory for predictions.json, samples.jsonl, scores.json")
+    out: str = option("runs/eval", "directory of answers and scores")
     overwrite: bool = option(False, "delete the result that is there")
 
 
@@ -245,7 +245,7 @@ def main(o: Options) -> None:
         print(line(f"{o.task} {o.split}", scores))
     empty = sum(is_placeholder(record["answer"], o.task) for record in records)
     cut = sum(not record["finished"] for record in records)
-    print(f"{out}: {empty} of {len(records)} answers are empty, {cut} cut off at --max-new-tokens")
+    print(f"{out}: of {len(records)} answers {empty} are empty, {cut} cut off at --max-new-tokens")
 
 
 if __name__ == "__main__":

@@ -216,23 +216,23 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     return messages(bisect(counts[1], False, key=lambda n: not fits(n, items)), items)
 
 
-def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
-    """The token ids of `build_messages` for each example, with `k` items (default o.k)."""
+def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[list[int]]:
+    """The token ids of `build_messages` for each example."""
     said, prompts = None if o.reasoning else CLOSED, []
     budget = o.max_prompt_tokens - len(tokenizer.fill(said or ""))
     for example in prlm.progress(examples, "prompts", delay=1):
-        items = best_items(o, example, o.k if k is None else k)
-        prompts.append(tokenizer.chat(build_messages(example, items, tokenizer, budget), said))
+        messages = build_messages(example, best_items(o, example), tokenizer, budget)
+        prompts.append(tokenizer.chat(messages, said))
     return prompts
 
 
 load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))
 
 
-def best_items(o: "PromptOptions", example: Example, k: int) -> list[dict]:
+def best_items(o: "PromptOptions", example: Example) -> list[dict]:
     wanted = o.retriever == "dense" and o.encoder
     encoder = load_once(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
-    return retrieve(example, k, o.retriever, o.seed, encoder)
+    return retrieve(example, o.k, o.retriever, o.seed, encoder)
 
 
 def answer_block(task: str) -> str:  # what SYSTEM asks for, with {} for the answer
@@ -320,14 +320,13 @@ class PromptOptions:
 @dataclass
 class Options(PromptOptions):
     split: Split = option("dev", "which of LaMP's files")
-    show: int = option(1, "prompts to print", 0)
 
 
 def main(o: Options) -> None:
-    examples, tokenizer = load_examples(o, o.split), prlm.load_tokenizer(o.model)
-    for e, prompt in zip(examples, make_prompts(o, tokenizer, examples[: o.show])):
-        print(f"--- record {prlm.printable(e.id)}: {len(prompt)} tokens, target {e.target!r}")
-        print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
+    example, tokenizer = load_examples(o, o.split)[0], prlm.load_tokenizer(o.model)
+    (prompt,) = make_prompts(o, tokenizer, [example])
+    print(f"record {prlm.printable(example.id)}: {len(prompt)} tokens, target {example.target!r}")
+    print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
 
 
 if __name__ == "__main__":

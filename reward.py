@@ -146,7 +146,8 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
     sampled before RL at T = 0.7, each with noise of its own. Empty answers make no pair."""
     sides = []
     for purpose, k in (("answers with profile", o.k), ("answers without profile", 0)):
-        how = (make_prompts(o, tokenizer, examples, k), o.pairs_per_query, 0.7, (purpose,))
+        prompts = make_prompts(replace(o, k=k), tokenizer, examples)
+        how = (prompts, o.pairs_per_query, 0.7, (purpose,))
         sides.append(make_records(o, decoder, tokenizer, examples, *how))
     return [
         {"id": a["id"], "query": a["query"].strip(), "positive": a["answer"],
@@ -173,7 +174,7 @@ def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
 
 
 def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """(for training, held out): the pairs of a tenth of the queries, at least one, are held out."""
+    """(for training, held out): held out are the pairs of a tenth of the queries, at least one."""
     ids = sorted({pair["id"] for pair in pairs})
     if len(ids) < 2:
         few = f"{len(pairs)} pairs of {len(ids)} queries are too few"
@@ -198,22 +199,20 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
 
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
     """Trains the model in place; returns a report on the queries held out."""
-    kept, held = split_pairs(pairs, o.seed)
-    steps = o.reward_epochs * math.ceil(len(kept) / BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
-    torch.manual_seed(o.seed)  # dropout
-    model.train()
-    loss = 0.0  # the last epoch's mean
+    (kept, held), batches, losses = split_pairs(pairs, o.seed), [], [0.0]
     for epoch in range(o.reward_epochs):
         random.Random(f"{o.seed} {epoch}").shuffle(kept)
-        loss = 0.0
-        for batch in prlm.progress(chunks(kept, BATCH), f"reward model, epoch {epoch + 1}"):
-            optimizer.zero_grad()
-            loss += info_nce_backward(o, model, batch) * len(batch) / len(kept)
-            optimizer.step()
-            schedule.step()
+        batches += chunks(kept, BATCH)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.manual_seed(o.seed)  # dropout
+    model.train()
+    for number, batch in enumerate(prlm.progress(batches, "reward model")):
+        optimizer.param_groups[0]["lr"] = o.reward_lr * (1 - number / len(batches))
+        optimizer.zero_grad()
+        losses.append(info_nce_backward(o, model, batch) * len(batch) / len(kept))
+        optimizer.step()
     model.eval()
+    loss = sum(losses[-math.ceil(len(kept) / BATCH) :])  # the last epoch's mean
     if not math.isfinite(loss):
         raise ValueError("the reward model's loss is not finite: a lower --reward-lr may do")
     for parameter in model.parameters() if dist.is_initialized() else ():
@@ -250,7 +249,8 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
     # the swap test asks with the same ids and other profiles.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
     asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
-    prompts = (make_prompts(replace(o, reasoning=False), tokenizer, asked, k) for k in (o.k, 0))
+    hows = (replace(o, reasoning=False, k=k) for k in (o.k, 0))
+    prompts = (make_prompts(how, tokenizer, asked) for how in hows)
     ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
     padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
     ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
@@ -309,8 +309,7 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
     if o.judge == "bert" and o.reward_model:
         return load_reward_model(o.reward_model, device)
     if o.k == 0 or o.retriever == "none":
-        flag = "--k 0" if o.k == 0 else "--retriever none"
-        raise ValueError(f"{flag} leaves none of the profile to judge by: take --personalization 0")
+        raise ValueError("--k 0 or --retriever none leaves no profile: take --personalization 0")
     if o.judge == "ratio":
         return None
     if o.encoder is None:

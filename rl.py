@@ -258,7 +258,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
         first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
-    score_held_out(o, out, "no_profile", policy, held, k=0)
+    score_held_out(replace(o, k=0), out, "no_profile", policy, held)
     score_held_out(o, out, "before", policy, held)
     train_policy(o, out, policy, judge, train, held)
     refresh(policy)  # to nearest, as whoever loads the checkpoint will have it
@@ -302,8 +302,7 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
     if done:
         refresh(policy, seed_of(o.seed, "rounding", done - 1))
         print(f"{title}: on after step {done}")
-    bar = prlm.progress(title=title, total=count, initial=done)
-    with stop_after_step() as asked, bar:
+    with stop_after_step() as asked, prlm.progress(title=title, total=count, initial=done) as bar:
         for step in range(done, count):
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, count, peak)
             log, said = take(step, optimizer)
@@ -329,14 +328,14 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
     last field, cut to EVIDENCE_TOKENS; an empty line for none. No <think> if the prompt has it."""
     (*_, last_field), targets = task_of(o.task).fields, []
     for example in examples:
-        form, texts = answer_block(o.task), [one_line(example.target)]
+        form, quoted = answer_block(o.task), []
         if o.reasoning:
-            items = best_items(o, example, min(o.k, EVIDENCE_ITEMS))
-            quoted = [tokenizer.cut(item[last_field].strip(), EVIDENCE_TOKENS) for item in items]
+            texts = [item[last_field].strip() for item in best_items(o, example)]
+            quoted = [tokenizer.cut(text, EVIDENCE_TOKENS) for text in texts[:EVIDENCE_ITEMS]]
             evidence = EVIDENCE * len(quoted) or "\n"
             form = f"<think>\n{evidence}</think>\n{form}".removeprefix(tokenizer.opening)
-            texts = quoted + texts
-        targets.append([*tokenizer.fill(form, *texts), tokenizer.end_id])
+        ids = tokenizer.fill(form, *quoted, one_line(example.target))
+        targets.append([*ids, tokenizer.end_id])
     return targets
 
 
@@ -560,13 +559,13 @@ def processes():  # torchrun's, if there are any; only the first one prints
         dist.destroy_process_group()
 
 
-def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=None) -> list[dict]:
+def score_held_out(o: Options, out: Path, name: str, policy: Policy, held) -> list[dict]:
     """Scores, greedy and sampled at .7, into scores.json; returns held_out/{name}.jsonl, greedy."""
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
     if lines.is_file():
         return prlm.read_lines(lines)
     how = (o, policy.sampler, policy.tokenizer, held)
-    greedy, sampled = (scoring.answer_all(*how, temperature, k) for temperature in (0.0, 0.7))
+    greedy, sampled = (scoring.answer_all(*how, temperature) for temperature in (0.0, 0.7))
     scores = scoring.mean_scores(greedy)
     scores |= {f"{key}_sampled": x for key, x in scoring.mean_scores(sampled).items()}
     prlm.write_json(file, (prlm.read_json(file) if file.is_file() else {}) | {name: scores})
