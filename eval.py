@@ -24,7 +24,7 @@ import prlm
 from prlm import option
 from retrieve import CLOSED, PromptOptions, Split, load_examples, make_prompts, task_of
 
-# ---- The paper's evaluation: metrics of two texts --------------------------------------------
+# ---- The paper's evaluation: metrics of two texts ----
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
 
 
@@ -80,7 +80,7 @@ def bleu(prediction: str, reference: str) -> float:
     return math.exp(min(0.0, 1 - len(b) / len(a)) + math.fsum(logs) / 4)
 
 
-# ---- The answer in a completion: what this parser cannot read earns no accuracy ------------------
+# ---- The answer in a completion: what this parser cannot read earns no accuracy ----
 ANY = "['‘’\"“”]"
 
 
@@ -129,7 +129,7 @@ def is_placeholder(answer: str, task: str) -> bool:  # or empty
     return not answer.strip() or f"generated {task_of(task).answer}" in answer.lower()
 
 
-# ---- A policy on a data set --------------------------------------------------------------------
+# ---- A policy on a data set ----
 def seed_of(*parts) -> int:  # a purpose's own: what should be independent must not share noise
     return random.Random(repr(parts)).getrandbits(63)
 
@@ -184,7 +184,7 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
 
-# ==== Below: not the method =====================================================================
+# ==== Below: not the method ====
 # What may change when a run is resumed: its length, its place, what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
@@ -224,6 +224,12 @@ def line(name: str, scores: dict[str, float]) -> str:
     return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS)
 
 
+def shares(records: list[dict], task: str) -> str:
+    empty = sum(is_placeholder(record["answer"], task) for record in records) / len(records)
+    cut = sum(not record["finished"] for record in records) / len(records)
+    return f"{1 - empty:.0%} answered, {cut:.0%} truncated"
+
+
 @dataclasses.dataclass
 class Options(PromptOptions):
     run: str | None = option(None, "run directory of rl.py: its checkpoint, its options")
@@ -243,9 +249,7 @@ def main(o: Options) -> None:
     if scores := mean_scores(records):
         prlm.write_json(out / "scores.json", scores)
         print(line(f"{o.task} {o.split}", scores))
-    empty = sum(is_placeholder(record["answer"], o.task) for record in records)
-    cut = sum(not record["finished"] for record in records)
-    print(f"{out}: of {len(records)} answers {empty} are empty, {cut} cut off at --max-new-tokens")
+    print(f"{out}: {len(records)} records, {shares(records, o.task)}")
 
 
 if __name__ == "__main__":

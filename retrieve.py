@@ -41,7 +41,7 @@ import prlm
 from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
 
 
-# ---- Tasks and records -----------------------------------------------------------------------
+# ---- Tasks and records ----
 @dataclass(frozen=True)
 class Task:
     prefix: str  # the instruction that begins every input; not part of the query
@@ -56,25 +56,25 @@ class Task:
 
 TASKS = {  # to add a task, add an entry
     "LaMP-4": Task(
-        prefix="Generate a headline for the following article: ",
-        fields={"text": "text", "title": "title"},
-        request="generate a title for the given text from the user.",
+        "Generate a headline for the following article: ",
+        {"text": "text", "title": "title"},
+        "generate a title for the given text from the user.",
         penalty=-10.0,  # the authors': a learned reward likes such answers, and RL finds them
     ),
     "LaMP-5": Task(
-        prefix="Generate a title for the following abstract of a paper: ",
-        fields={"abstract": "abstract", "title": "title"},
-        request="generate a title for the given abstract from the user.",
+        "Generate a title for the following abstract of a paper: ",
+        {"abstract": "abstract", "title": "title"},
+        "generate a title for the given abstract from the user.",
     ),
     "LaMP-7": Task(
-        prefix="Paraphrase the following tweet without any explanation before or after it: ",
-        fields={"text": "tweet"},
-        request="paraphrase the user's input tweet in the style of the user's historical tweets.",
+        "Paraphrase the following tweet without any explanation before or after it: ",
+        {"text": "tweet"},
+        "paraphrase the user's input tweet in the style of the user's historical tweets.",
     ),
     "commits": Task(  # any git repository: toy/commits.py writes the files
-        prefix="Generate a subject line for the following commit message: ",
-        fields={"body": "body", "subject": "subject"},
-        request="generate a subject for the given commit body from the user.",
+        "Generate a subject line for the following commit message: ",
+        {"body": "body", "subject": "subject"},
+        "generate a subject for the given commit body from the user.",
     ),
 }
 TaskName = Literal[tuple(TASKS)]
@@ -98,7 +98,7 @@ class Example:  # one LaMP record
     target: str | None  # None: withheld
 
 
-# ---- The paper's retrieval -------------------------------------------------------------------
+# ---- The paper's retrieval ----
 class BM25:
     """Okapi BM25 over tokenised documents; each profile, being small, gets a new index."""
 
@@ -168,7 +168,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -
     return [profile[n] for n in np.argsort(-scores, kind="stable")[:k]]
 
 
-# ---- The paper's prompt ----------------------------------------------------------------------
+# ---- The paper's prompt ----
 SYSTEM = (
     "You infer the user's preferences from the historical records and the query. First reason "
     "step by step as an inner monologue, then answer. Reply in exactly this form:\n"
@@ -196,14 +196,14 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     is too much, the last items are left out. ValueError if the bare instruction is too long."""
     task, fields = example.task, TASKS[example.task].fields
 
-    def messages(most: int | None, items: list[dict]) -> list[dict]:
+    def messages(most: int | None, items) -> list[dict]:
         cut = str.strip if most is None else lambda text: tokenizer.cut(text.strip(), most)
         lines = [show({key: cut(item[key]) for key in fields}, task) for item in items]
         lines += [instruction(task, bool(items)), question(task, cut(example.query))]
         user = {"role": "user", "content": "\n".join(lines)}
         return [{"role": "system", "content": SYSTEM}, user]
 
-    def fits(most: int | None, items: list[dict]) -> bool:
+    def fits(most: int | None, items) -> bool:
         return len(tokenizer.chat(messages(most, items))) <= max_prompt_tokens
 
     if tokenizer is None or max_prompt_tokens is None or fits(None, items):
@@ -243,7 +243,7 @@ def one_line(answer: str) -> str:  # since `extract_answer` reads one
     return re.sub(r"\s*\n\s*", " ", answer.strip())
 
 
-# ==== Below: not the method =====================================================================
+# ==== Below: not the method ====
 def load_lamp(directory, task: str, split: str) -> list[Example]:
     """The records of a split ("train" | "dev" | "test") in file order, outputs joined by id. The
     files are in `directory` or its LaMP_4 (the authors' LaMP_4_time), or there in a folder of the
@@ -279,7 +279,7 @@ def load_examples(o, split: str) -> list[Example]:
     examples = load_lamp(o.data, o.task, split)[: o.limit or None]
     if not examples:
         raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
-    if not any(re.search("[a-z0-9]", (e.target or "x").lower()) for e in examples):
+    if not any(re.search("[a-z0-9]", e.target or "x", re.I) for e in examples):
         print("warning: ROUGE counts words of a-z and 0-9, and no target has any: all scores are 0")
     return examples
 

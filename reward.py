@@ -1,24 +1,24 @@
 """The reward: accuracy, format, and a judge of personalization.
 
-A completion with answer a for a query q whose user really wrote y earns
+An answer a to a query q whose user really wrote y earns
 
   1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code: that dominates its
-group's standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns,
-without labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it
-gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 for sigmoid(s), as in the authors' code: that dominates its group's
+standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns, without
+labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it gave
+without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
-can learn what personal answers have in common, not whose style an answer has. It is trained once,
-before RL: the further the policy moves, the fewer of its answers are like those it has seen.
-InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but GRPO
-compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
+can learn what personal answers have in common, not whose style one has. It is trained once, before
+RL: the further the policy moves, the less it has seen of the like. InfoNCE fixes scores only up to
+a constant for each query: sigmoid(s) is no probability, but GRPO compares answers to one query.
+--judge ratio is this project's own: see `likelihood_ratio`.
 
     python reward.py --judge bert --out runs/reward"""
 
@@ -42,7 +42,7 @@ from eval import PromptOptions, extract_answer, is_placeholder, make_records, ro
 from prlm import Encoder, Ragged, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
-# ---- The paper's reward: its three parts ---------------------------------------------------------
+# ---- The paper's reward: its three parts ----
 PARTS = ("accuracy", "format", "personalization")
 BATCH = 64  # pairs in an optimizer step, as the authors have, and pairs scored at once
 Judge = Callable[[list[Example], list[str]], list[float]]  # one for each; an array will do
@@ -84,7 +84,7 @@ def rewards(
     return rows
 
 
-# ---- The paper's judge: a model trained by contrast ---------------------------------------------
+# ---- The paper's judge: a model trained by contrast ----
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
     """InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B, in nats. A
     negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
@@ -98,12 +98,10 @@ class RewardModel(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        if encoder.tokenizer is None:
-            raise ValueError("the encoder's directory has no tokenizer.json")
+        if encoder.tokenizer is None or encoder.pooler is None:
+            raise ValueError("the encoder has no tokenizer.json, or no pooler")
         self.bert, self.tokenizer = encoder, encoder.tokenizer
-        like = encoder.embeddings.LayerNorm.weight  # [H]
-        if encoder.pooler is None:
-            encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
+        like = encoder.pooler.dense.weight  # [H, H]
         self.classifier = prlm.Linear(len(like), 1).to(like)
         prlm.start_random(self.classifier)
         nn.init.zeros_(self.classifier.bias)
@@ -222,7 +220,7 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     return report | {"loss": loss, "pair_accuracy": pair_accuracy(model, held)}
 
 
-# ---- Ours, not the paper's: a likelihood ratio as the judge ------------------------------------
+# ---- Ours, not the paper's: a likelihood ratio as the judge ----
 @torch.no_grad()
 def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8192) -> Tensor:
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
@@ -274,7 +272,7 @@ def swap_test(judge: Judge, examples: list[Example]) -> float | None:
     return sum(wins) / len(wins) if wins else None
 
 
-# ==== Below: not the method =====================================================================
+# ==== Below: not the method ====
 def chunks(items: list, size: int) -> list[list]:
     return [items[n : n + size] for n in range(0, len(items), size)]
 
@@ -293,14 +291,12 @@ def micro_batches(prompts, groups, budget: int, share: bool = False) -> list[tup
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
-    labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
-    raw = model.bert.raw | {"architectures": ["BertForSequenceClassification"]} | labels
-    prlm.save_checkpoint(model.state_dict(), raw, model.tokenizer, directory)
+    raw = {"architectures": ["BertForSequenceClassification"], "num_labels": 1}
+    prlm.save_checkpoint(model.state_dict(), model.bert.raw | raw, model.tokenizer, directory)
 
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
-    names = {r".*position_ids": ""}  # a buffer
-    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), names, device)
+    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), {}, device)
 
 
 def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
@@ -338,12 +334,9 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
+    said = ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
+    print(f"judge {o.judge} (.5 is chance): {said}")
     return judge
-
-
-def describe(report: dict) -> str:
-    return ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
 
 
 @dataclass

@@ -16,7 +16,7 @@ sampled. Every random choice is a function of (seed, purpose, step), so no gener
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` watches it); length penalties; new samples for groups of equal rewards.
 
-    python rl.py                # the toy, on a CPU, in minutes; on four GPUs:
+    python rl.py      # the toy, on a CPU, in minutes; on four GPUs:
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ..."""
 
 import copy
@@ -48,7 +48,7 @@ Normalizer = Literal["grpo", "dapo", "dr_grpo"]
 LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, e^100 would overflow
 
 
-# ---- The paper's optimization: GRPO (Shao et al. 2024) -------------------------------------------
+# ---- The paper's optimization: GRPO (Shao et al. 2024) ----
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
     not divide (Dr. GRPO). A group of one, or whose rewards are equal up to rounding (8 eps of the
@@ -97,8 +97,7 @@ def grpo_loss(
     `weights`: the `token_weights` of a part of a step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
-    logprobs = logprobs.masked_fill(outside, 0.0)
-    old_logprobs = old_logprobs.masked_fill(outside, 0.0)
+    logprobs, old_logprobs = (x.masked_fill(outside, 0.0) for x in (logprobs, old_logprobs))
     ratio = (logprobs - old_logprobs).clamp(max=LARGEST).exp()  # [P, G, C]
     advantage = advantages[..., None]  # [P, G, 1]
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -110,7 +109,7 @@ def grpo_loss(
     return (loss * weights).sum()
 
 
-# ---- One step ----------------------------------------------------------------------------------
+# ---- One step ----
 @dataclass
 class Options(RewardOptions):
     accuracy: float = option(1.0, "weight of ROUGE against the user's text", 0)
@@ -229,7 +228,7 @@ def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[
     return [order[n // count][n % count] for n in read]
 
 
-# ---- A run ---------------------------------------------------------------------------------------
+# ---- A run ----
 def main(o: Options, judge=None) -> None:
     """The run that the options describe, with a `judge` in place of theirs if one is given."""
     with processes():
@@ -317,7 +316,7 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
             bar.update()
 
 
-# ---- Before RL: a warm start, and a first look -------------------------------------------------
+# ---- Before RL: a warm start, and a first look ----
 EVIDENCE = "The user wrote: {}\n"  # a line of the reasoning that the warm start teaches
 EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # tokens: of a title, or how a tweet begins
 
@@ -374,22 +373,19 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     shown = [train[n] for n in choose(len(train), 0, 8, o.seed, 8 * o.warm_start)]
     prompts = make_prompts(o, policy.tokenizer, shown)
     rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
-    empty = sum(scoring.is_placeholder(row["answer"], o.task) for row in rows)
-    found = {"answered": 1 - empty / len(rows)}
-    found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
-    found["groups_with_spread"] = by_group(o, rows, "advantage").any(1).float().mean().item()
-    said = "a first look: {:.0%} answered, {:.0%} truncated, rewards differ in {:.0%} of groups"
-    print(said.format(*found.values()))
-    if found["groups_with_spread"] <= 0.1 and not o.force:
+    spread = by_group(o, rows, "advantage").any(1).float().mean().item()
+    said = f"a first look: {scoring.shares(rows, o.task)}, rewards differ in {spread:.0%} of groups"
+    print(said)
+    if spread <= 0.1 and not o.force:
         raise ValueError(
-            "in nearly all groups all completions earn the same, so GRPO would learn nothing. "
-            "With --overwrite: --warm-start 125 teaches the form; if many are truncated, raise "
+            "in nearly all groups all completions earn the same: GRPO would learn nothing. With "
+            "--overwrite, --warm-start 125 teaches the form; if many are truncated, raise "
             "--max-new-tokens; if most answer, --temperature. --force trains all the same"
         )
-    prlm.write_json(out / "look.json", found)
+    prlm.write_json(out / "look.json", {"said": said})
 
 
-# ==== Below: not the method =====================================================================
+# ==== Below: not the method ====
 def make_policy(o: Options) -> Policy:
     """The checkpoint o.model, ready to be trained: in float32, since at a learning rate of 1e-6 a
     bfloat16 weight would never move; or LoRA on a base of the products' type."""
@@ -440,7 +436,7 @@ def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
-# ---- What a run leaves: its log, saved states, scores --------------------------------------------
+# ---- What a run leaves: its log, saved states, scores ----
 METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's completions
     "step": "counted from 1",
     "lr": "its learning rate",
