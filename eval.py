@@ -6,9 +6,8 @@ lowercased [a-z0-9]+ words that two texts share, a repeated one as often as both
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-So a text in another script scores 0. The authors score with rouge_chinese after jieba (sets of
-n-grams, punctuation as words): their numbers cannot be compared with these. BLEU is theirs:
-characters, 4-grams, NLTK's smoothing method 3.
+So a text in another script scores 0, and the authors' numbers, by rouge_chinese, cannot be compared
+with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
     python eval.py --run runs/toy       # a run's checkpoint, under the run's own options"""
 
@@ -67,10 +66,8 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 def bleu(prediction: str, reference: str) -> float:
     """BLEU-4 over lowercased characters: the geometric mean of the n-gram precisions p_1 .. p_4,
-    times exp(1 - r / c) if the prediction's length c is below the reference's, r. By NLTK's
-    smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
-    >>> bleu("a", "b"), bleu("abcd", "abcd")
-    (0.0, 1.0)"""
+    times exp(1 - r / c) if the prediction's length c is below the reference's, r. By the smoothing
+    the k-th order without a match counts as having 1 / 2^k matches."""
     a, b = list(prediction.lower()), list(reference.lower())
     found = [common(a, b, n) for n in (1, 2, 3, 4)]
     if not found[0]:
@@ -86,8 +83,8 @@ ANY = "['‘’\"“”]"
 
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title' or what else the task asks for; "" if none. ValueError: unknown task.
-    1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
-       that, what stands between the first </answer> and the last <answer> before it, if any.
+    1. Only what follows the last </think> counts, and nothing if it has a <think>; of that, what
+       stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
        its line, after blanks and Markdown's marks.
     3. A value in quotation marks ends at the first mark of the same sort, single or double, before
@@ -112,8 +109,8 @@ def extract_answer(completion: str, task: str) -> str:
 
 
 def read_value(text: str, start: int) -> tuple[str, int]:
-    r"""(the value that begins at `start`, the index at which it ends), by rule 3; \' and \" are
-    read as ' and ". An object or a fenced block is no value: "", of no length."""
+    r"""(the value that begins at `start`, where it ends), by rule 3; \' and \" are read as ' and ".
+    An object or a fenced block is no value: "", of no length."""
     if text.startswith(("{", "```"), start):
         return "", start
     escaped = r"\\(['\"\\])"
@@ -205,7 +202,7 @@ def run_directory(o, record="config.json") -> Path:
             raise ValueError(f"{out} is not empty, and no result of this: take another --out")
         if not o.overwrite:
             ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"
-            raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
+            raise ValueError(f"{out} holds a result already: {ways}")
         for name in {"model", "data", "encoder", "reward_model"} & mine.keys():
             if mine[name] and Path(mine[name]).resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"--overwrite would delete the {name} that it needs, {mine[name]}")

@@ -151,21 +151,20 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -
         return []
     if retriever == "random":
         return random.Random(repr((seed, example.id))).sample(profile, min(k, len(profile)))
-    if retriever == "recency":
-        dates = [[*map(int, re.findall(r"\d+", str(item.get("date"))))] for item in profile]
-        if not all(date and 999 < date[0] < 10000 for date in dates):
-            raise ValueError(f"record {example.id!r}: recency needs dates like 2016-03-14")
-        order = sorted(range(len(profile)), key=dates.__getitem__, reverse=True)
-        return [profile[n] for n in order[:k]]
     texts = [show(item, example.task) for item in profile]
-    if retriever == "dense":
+    if retriever == "recency":
+        keys = [[*map(int, re.findall(r"\d+", str(item.get("date"))))] for item in profile]
+        if not all(date and 999 < date[0] < 10000 for date in keys):
+            raise ValueError(f"record {example.id!r}: recency needs dates like 2016-03-14")
+    elif retriever == "dense":
         if encoder is None or encoder.tokenizer is None:
             raise ValueError("dense needs --encoder DIRECTORY, with a tokenizer.json")
-        scores = embed(encoder, tuple(texts)) @ embed(encoder, (example.query.strip(),))[0]
+        keys = embed(encoder, tuple(texts)) @ embed(encoder, (example.query.strip(),))[0]
     else:
         idf = "okapi" if retriever == "bm25" else "lucene"
-        scores = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
-    return [profile[n] for n in np.argsort(-scores, kind="stable")[:k]]
+        keys = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
+    order = sorted(range(len(profile)), key=lambda n: keys[n], reverse=True)  # ties keep theirs
+    return [profile[n] for n in order[:k]]
 
 
 # ---- The paper's prompt ----
@@ -245,9 +244,9 @@ def one_line(answer: str) -> str:  # since `extract_answer` reads one
 
 # ==== Below: not the method ====
 def load_lamp(directory, task: str, split: str) -> list[Example]:
-    """The records of a split ("train" | "dev" | "test") in file order, outputs joined by id. The
-    files are in `directory` or its LaMP_4 (the authors' LaMP_4_time), or there in a folder of the
-    split's name. Only "test" may lack outputs. ValueError names file and record."""
+    """The records of a split in file order, outputs joined by id. The files are in `directory` or
+    its LaMP_4 (the authors' LaMP_4_time), or there in a folder of the split's name. Only "test" may
+    lack outputs. ValueError names file and record."""
     prefix, folder = task_of(task).prefix, task.replace("-", "_")
     places = [Path(directory, a, b) for a in ("", folder, f"{folder}_time") for b in (split, "")]
     files = [place / f"{split}_questions.json" for place in places]
@@ -288,7 +287,7 @@ def load_examples(o, split: str) -> list[Example]:
 @torch.no_grad()
 def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
     """BERT's mean hidden state over each text, as the authors do, but of length 1, so that products
-    are cosines: [N, H]. A text is cut to 512 tokens, or to the encoder's most."""
+    are cosines: [N, H]. Of a text it takes 512 tokens, or the encoder's most."""
     limit, found = min(512, encoder.max_length), []
     rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
     for start in range(0, len(rows), 32):

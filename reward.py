@@ -58,8 +58,8 @@ def rewards(
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
     """Each completion's answer, three parts, and their sum by the weights (the last arguments), the
-    "reward". An answer that is empty or an echo of the placeholder earns no accuracy, and in place
-    of the judge's value the task's penalty. ValueError unless those are finite numbers."""
+    "reward". An empty answer or a placeholder earns no accuracy and, in place of the judge's value,
+    the task's penalty. ValueError unless those values are finite numbers."""
     rows, judged = [], []  # `judged`: what the judge will see, (row, example)
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
@@ -87,14 +87,14 @@ def rewards(
 # ---- The paper's judge: a model trained by contrast ----
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
     """InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B, in nats. A
-    negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
+    negative of -inf, a missing one, counts for nothing and has gradient 0."""
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 class RewardModel(nn.Module):
-    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output:
-    transformers' BertForSequenceClassification."""
+    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output.
+    In transformers: BertForSequenceClassification."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -132,16 +132,16 @@ class RewardModel(nn.Module):
 @dataclass
 class RewardOptions(PromptOptions):
     judge: Literal["bert", "ratio"] = option("bert", "a trained model, or the policy itself")
-    pairs_per_query: int = option(3, "reward model: pairs sampled for each query", 1)
-    reward_epochs: int = option(3, "reward model: passes over the pairs; 0: an ablation", 0)
-    reward_lr: float = option(1e-3, "reward model: peak learning rate", 1e-12)
-    reward_model: str | None = option(None, "a trained one; else one is trained")
+    pairs_per_query: int = option(3, "judge bert: pairs sampled for each query", 1)
+    reward_epochs: int = option(3, "judge bert: passes over the pairs; 0: an ablation", 0)
+    reward_lr: float = option(1e-3, "judge bert: peak learning rate", 1e-12)
+    reward_model: str | None = option(None, "judge bert: a trained one; else one is trained")
     tokens_per_micro_batch: int = option(8192, "memory against speed; the result is the same", 1)
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
-    sampled before RL at T = 0.7, each with noise of its own. Empty answers make no pair."""
+    sampled before RL at T = 0.7 with noise of their own. Empty answers make no pair."""
     sides = []
     for purpose, k in (("answers with profile", o.k), ("answers without profile", 0)):
         prompts = make_prompts(replace(o, k=k), tokenizer, examples)
@@ -156,16 +156,15 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
 
 def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
     """Scores of the positives [B] and the negatives [B, N], -inf where a pair has fewer than N."""
-    texts = [[pair["positive"], *pair["negatives"]] for pair in pairs]
-    queries = [pair["query"] for pair, row in zip(pairs, texts, strict=True) for _ in row]
-    by_pair = model.score(queries, [*chain(*texts)]).split([*map(len, texts)])
+    rows = [(p["query"], text) for p in pairs for text in (p["positive"], *p["negatives"])]
+    by_pair = model.score(*zip(*rows)).split([1 + len(p["negatives"]) for p in pairs])
     scores = pad_sequence(by_pair, batch_first=True, padding_value=-math.inf)  # [B, 1+N]
     return scores[:, 0], scores[:, 1:]
 
 
 @torch.no_grad()
 def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
-    """How often a positive scores above a negative of its query, ties half; chance is 0.5."""
+    """How often a positive scores above a negative of its pair, ties half; chance is 0.5."""
     scores = [score_pairs(model, part) for part in chunks(pairs, BATCH)]
     margins = torch.cat([(own[:, None] - other)[other.isfinite()] for own, other in scores])
     return ((margins.sign() + 1) / 2).double().mean().item()
@@ -184,7 +183,7 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
     """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean. As
-    many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted."""
+    many pairs are scored at a time as o.tokens_per_micro_batch allows, padding counted."""
     texts = [[p["query"] + text for text in (p["positive"], *p["negatives"])] for p in pairs]
     widest = min(model.limit, max(map(len, chain(*texts))))  # a token has at least one character
     count, total = max(1, o.tokens_per_micro_batch // (widest * max(map(len, texts)))), 0.0
@@ -228,7 +227,7 @@ def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8
     an empty one has 0. InfoNCE is least at s = log p(a | q, d) - log p(a | q), where p is what its
     answers come from (derived in toy/README.md); here pi, at temperature 1, is in p's place."""
 
-    def log_likelihood(prompts: list[list[int]]) -> Tensor:
+    def log_likelihood(prompts) -> Tensor:
         total = torch.zeros(len(prompts), max(map(len, answers), default=0))
         for rows, *asked in micro_batches(prompts, answers, tokens_per_batch):
             logprobs, _ = prlm.token_logprobs(decoder, *asked)
@@ -239,16 +238,16 @@ def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8
 
 
 def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list[float]:
-    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy with its
-    reasoning closed: the probability that a was written with the profile, at even odds. What the
-    query explains cancels out: without accuracy beside it, an answer on another topic is worth as
-    much, so keep the policy near the base with --beta."""
+    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy without
+    reasoning: the probability, at even odds, that a was written with the profile. What the query
+    explains cancels out, so without accuracy beside it an answer on another topic is worth as much:
+    keep the policy near the base with --beta."""
     # An example's answers stand together and share its two prompts. Its record id would not do:
     # the swap test asks with the same ids and other profiles.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
     asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
-    hows = (replace(o, reasoning=False, k=k) for k in (o.k, 0))
-    prompts = (make_prompts(how, tokenizer, asked) for how in hows)
+    sides = (replace(o, reasoning=False, k=k) for k in (o.k, 0))
+    prompts = (make_prompts(side, tokenizer, asked) for side in sides)
     ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
     padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
     ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
@@ -257,7 +256,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
 
 
 def swap_test(judge: Judge, examples: list[Example]) -> float | None:
-    """How often a user's real text is worth more with the user's own profile than with another's,
+    """How often a user's real text is worth more with the own profile than with another user's,
     ties half; .5 is chance. None without a second user; users who share an item are one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     asked, swapped = [], []
@@ -268,7 +267,7 @@ def swap_test(judge: Judge, examples: list[Example]) -> float | None:
             swapped.append(replace(e, profile=other.profile))
     texts = [e.target for e in asked]
     values = [*zip(judge(asked, texts), judge(swapped, texts), strict=True)] if asked else []
-    wins = [0.5 if own == other else float(own > other) for own, other in values]
+    wins = [(own > other) + 0.5 * (own == other) for own, other in values]
     return sum(wins) / len(wins) if wins else None
 
 
@@ -278,8 +277,8 @@ def chunks(items: list, size: int) -> list[list]:
 
 
 def micro_batches(prompts, groups, budget: int, share: bool = False) -> list[tuple]:
-    """(indices [p], prompts [p], completions [p][G]) of as many groups together as stay within
-    `budget` tokens, at least one, the largest first; with `share`, of this process's groups."""
+    """(indices [p], prompts [p], completions [p][G]) of as many groups as stay within `budget`
+    tokens, at least one, the largest first; with `share`, of this process's groups."""
     sizes = [len(p) + sum(map(len, g)) for p, g in zip(prompts, groups, strict=True)]
     rows, batches, room = range(len(sizes)), [], -1
     for n in sorted(prlm.my_share(rows) if share else rows, key=lambda n: -sizes[n]):
@@ -300,8 +299,8 @@ def load_reward_model(directory, device="cpu") -> RewardModel:
 
 
 def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
-    """The model of --judge bert: a trained one, or one that starts from the encoder; None for
-    ratio. ValueError if it is faulty, or the judge would have nothing to tell apart."""
+    """The model of --judge bert, trained or made of the encoder; None for ratio. ValueError if it
+    is faulty, or the judge would have nothing to tell apart."""
     if o.judge == "bert" and o.reward_model:
         return load_reward_model(o.reward_model, device)
     if o.k == 0 or o.retriever == "none":
@@ -315,9 +314,9 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
 
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
-    """The judge that the options name. "bert" samples its pairs from the frozen decoder, "ratio"
-    keeps it. What is in `directory` already, pairs or a model with its report, stays."""
-    pairs, file = (Path(directory) / f"{name}.json" for name in ("pairs", "report"))  # that last
+    """The judge that the options name: bert samples its pairs from the frozen decoder, ratio keeps
+    it. What `directory` has already, pairs or a model with its report, stays."""
+    pairs, file = Path(directory) / "pairs.json", Path(directory) / "report.json"
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)
     trained = o.reward_model or (directory if report else None)

@@ -51,8 +51,8 @@ LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, e^100 would overf
 # ---- The paper's optimization: GRPO (Shao et al. 2024) ----
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
-    not divide (Dr. GRPO). A group of one, or whose rewards are equal up to rounding (8 eps of the
-    largest), gets exact zeros. Computed in float32 at least. ValueError: another scale."""
+    not divide (Dr. GRPO). A group of one, or of rewards equal up to rounding (8 eps of the
+    largest), gets exact zeros. In float32 at least. ValueError: another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -140,7 +140,7 @@ class Options(RewardOptions):
 
 @dataclass
 class Policy:
-    decoder: Decoder  # is trained: its float32 weights, or adapters on a frozen base
+    decoder: Decoder  # is trained
     sampler: Decoder  # generates: the decoder itself, or its copy in the products' precision
     tokenizer: Tokenizer
     reference: Decoder  # the policy before RL, frozen
@@ -204,7 +204,7 @@ def optimizer_step(optimizer) -> float:
         dist.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(norm):
-        raise ValueError(f"the gradient's norm is {norm}: a lower --lr, in another --out, may do")
+        raise ValueError(f"the gradient's norm is {norm}: a lower --lr may do")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -219,10 +219,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
-def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples: step 0 begins after `start` of them, a later one where the one
-    before stopped. Every epoch has a shuffle of its own."""
-    read, order = range(start + step * size, start + (step + 1) * size), {}
+def choose(count: int, start: int, size: int, seed: int) -> list[int]:
+    """Indices of the next examples after the first `start`; every epoch has its own shuffle."""
+    read, order = range(start, start + size), {}
     for epoch in {n // count for n in read}:
         order[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
     return [order[n // count][n % count] for n in read]
@@ -260,7 +259,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     score_held_out(replace(o, k=0), out, "no_profile", policy, held)
     score_held_out(o, out, "before", policy, held)
     train_policy(o, out, policy, judge, train, held)
-    refresh(policy)  # to nearest, as whoever loads the checkpoint will have it
+    refresh(policy)  # to nearest, as one who loads the checkpoint has it
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
     scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
@@ -269,31 +268,30 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
 def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
     prompts = make_prompts(o, policy.tokenizer, train)
 
-    def take(step: int, optimizer) -> tuple[dict, str]:
+    def take(step: int, optimizer) -> dict:
         begun = time.perf_counter()
-        # After those of the warm start, so that RL meets records that it has not imitated.
-        chosen = choose(len(train), step, o.prompts_per_step, o.seed, 8 * o.warm_start)
+        # After those of the warm start: RL is to meet records that it has not imitated.
+        start = 8 * o.warm_start + step * o.prompts_per_step
+        chosen = choose(len(train), start, o.prompts_per_step, o.seed)
         asked = [prompts[n] for n in chosen]
         rows = roll_out(o, policy, judge, [train[n] for n in chosen], asked, step + 1)
         rolled = time.perf_counter()
         log = update(o, policy, optimizer, asked, rows)
         refresh(policy, seed_of(o.seed, "rounding", step))
         seconds = {"rollout": rolled - begun, "update": time.perf_counter() - rolled}
-        metrics = rollout_metrics(o, asked, rows, seconds) | log
-        said = f"reward {metrics['reward']:.3f}"
+        log = rollout_metrics(o, asked, rows, seconds) | log
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             scores, _ = scoring.evaluate(policy.sampler, policy.tokenizer, held[:64], o)
-            metrics |= {f"eval_{name}": value for name, value in scores.items()}
-            said += f", ROUGE-L of 64 held-out {scores['rouge-l']:.3f}"
+            log |= {f"eval_{name}": value for name, value in scores.items()}
         prlm.append(out / "samples.jsonl", rows)
-        return metrics, said
+        return log
 
     keep_training(o, out, "GRPO", o.steps, o.lr, policy, take)
 
 
 def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
-    """Calls take(step, optimizer) -> (line of the log, text to print) for each step up to `count`
-    that is not done. Saves every --save-every steps, at the end, and when asked to stop."""
+    """Calls take(step, optimizer), which gives a line of the log, for the steps up to `count` that
+    are not done. Saves every --save-every steps, at the end, and when asked to stop."""
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
     done = load_state(folder, policy, optimizer)
@@ -304,14 +302,16 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
     with stop_after_step() as asked, prlm.progress(title=title, total=count, initial=done) as bar:
         for step in range(done, count):
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, count, peak)
-            log, said = take(step, optimizer)
-            prlm.append(folder / "metrics.jsonl", [{"step": step + 1, "lr": lr} | log])
+            log = {"step": step + 1, "lr": lr} | take(step, optimizer)
+            prlm.append(folder / "metrics.jsonl", [log])
             if (step + 1) % o.save_every == 0 or step + 1 == count or asked():
                 save_state(folder, step + 1, policy, optimizer)
                 if stop := asked():  # during the save, too
                     say("stopped; the same command with --resume goes on")
                     sys.exit(128 + stop)
             if (step + 1) % max(1, count // 10) == 0 or "eval_bleu" in log:
+                shown = ("reward", "loss", "eval_rouge-l")
+                said = ", ".join(f"{key} {x:.3f}" for key, x in log.items() if key in shown)
                 bar.write(f"step {step + 1} of {count}: {said}")
             bar.update()
 
@@ -345,20 +345,18 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
     if not (folder / "model.safetensors").is_file():
         prompts = make_prompts(o, policy.tokenizer, train)
         targets = warm_start_targets(o, policy.tokenizer, train)
-        example = prlm.printable(policy.tokenizer.decode(targets[0])).replace("\n", "\n  ")
-        print(f"warm start: {o.warm_start} steps towards, for example\n  {example}")
+        example = prlm.printable(policy.tokenizer.decode(targets[0]))
+        print(f"warm start: to be imitated is, for example,\n{example}")
 
-        def take(step: int, optimizer) -> tuple[dict, str]:
-            chosen = choose(len(train), step, 8, o.seed)
+        def take(step: int, optimizer) -> dict:
+            chosen = choose(len(train), 8 * step, 8, o.seed)
             asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]  # G = 1
             tokens, total = sum(len(targets[n]) for n in chosen), 0.0
             for _, *batch in micro_batches(asked, wanted, o.tokens_per_micro_batch, share=True):
                 loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
                 loss.backward()
                 total += loss.item()
-            loss = sum(prlm.gather(total))
-            log = {"loss": loss, "grad_norm": optimizer_step(optimizer)}
-            return log, f"{loss:.3f} nats per token"
+            return {"loss": sum(prlm.gather(total)), "grad_norm": optimizer_step(optimizer)}
 
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
@@ -369,8 +367,8 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
 
 def first_look(o: Options, out: Path, policy: Policy, train) -> None:
     """One rollout of eight prompts stops a run that could not learn. The judge's stand-in gives
-    each different answer a value of its own."""
-    shown = [train[n] for n in choose(len(train), 0, 8, o.seed, 8 * o.warm_start)]
+    each different answer its own value."""
+    shown = [train[n] for n in choose(len(train), 8 * o.warm_start, 8, o.seed)]
     prompts = make_prompts(o, policy.tokenizer, shown)
     rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
     spread = by_group(o, rows, "advantage").any(1).float().mean().item()
@@ -391,7 +389,7 @@ def make_policy(o: Options) -> Policy:
     bfloat16 weight would never move; or LoRA on a base of the products' type."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
-        raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
+        raise ValueError(f"{o.model}: no file names an EOS id, so nothing could end")
     if o.lora_rank:
         torch.manual_seed(o.seed)  # LoRA's A starts random
         sampler, reference = decoder, add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
@@ -404,8 +402,8 @@ def make_policy(o: Options) -> Policy:
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
     """Freezes the decoder and gives every matrix of its layers float32 adapters to train: A, drawn
-    as in PEFT, and B, which is 0, so at first nothing changes. Returns the decoder without them,
-    its weights in the same memory."""
+    as in PEFT, and B, which is 0, so at first nothing changes. Returns the decoder without them, in
+    the same memory."""
     decoder.requires_grad_(False)
     plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
     for module in decoder.model.layers.modules():
@@ -441,15 +439,15 @@ METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's
     "step": "counted from 1",
     "lr": "its learning rate",
     "reward": "what the completions earned: the signal to watch",
-    "accuracy": "ROUGE-1 + ROUGE-2 + ROUGE-L of the answers, 0 to 3, before its weight",
-    "format": "share that close their reasoning, before its weight",
-    "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
+    "accuracy": "ROUGE-1 + -2 + -L of the answers, 0 to 3; like the next two, before its weight",
+    "format": "share that close their reasoning",
+    "personalization": "the judge's values; -10 for an empty LaMP-4 answer",
     "spread": "std of the reward in a group; if low, try a higher --temperature, --group-size",
     "zero_spread_groups": "share whose completions all earned the same: they teach nothing",
     "truncated": "share cut off at --max-new-tokens; if high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy explores no more",
-    "loss": "about 0 with grpo, one update per rollout and no KL, since advantages sum to 0",
+    "loss": "about 0 with grpo, one update per rollout and no KL: watch the reward",
     "grad_norm": "of the gradient, before it is clipped to 1",
     "kl": "k3 per token, in nats: how far from the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",

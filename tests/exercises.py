@@ -137,9 +137,9 @@ EXERCISES = [
          "random": "Does the draw depend on anything but the seed and the record's id?",
          "recency": "A date is its numbers, the year first; equal ones keep their order."}, [
             Mutant("ties go to the higher index", "Rankings are rank_bm25's, but for ties.",
-                   "-scores, kind=\"stable\")", "scores, kind=\"stable\")[::-1]"),
+                   "range(len(profile)), key", "range(len(profile))[::-1], key"),
             Mutant("the oldest items come first", "Recency shows what the user wrote years ago.",
-                   ", reverse=True)", ")"),
+                   "reverse=True", "reverse=retriever != \"recency\""),
             Mutant("one draw for all users", "Random retrieval takes the same places everywhere.",
                    "random.Random(repr((seed, example.id)))", "random.Random(seed)"),
             Mutant("the idfs are swapped", "`bm25` equals Lucene's ranking, not rank_bm25's.",
