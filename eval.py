@@ -182,7 +182,7 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
 
 
 # ==== Below: not the method ====
-# What may change when a run is resumed: its length, its place, what costs time or memory.
+# What may change when a run is resumed: length, place, and what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 

@@ -100,7 +100,7 @@ class Example:  # one LaMP record
 
 # ---- The paper's retrieval ----
 class BM25:
-    """Okapi BM25 over tokenised documents; each profile, being small, gets a new index."""
+    """Okapi BM25 over tokenised documents; each profile gets an index of its own."""
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
@@ -304,7 +304,7 @@ class PromptOptions:
     data: str = option(str(SHIPPED / "lamp"), "directory with LaMP's files")
     task: TaskName = option("LaMP-4", "an entry of TASKS in retrieve.py")
     preset: Literal["toy", "small", "paper"] = option("toy", "other defaults: PRESETS in prlm.py")
-    limit: int = option(0, "only the first records of each split; 0 takes all", 0)
+    limit: int = option(0, "only the first records of each split; 0: all", 0)
     retriever: Retriever = option("bm25", "how profile items are ranked")
     k: int = option(4, "profile items in the prompt", 0)
     encoder: str | None = option(str(SHIPPED / "encoder"), "BERT checkpoint: dense, and the judge")

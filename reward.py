@@ -308,7 +308,7 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
     if o.judge == "ratio":
         return None
     if o.encoder is None:
-        raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
+        raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT")
     torch.manual_seed(o.seed)  # the classifier's first weights
     return RewardModel(prlm.load_encoder(o.encoder, device))
 

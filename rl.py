@@ -229,7 +229,7 @@ def choose(count: int, start: int, size: int, seed: int) -> list[int]:
 
 # ---- A run ----
 def main(o: Options, judge=None) -> None:
-    """The run that the options describe, with a `judge` in place of theirs if one is given."""
+    """The run that the options describe; `judge`, if given, in place of theirs."""
     with processes():
         if o.personalization and judge is None:
             judge_model(o)
@@ -295,7 +295,7 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(policy, peak)
     done = load_state(folder, policy, optimizer)
-    (folder / "metrics.jsonl").touch()  # the run may have no step to log
+    (folder / "metrics.jsonl").touch()  # there may be no step to log
     if done:
         refresh(policy, seed_of(o.seed, "rounding", done - 1))
         print(f"{title}: on after step {done}")
@@ -430,7 +430,7 @@ def refresh(policy: Policy, seed: int | None = None) -> None:
 
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     parameters = [p for p in policy.decoder.parameters() if p.requires_grad]
-    # The fused AdamW, for CUDA, makes no second copy of its second moments during a step.
+    # Fused, on CUDA, it makes no copy of its second moments during a step.
     return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
