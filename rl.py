@@ -346,7 +346,7 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
         prompts = make_prompts(o, policy.tokenizer, train)
         targets = warm_start_targets(o, policy.tokenizer, train)
         example = prlm.printable(policy.tokenizer.decode(targets[0]))
-        print(f"warm start: to be imitated is, for example,\n{example}")
+        print(f"warm start: it imitates, for example,\n{example}")
 
         def take(step: int, optimizer) -> dict:
             chosen = choose(len(train), 8 * step, 8, o.seed)
