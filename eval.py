@@ -1,30 +1,29 @@
 """Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
 
-ROUGE is that of LaMP's official evaluation, Google's rouge_score without stemming: it counts which
-n-grams of lowercased [a-z0-9]+ words two texts share, a repeated one as often as both have it.
+ROUGE is that of LaMP's evaluation, Google's rouge_score without stemming: it counts the n-grams of
+lowercased [a-z0-9]+ words that two texts share, a repeated one as often as both have it.
 
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-So a text in another script scores 0 even where it is right. The authors score with rouge_chinese
-after jieba (sets of n-grams, punctuation as words): their numbers cannot be compared with these.
-BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
+So a text in another script scores 0, and the authors' numbers, by rouge_chinese, cannot be compared
+with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
-    python eval.py --run runs/toy               # a run's checkpoint, under the run's own options"""
+    python eval.py --run runs/toy       # a run's checkpoint, under the run's own options"""
 
 import dataclasses
 import math
 import random
 import re
 import shutil
-from collections import Counter
+from collections import ChainMap, Counter
 from pathlib import Path
 
 import prlm
 from prlm import option
 from retrieve import CLOSED, PromptOptions, Split, load_examples, make_prompts, task_of
 
-# ---- The paper's evaluation: metrics of two texts --------------------------------------------
+# ---- The paper's evaluation: metrics of two texts ----
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu")
 
 
@@ -54,7 +53,7 @@ def longest_common_subsequence(a: list, b: list) -> int:
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1, as rouge_score's without stemming; an empty side gives 0.
+    """F1 of ROUGE-1, -2 and -L; 0 where a side is empty.
     >>> rouge("a b c", "a b d")
     {'rouge-1': 0.6666666666666666, 'rouge-2': 0.5, 'rouge-l': 0.6666666666666666}"""
     a, b = words(prediction), words(reference)
@@ -67,10 +66,8 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 def bleu(prediction: str, reference: str) -> float:
     """BLEU-4 over lowercased characters: the geometric mean of the n-gram precisions p_1 .. p_4,
-    times exp(1 - r / c) if the prediction's length c is below the reference's, r. By NLTK's
-    smoothing method 3 the k-th order without a match counts as having 1 / 2^k matches.
-    >>> bleu("a", "b"), bleu("abcd", "abcd")
-    (0.0, 1.0)"""
+    times exp(1 - r / c) if the prediction's length c is below the reference's, r. By the smoothing
+    the k-th order without a match counts as having 1 / 2^k matches."""
     a, b = list(prediction.lower()), list(reference.lower())
     found = [common(a, b, n) for n in (1, 2, 3, 4)]
     if not found[0]:
@@ -80,14 +77,14 @@ def bleu(prediction: str, reference: str) -> float:
     return math.exp(min(0.0, 1 - len(b) / len(a)) + math.fsum(logs) / 4)
 
 
-# ---- The answer in a completion: what this parser cannot read earns no accuracy ------------------
+# ---- The answer in a completion: what this parser cannot read earns no accuracy ----
 ANY = "['‘’\"“”]"
 
 
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title' or what else the task asks for; "" if none. ValueError: unknown task.
-    1. Only what follows the last </think> counts, and nothing if there is a <think> in it; of
-       that, what stands between the first </answer> and the last <answer> before it, if any.
+    1. Only what follows the last </think> counts, and nothing if it has a <think>; of that, what
+       stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
        its line, after blanks and Markdown's marks.
     3. A value in quotation marks ends at the first mark of the same sort, single or double, before
@@ -106,14 +103,14 @@ def extract_answer(completion: str, task: str) -> str:
     values, start = [], 0
     while found := key.search(text, start):
         value, start = read_value(text, found.end())
-        values += [value] if value else []
+        values.append(value)
     real = [value for value in values if not is_placeholder(value, task)]
-    return (real or values or [""])[0]
+    return next(filter(None, real + values), "")
 
 
 def read_value(text: str, start: int) -> tuple[str, int]:
-    r"""(the value that begins at `start`, the index at which it ends), by rule 3; \' and \" are
-    read as ' and ". An object or a fenced block is no value: "", of no length."""
+    r"""(the value that begins at `start`, where it ends), by rule 3; \' and \" are read as ' and ".
+    An object or a fenced block is no value: "", of no length."""
     if text.startswith(("{", "```"), start):
         return "", start
     escaped = r"\\(['\"\\])"
@@ -125,12 +122,12 @@ def read_value(text: str, start: int) -> tuple[str, int]:
     return re.sub(escaped, r"\1", found[1].strip("* \t")).strip(), found.end()
 
 
-def is_placeholder(answer: str, task: str) -> bool:  # empty, or still with a "generated title"
+def is_placeholder(answer: str, task: str) -> bool:  # or empty
     return not answer.strip() or f"generated {task_of(task).answer}" in answer.lower()
 
 
-# ---- A policy on a data set --------------------------------------------------------------------
-def seed_of(*parts) -> int:  # for one purpose: what should be independent must not share noise
+# ---- A policy on a data set ----
+def seed_of(*parts) -> int:  # a purpose's own: what should be independent must not share noise
     return random.Random(repr(parts)).getrandbits(63)
 
 
@@ -138,9 +135,9 @@ def make_records(
     o: PromptOptions, decoder, tokenizer, examples, prompts: list[list[int]],
     group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
-    """What the policy was asked and what it says, for each of P G completions: id, query, target,
-    prompt and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length
-    are sampled together; `purpose` and the batch's place seed their noise."""
+    """What the policy was asked and says, for each of P G completions: id, query, target, prompt
+    and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length are
+    sampled together; `purpose` and their place seed their noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
@@ -149,7 +146,7 @@ def make_records(
         chosen = order[start : start + starts.step]
         asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
         groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
-    groups = {n: group for share in prlm.gather(groups) for n, group in share.items()}
+    groups = ChainMap(*prlm.gather(groups))
     opened, records = tokenizer.opening if o.reasoning else CLOSED, []
     for n, (e, prompt) in enumerate(zip(examples, prompts)):
         asked = dict(id=e.id, query=e.query, target=e.target, prompt=tokenizer.decode(prompt))
@@ -161,9 +158,9 @@ def make_records(
     return records
 
 
-def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0, k=None):
+def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0) -> list[dict]:
     """`make_records` of one completion for each example, with every metric if it has a target."""
-    prompts = make_prompts(o, tokenizer, examples, k)
+    prompts = make_prompts(o, tokenizer, examples)
     records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
         if record["target"] is not None:
@@ -173,26 +170,26 @@ def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0, 
 
 
 def mean_scores(records: list[dict]) -> dict[str, float]:
-    """The mean of each metric over records; {} without records, or where targets are withheld."""
+    """The mean of each metric; {} without records, or where targets are withheld."""
     scored = records and all(record["target"] is not None for record in records)
     return {name: sum(r[name] / len(records) for r in records) for name in METRICS if scored}
 
 
 def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tuple[dict, dict]:
-    """(mean scores, answers by record id), greedy unless a temperature is given."""
+    """(mean scores, answers by record id), greedy by default."""
     records = answer_all(options or PromptOptions(), decoder, tokenizer, examples, temperature)
     return mean_scores(records), {record["id"]: record["answer"] for record in records}
 
 
-# ==== Below: not the method =====================================================================
-# What may change when a run is resumed: its length and place, what costs time or memory.
+# ==== Below: not the method ====
+# What may change when a run is resumed: length, place, and what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 
 
 def run_directory(o, record="config.json") -> Path:
-    """o.out with its options in `record`: a new directory, or a run that --resume continues if all
-    options but the FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
+    """o.out, its options in `record`: a new directory, or a run that --resume continues if all
+    options but FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = prlm.read_json(out / record) if (out / record).is_file() else {}
     if held.keys() == mine.keys() and mine.get("resume"):
@@ -205,7 +202,7 @@ def run_directory(o, record="config.json") -> Path:
             raise ValueError(f"{out} is not empty, and no result of this: take another --out")
         if not o.overwrite:
             ways = "--resume goes on with it, " * ("resume" in mine) + "--overwrite deletes it"
-            raise ValueError(f"{out} holds a result already: {ways}; or take another --out")
+            raise ValueError(f"{out} holds a result already: {ways}")
         for name in {"model", "data", "encoder", "reward_model"} & mine.keys():
             if mine[name] and Path(mine[name]).resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"--overwrite would delete the {name} that it needs, {mine[name]}")
@@ -221,7 +218,13 @@ def write_predictions(path, task: str, records: list[dict]) -> None:  # for LaMP
 
 
 def line(name: str, scores: dict[str, float]) -> str:
-    return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS if m in scores)
+    return f"{name:<11} " + "  ".join(f"{m} {scores[m]:.3f}" for m in METRICS)
+
+
+def shares(records: list[dict], task: str) -> str:
+    empty = sum(is_placeholder(record["answer"], task) for record in records) / len(records)
+    cut = sum(not record["finished"] for record in records) / len(records)
+    return f"{1 - empty:.0%} answered, {cut:.0%} truncated"
 
 
 @dataclasses.dataclass
@@ -229,7 +232,7 @@ class Options(PromptOptions):
     run: str | None = option(None, "run directory of rl.py: its checkpoint, its options")
     split: Split = option("dev", "which of LaMP's files")
     temperature: float = option(0.0, "0 is greedy", 0)
-    out: str = option("runs/eval", "directory for predictions.json, samples.jsonl, scores.json")
+    out: str = option("runs/eval", "directory of answers and scores")
     overwrite: bool = option(False, "delete the result that is there")
 
 
@@ -243,9 +246,7 @@ def main(o: Options) -> None:
     if scores := mean_scores(records):
         prlm.write_json(out / "scores.json", scores)
         print(line(f"{o.task} {o.split}", scores))
-    empty = sum(is_placeholder(record["answer"], o.task) for record in records)
-    cut = sum(not record["finished"] for record in records)
-    print(f"{out}: {empty} of {len(records)} answers are empty, {cut} cut off at --max-new-tokens")
+    print(f"{out}: {len(records)} records, {shares(records, o.task)}")
 
 
 if __name__ == "__main__":

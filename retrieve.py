@@ -1,18 +1,12 @@
 """LaMP records, retrieval from a user's own profile, and the personalized prompt.
 
 A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
-the same user wrote before. Retrieval ranks the profile by the query, and the best k items stand
-before the question. A prompt of the toy with k = 2, its long lines broken or shortened (…):
+the same user wrote before. Retrieval ranks the profile by the query; the best k items stand before
+the question. A prompt of the toy with k = 2, shortened where … stands (SYSTEM is the first part):
 
     <|im_start|>system
-    You infer the user's preferences from the historical records and the query. First reason step by
-    step as an inner monologue, then answer. Reply in exactly this form:
-    <think>
-    your reasoning
-    </think>
-    <answer>
-    your answer
-    </answer><|im_end|>
+    You infer the user's preferences from the historical records … Reply in exactly this form:
+    <think> … </think> <answer> … </answer><|im_end|>
     <|im_start|>user
     'text': 'on (thursday) [ledger], honey …' 'title': 'on honey lessons from last year read on'
     'text': 'on (saturday) [ledger], deserts …' 'title': 'on deserts lessons from last year read on'
@@ -21,8 +15,8 @@ before the question. A prompt of the toy with k = 2, its long lines broken or sh
     'text': 'crystals with singer in cairo on (saturday)' 'title':<|im_end|>
     <|im_start|>assistant
 
-`build_messages` joins the parts, `make_prompts` makes ids of them. The paper gives the parts and
-their order; the wording is ours. BM25 is Okapi's, as in rank_bm25 and in the authors' code:
+`build_messages` joins the parts, `make_prompts` makes ids of them. Parts and order are the paper's,
+the wording is ours. BM25 is Okapi's, as in rank_bm25 and in the authors' code:
 
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
@@ -36,7 +30,7 @@ import re
 from bisect import bisect
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -47,46 +41,45 @@ import prlm
 from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
 
 
-# ---- Tasks and records -----------------------------------------------------------------------
+# ---- Tasks and records ----
 @dataclass(frozen=True)
 class Task:
-    prefix: str  # the task's own instruction at the start of every input; not part of the query
-    fields: dict[str, str]  # a profile item's keys, in the order shown -> the names shown
-    request: str  # with a profile it follows "Based on the historical profiles provided, "
+    prefix: str  # the instruction that begins every input; not part of the query
+    fields: dict[str, str]  # a profile item's keys in their order -> the names shown
+    request: str  # behind WITH_PROFILE, if there is one
     penalty: float = 0.0  # personalization reward of an answer that is empty or the placeholder
 
     @property
-    def answer(self) -> str:  # the name under which the answer is asked for
+    def answer(self) -> str:  # the name of what is asked for
         return [*self.fields.values()][-1]
 
 
 TASKS = {  # to add a task, add an entry
     "LaMP-4": Task(
-        prefix="Generate a headline for the following article: ",
-        fields={"text": "text", "title": "title"},
-        request="generate a title for the given text from the user.",
-        penalty=-10.0,  # the authors': a learned reward likes such answers, and RL finds that out
+        "Generate a headline for the following article: ",
+        {"text": "text", "title": "title"},
+        "generate a title for the given text from the user.",
+        penalty=-10.0,  # the authors': a learned reward likes such answers, and RL finds them
     ),
     "LaMP-5": Task(
-        prefix="Generate a title for the following abstract of a paper: ",
-        fields={"abstract": "abstract", "title": "title"},
-        request="generate a title for the given abstract from the user.",
+        "Generate a title for the following abstract of a paper: ",
+        {"abstract": "abstract", "title": "title"},
+        "generate a title for the given abstract from the user.",
     ),
     "LaMP-7": Task(
-        prefix="Paraphrase the following tweet without any explanation before or after it: ",
-        fields={"text": "tweet"},
-        request="paraphrase the user's input tweet in the style of the user's historical tweets.",
+        "Paraphrase the following tweet without any explanation before or after it: ",
+        {"text": "tweet"},
+        "paraphrase the user's input tweet in the style of the user's historical tweets.",
     ),
     "commits": Task(  # any git repository: toy/commits.py writes the files
-        prefix="Generate a subject line for the following commit message: ",
-        fields={"body": "body", "subject": "subject"},
-        request="generate a subject for the given commit body from the user.",
+        "Generate a subject line for the following commit message: ",
+        {"body": "body", "subject": "subject"},
+        "generate a subject for the given commit body from the user.",
     ),
 }
 TaskName = Literal[tuple(TASKS)]
 Split = Literal["train", "dev", "test"]
 Retriever = Literal["none", "random", "recency", "bm25", "lucene", "dense"]
-load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))  # for dense
 
 
 def task_of(name: str) -> Task:
@@ -102,12 +95,12 @@ class Example:  # one LaMP record
     task: str
     query: str
     profile: list[dict]  # the file's own dictionaries
-    target: str | None  # None where it is withheld
+    target: str | None  # None: withheld
 
 
-# ---- The paper's retrieval -------------------------------------------------------------------
+# ---- The paper's retrieval ----
 class BM25:
-    """Okapi BM25 over tokenised documents. A profile is small: each gets a new index."""
+    """Okapi BM25 over tokenised documents; each profile gets an index of its own."""
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
@@ -142,7 +135,7 @@ class BM25:
 
 
 def show(item: dict, task: str) -> str:
-    """A profile item as the corpus and the prompt show it: 'text': 'We are.' 'title': 'Open'"""
+    """A profile item, for retrieval and in the prompt: 'text': 'We are.' 'title': 'Open'"""
     return " ".join(f"'{name}': '{item[key].strip()}'" for key, name in TASKS[task].fields.items())
 
 
@@ -158,50 +151,41 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -
         return []
     if retriever == "random":
         return random.Random(repr((seed, example.id))).sample(profile, min(k, len(profile)))
-    if retriever == "recency":
-        dates = [[*map(int, re.findall(r"\d+", str(item.get("date"))))] for item in profile]
-        if not all(date and 999 < date[0] < 10000 for date in dates):
-            raise ValueError(f"record {example.id!r}: recency needs dates like 2016-03-14")
-        order = sorted(range(len(profile)), key=dates.__getitem__, reverse=True)
-        return [profile[n] for n in order[:k]]
     texts = [show(item, example.task) for item in profile]
-    if retriever == "dense":
+    if retriever == "recency":
+        keys = [[*map(int, re.findall(r"\d+", str(item.get("date"))))] for item in profile]
+        if not all(date and 999 < date[0] < 10000 for date in keys):
+            raise ValueError(f"record {example.id!r}: recency needs dates like 2016-03-14")
+    elif retriever == "dense":
         if encoder is None or encoder.tokenizer is None:
-            raise ValueError("dense needs --encoder DIRECTORY, a BERT with its tokenizer.json")
-        scores = embed(encoder, tuple(texts)) @ embed(encoder, (example.query.strip(),))[0]
+            raise ValueError("dense needs --encoder DIRECTORY, with a tokenizer.json")
+        keys = embed(encoder, tuple(texts)) @ embed(encoder, (example.query.strip(),))[0]
     else:
         idf = "okapi" if retriever == "bm25" else "lucene"
-        scores = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
-    return [profile[n] for n in np.argsort(-scores, kind="stable")[:k]]
+        keys = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
+    order = sorted(range(len(profile)), key=lambda n: keys[n], reverse=True)  # ties keep theirs
+    return [profile[n] for n in order[:k]]
 
 
-# ---- The paper's prompt ----------------------------------------------------------------------
+# ---- The paper's prompt ----
 SYSTEM = (
     "You infer the user's preferences from the historical records and the query. First reason "
     "step by step as an inner monologue, then answer. Reply in exactly this form:\n"
     "<think>\nyour reasoning\n</think>\n<answer>\nyour answer\n</answer>"
 )
-CLOSED = "<think>\n\n</think>\n\n"  # reasoning that is over before it began: answer at once
+CLOSED = "<think>\n\n</think>\n\n"  # no reasoning: answer at once
 WITH_PROFILE = "Based on the historical profiles provided, "
 ANSWER_FORMAT = "Answer in English as {{'{0}': 'generated {0}'}}, without any explanation."
 
 
-def instruction(task: str, personal: bool) -> str:  # `personal`: profile items come before it
+def instruction(task: str, personal: bool) -> str:  # `personal`: it follows profile items
     request = WITH_PROFILE * personal + TASKS[task].request
     return f"{request[0].upper()}{request[1:]} {ANSWER_FORMAT.format(TASKS[task].answer)}"
 
 
-def question(task: str, query: str) -> str:  # as an item, up to the answer: 'text': '…' 'title':
+def question(task: str, query: str) -> str:  # an item up to its answer: 'text': '…' 'title':
     first, *rest = TASKS[task].fields.values()
     return f"'{first}': '{query.strip()}'" + "".join(f" '{name}':" for name in rest)
-
-
-def answer_block(task: str) -> str:  # as the prompt asks for it, with {} for the answer
-    return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
-
-
-def one_line(answer: str) -> str:  # since `extract_answer` reads one
-    return re.sub(r"\s*\n\s*", " ", answer.strip())
 
 
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
@@ -211,14 +195,14 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     is too much, the last items are left out. ValueError if the bare instruction is too long."""
     task, fields = example.task, TASKS[example.task].fields
 
-    def messages(most: int | None, items: list[dict]) -> list[dict]:
+    def messages(most: int | None, items) -> list[dict]:
         cut = str.strip if most is None else lambda text: tokenizer.cut(text.strip(), most)
         lines = [show({key: cut(item[key]) for key in fields}, task) for item in items]
         lines += [instruction(task, bool(items)), question(task, cut(example.query))]
         user = {"role": "user", "content": "\n".join(lines)}
         return [{"role": "system", "content": SYSTEM}, user]
 
-    def fits(most: int | None, items: list[dict]) -> bool:
+    def fits(most: int | None, items) -> bool:
         return len(tokenizer.chat(messages(most, items))) <= max_prompt_tokens
 
     if tokenizer is None or max_prompt_tokens is None or fits(None, items):
@@ -231,62 +215,79 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     return messages(bisect(counts[1], False, key=lambda n: not fits(n, items)), items)
 
 
-def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples, k=None) -> list[list[int]]:
-    """The token ids of `build_messages` for each example, with `k` items (default o.k)."""
-    rank, said = make_ranker(o), None if o.reasoning else CLOSED
-    budget, prompts = o.max_prompt_tokens - len(tokenizer.fill(said or "")), []
+def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[list[int]]:
+    """The token ids of `build_messages` for each example."""
+    said, prompts = None if o.reasoning else CLOSED, []
+    budget = o.max_prompt_tokens - len(tokenizer.fill(said or ""))
     for example in prlm.progress(examples, "prompts", delay=1):
-        items = rank(example, o.k if k is None else k)
-        prompts.append(tokenizer.chat(build_messages(example, items, tokenizer, budget), said))
+        messages = build_messages(example, best_items(o, example), tokenizer, budget)
+        prompts.append(tokenizer.chat(messages, said))
     return prompts
 
 
-# ==== Below: not the method =====================================================================
+load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))
+
+
+def best_items(o: "PromptOptions", example: Example) -> list[dict]:
+    wanted = o.retriever == "dense" and o.encoder
+    encoder = load_once(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
+    return retrieve(example, o.k, o.retriever, o.seed, encoder)
+
+
+def answer_block(task: str) -> str:  # what SYSTEM asks for, with {} for the answer
+    return f"<answer>\n{{'{task_of(task).answer}': '{{}}'}}\n</answer>"
+
+
+def one_line(answer: str) -> str:  # since `extract_answer` reads one
+    return re.sub(r"\s*\n\s*", " ", answer.strip())
+
+
+# ==== Below: not the method ====
 def load_lamp(directory, task: str, split: str) -> list[Example]:
-    """The records of a split ("train" | "dev" | "test"), in file order, outputs joined by id. The
-    files are in `directory` or its LaMP_4 (the authors' LaMP_4_time), or there in a folder named
-    after the split. Only "test" may lack outputs. ValueError names file and record."""
-    task_of(task)  # ValueError for an unknown one
-    folder, name = task.replace("-", "_"), f"{split}_questions.json"
+    """The records of a split in file order, outputs joined by id. The files are in `directory` or
+    its LaMP_4 (the authors' LaMP_4_time), or there in a folder of the split's name. Only "test" may
+    lack outputs. ValueError names file and record."""
+    prefix, folder = task_of(task).prefix, task.replace("-", "_")
     places = [Path(directory, a, b) for a in ("", folder, f"{folder}_time") for b in (split, "")]
-    path = next((p / name for p in places if (p / name).is_file()), Path(directory, folder, name))
+    files = [place / f"{split}_questions.json" for place in places]
+    path = next(filter(Path.is_file, files), files[3])
     examples, outputs = [], path.with_name(f"{split}_outputs.json")
     for n, record in enumerate(prlm.read_json(path, list)):
         with prlm.faults_in(f"{path}: record {n}"):
             for item in record["profile"]:
-                show(item, task)  # an error, if it lacks a field
-            id, query = record["id"], record["input"].removeprefix(TASKS[task].prefix)
+                show(item, task)  # an error if it lacks a field
+            id, query = record["id"], record["input"].removeprefix(prefix)
             user = id if record.get("user_id") is None else record["user_id"]
             examples.append(Example(str(id), str(user), task, query, record["profile"], None))
     if split == "test" and not outputs.is_file():
         return examples
     with prlm.faults_in(outputs):
         content = prlm.read_json(outputs)
-        if str(content.get("task", task)).replace("_", "-") != task.replace("_", "-"):
+        if content.get("task", task) not in (task, folder):
             raise ValueError(f"it holds {content['task']}, not {task}")
         golds = [(str(gold["id"]), gold["output"] + "") for gold in content["golds"]]  # only a str
     asked, given = Counter(e.id for e in examples), Counter(id for id, _ in golds)
     if odd := [id for id in asked | given if not asked[id] == given[id] == 1]:
-        raise ValueError(f"{path}: record {odd[0]!r} has not one question and one output")
+        raise ValueError(f"{path}: record {odd[0]!r} must have one question and one output")
     targets = dict(golds)
     return [replace(example, target=targets[example.id]) for example in examples]
 
 
 def load_examples(o, split: str) -> list[Example]:
-    """The records of a split that the options name, at least one; --limit takes the first ones."""
+    """The first --limit records of a split, at least one."""
     examples = load_lamp(o.data, o.task, split)[: o.limit or None]
     if not examples:
         raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
-    if not any(re.search("[a-z0-9]", (e.target or "x").lower()) for e in examples):
+    if not any(re.search("[a-z0-9]", e.target or "x", re.I) for e in examples):
         print("warning: ROUGE counts words of a-z and 0-9, and no target has any: all scores are 0")
     return examples
 
 
-@lru_cache(2000)  # by text, as item ids repeat; 1,000 queries and profiles of 300 take 1 GB
+@lru_cache(2000)  # by text, as item ids repeat; 1,000 profiles of 300 items take 1 GB
 @torch.no_grad()
 def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
     """BERT's mean hidden state over each text, as the authors do, but of length 1, so that products
-    are cosines: [N, H]. A text is cut to 512 tokens, or what the encoder was made for."""
+    are cosines: [N, H]. Of a text it takes 512 tokens, or the encoder's most."""
     limit, found = min(512, encoder.max_length), []
     rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
     for start in range(0, len(rows), 32):
@@ -297,25 +298,19 @@ def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def make_ranker(o: "PromptOptions"):  # rank(example, k), with the options' retriever
-    wanted = o.retriever == "dense" and o.encoder
-    encoder = load_once(o.encoder, prlm.device_and_dtype(o)[0]) if wanted else None
-    return partial(retrieve, retriever=o.retriever, seed=o.seed, encoder=encoder)
-
-
 @dataclass
 class PromptOptions:
     model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the policy")
     data: str = option(str(SHIPPED / "lamp"), "directory with LaMP's files")
     task: TaskName = option("LaMP-4", "an entry of TASKS in retrieve.py")
     preset: Literal["toy", "small", "paper"] = option("toy", "other defaults: PRESETS in prlm.py")
-    limit: int = option(0, "only the first records of each split; 0 takes all", 0)
+    limit: int = option(0, "only the first records of each split; 0: all", 0)
     retriever: Retriever = option("bm25", "how profile items are ranked")
     k: int = option(4, "profile items in the prompt", 0)
     encoder: str | None = option(str(SHIPPED / "encoder"), "BERT checkpoint: dense, and the judge")
     max_prompt_tokens: int = option(512, "longest prompt; a longer one has all fields cut", 1)
     max_new_tokens: int = option(128, "longest completion", 1)
-    reasoning: bool = option(True, "without it the prompt closes the reasoning: answer at once")
+    reasoning: bool = option(True, "without it the prompt closes the reasoning")
     seed: int = option(0, "of everything random", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")
     precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
@@ -324,14 +319,13 @@ class PromptOptions:
 @dataclass
 class Options(PromptOptions):
     split: Split = option("dev", "which of LaMP's files")
-    show: int = option(1, "prompts to print", 0)
 
 
 def main(o: Options) -> None:
-    examples, tokenizer = load_examples(o, o.split), prlm.load_tokenizer(o.model)
-    for e, prompt in zip(examples, make_prompts(o, tokenizer, examples[: o.show])):
-        print(f"--- record {prlm.printable(e.id)}: {len(prompt)} tokens, target {e.target!r}")
-        print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
+    example, tokenizer = load_examples(o, o.split)[0], prlm.load_tokenizer(o.model)
+    (prompt,) = make_prompts(o, tokenizer, [example])
+    print(f"record {prlm.printable(example.id)}: {len(prompt)} tokens, target {example.target!r}")
+    print(prlm.printable(tokenizer.decode(prompt)))  # without the control tokens
 
 
 if __name__ == "__main__":

@@ -1,30 +1,30 @@
 """The reward: accuracy, format, and a judge of personalization.
 
-A completion o with answer a for a query q whose user really wrote y earns
+An answer a to a query q whose user really wrote y earns
 
-  R(o) = 1.0 · accuracy + 0.1 · format + 0.1 · personalization
+  1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
   personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
-An empty LaMP-4 answer has -10 in place of sigmoid(s), as in the authors' code: that dominates its
-group's standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns,
-without labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it
-gave without (a1- .. aN-):
+An empty LaMP-4 answer has -10 for sigmoid(s), as in the authors' code: that dominates its group's
+standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns, without
+labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it gave
+without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
-can learn what personal answers have in common, not whose style an answer has. It is trained once,
-before RL: the further the policy moves, the fewer of its answers are like those the judge has seen.
-InfoNCE fixes scores only up to a constant for each query: sigmoid(s) is no probability, but GRPO
-compares answers to one query. --judge ratio is this project's own: see `likelihood_ratio`.
+can learn what personal answers have in common, not whose style one has. It is trained once, before
+RL: the further the policy moves, the less it has seen of the like. InfoNCE fixes scores only up to
+a constant for each query: sigmoid(s) is no probability, but GRPO compares answers to one query.
+--judge ratio is this project's own: see `likelihood_ratio`.
 
     python reward.py --judge bert --out runs/reward"""
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -42,26 +42,25 @@ from eval import PromptOptions, extract_answer, is_placeholder, make_records, ro
 from prlm import Encoder, Ragged, option
 from retrieve import Example, answer_block, load_examples, make_prompts, one_line, show, task_of
 
-# ---- The paper's reward: its three parts ---------------------------------------------------------
-PARTS = ("accuracy", "format", "personalization")  # rl.py has an option for the weight of each
-BATCH = 64  # pairs in an optimizer step, the authors' number; also how many are scored at once
-# (examples, answers) -> one number for each, as a list, an array or a tensor
-Judge = Callable[[Sequence[Example], Sequence[str]], Sequence[float]]
+# ---- The paper's reward: its three parts ----
+PARTS = ("accuracy", "format", "personalization")
+BATCH = 64  # pairs in an optimizer step, as the authors have, and pairs scored at once
+Judge = Callable[[list[Example], list[str]], list[float]]  # one for each; an array will do
 
 
 def format_reward(completion: str) -> float:
-    """1 if a line that begins with </think> follows the last <think>, if there is one; else 0."""
+    """1 if a line that begins with </think> follows the last <think>, if any; else 0."""
     return float("\n</think>" in completion.rpartition("<think>")[2])
 
 
 def rewards(
-    completions: Sequence[str], examples: Sequence[Example], judge: Judge | None = None,
+    completions: list[str], examples: list[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
     """Each completion's answer, three parts, and their sum by the weights (the last arguments), the
-    "reward". An answer that is empty or an echo of the placeholder earns no accuracy, and in place
-    of the judge's value the task's penalty. ValueError unless those are finite numbers."""
-    rows, judged = [], []  # `judged`: (row, example) of what the judge will see
+    "reward". An empty answer or a placeholder earns no accuracy and, in place of the judge's value,
+    the task's penalty. ValueError unless those values are finite numbers."""
+    rows, judged = [], []  # `judged`: what the judge will see, (row, example)
     for completion, example in zip(completions, examples, strict=True):
         answer = extract_answer(completion, example.task)
         rows.append(row := {"answer": answer} | dict.fromkeys(PARTS, 0.0))
@@ -85,33 +84,31 @@ def rewards(
     return rows
 
 
-# ---- The paper's judge: a model trained by contrast ---------------------------------------------
+# ---- The paper's judge: a model trained by contrast ----
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float = 1.0) -> Tensor:
     """InfoNCE of raw scores, positive [B] against negatives [B, N]: the mean over B, in nats. A
-    negative of -inf stands for a missing one: it counts for nothing, with gradient 0."""
+    negative of -inf, a missing one, counts for nothing and has gradient 0."""
     scores = torch.cat([positive[:, None], negatives], 1) / temperature  # [B, 1+N]
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 class RewardModel(nn.Module):
-    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output;
-    named as in transformers' BertForSequenceClassification."""
+    """s(query, answer): BERT over [CLS] query [SEP] answer [SEP], its pooler, one linear output.
+    In transformers: BertForSequenceClassification."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        if encoder.tokenizer is None:
-            raise ValueError("the encoder's directory has no tokenizer.json")
+        if encoder.tokenizer is None or encoder.pooler is None:
+            raise ValueError("the encoder has no tokenizer.json, or no pooler")
         self.bert, self.tokenizer = encoder, encoder.tokenizer
-        like = encoder.embeddings.LayerNorm.weight  # [H]: size, device, dtype of what is added
-        if encoder.pooler is None:
-            encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
+        like = encoder.pooler.dense.weight  # [H, H]
         self.classifier = prlm.Linear(len(like), 1).to(like)
         prlm.start_random(self.classifier)
         nn.init.zeros_(self.classifier.bias)
         self.limit = min(512, encoder.max_length)  # tokens of a pair
         self.eval()
 
-    def score(self, queries: Sequence[str], answers: Sequence[str]) -> Tensor:
+    def score(self, queries: list[str], answers: list[str]) -> Tensor:
         """Raw scores [B], differentiable; a pair, cut to `limit` tokens, scores the same alone and
         in a padded batch. The classifier reads tanh(pooler(hidden state of [CLS]))."""
         pairs = zip(queries, answers, strict=True)
@@ -121,66 +118,64 @@ class RewardModel(nn.Module):
         hidden = self.bert(ids.grid(ids.tokens), ids.mask, segments)  # [B, T, H]
         pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
         pooled = F.dropout(pooled, self.bert.config.hidden_dropout_prob, self.training)
-        # Not in bfloat16, where answers whose scores differ by less than .4 % would tie.
+        # Not in bfloat16, where scores that differ by less than .4 % would tie.
         return F.linear(pooled.float(), self.classifier.weight, self.classifier.bias)[:, 0]
 
     @torch.no_grad()
-    def judge(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        """sigmoid(s(q, a)), the paper's judge: it does not see the profile."""
-        values = []
-        for start in range(0, len(examples), BATCH):
-            queries = [example.query for example in examples[start : start + BATCH]]
-            values += self.score(queries, answers[start : start + BATCH]).sigmoid().tolist()
-        return values
+    def judge(self, examples: list[Example], answers: list[str]) -> list[float]:
+        """The paper's judge: sigmoid(s(q, a))."""
+        pairs = [(e.query, answer) for e, answer in zip(examples, answers, strict=True)]
+        scores = (self.score(*zip(*part)) for part in chunks(pairs, BATCH))
+        return [x for part in scores for x in part.sigmoid().tolist()]
 
 
 @dataclass
 class RewardOptions(PromptOptions):
     judge: Literal["bert", "ratio"] = option("bert", "a trained model, or the policy itself")
-    pairs_per_query: int = option(3, "reward model: pairs sampled for each query", 1)
-    reward_epochs: int = option(3, "reward model: passes over the pairs; 0: none, an ablation", 0)
-    reward_lr: float = option(1e-3, "reward model: peak learning rate", 1e-12)
-    reward_model: str | None = option(None, "a trained one; without it one is trained")
+    pairs_per_query: int = option(3, "judge bert: pairs sampled for each query", 1)
+    reward_epochs: int = option(3, "judge bert: passes over the pairs; 0: an ablation", 0)
+    reward_lr: float = option(1e-3, "judge bert: peak learning rate", 1e-12)
+    reward_model: str | None = option(None, "judge bert: a trained one; else one is trained")
     tokens_per_micro_batch: int = option(8192, "memory against speed; the result is the same", 1)
 
 
 def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -> list[dict]:
     """[{"id", "query", "positive", "negatives"}]: an answer with the profile against one without,
-    sampled before RL at T = 0.7, each with noise of its own. Empty answers make no pair."""
-    sides, pairs = [], []
+    sampled before RL at T = 0.7 with noise of their own. Empty answers make no pair."""
+    sides = []
     for purpose, k in (("answers with profile", o.k), ("answers without profile", 0)):
-        how = (make_prompts(o, tokenizer, examples, k), o.pairs_per_query, 0.7, (purpose,))
+        prompts = make_prompts(replace(o, k=k), tokenizer, examples)
+        how = (prompts, o.pairs_per_query, 0.7, (purpose,))
         sides.append(make_records(o, decoder, tokenizer, examples, *how))
-    for a, b in zip(*sides, strict=True):
-        if a["answer"] and b["answer"]:
-            asked = {"id": a["id"], "query": a["query"].strip()}
-            pairs.append(asked | {"positive": a["answer"], "negatives": [b["answer"]]})
-    return pairs
+    return [
+        {"id": a["id"], "query": a["query"].strip(), "positive": a["answer"],
+         "negatives": [b["answer"]]}
+        for a, b in zip(*sides, strict=True) if a["answer"] and b["answer"]
+    ]  # fmt: skip
 
 
 def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
     """Scores of the positives [B] and the negatives [B, N], -inf where a pair has fewer than N."""
-    texts = [[pair["positive"], *pair["negatives"]] for pair in pairs]
-    queries = [pair["query"] for pair, row in zip(pairs, texts, strict=True) for _ in row]
-    by_pair = model.score(queries, [*chain(*texts)]).split([*map(len, texts)])
+    rows = [(p["query"], text) for p in pairs for text in (p["positive"], *p["negatives"])]
+    by_pair = model.score(*zip(*rows)).split([1 + len(p["negatives"]) for p in pairs])
     scores = pad_sequence(by_pair, batch_first=True, padding_value=-math.inf)  # [B, 1+N]
     return scores[:, 0], scores[:, 1:]
 
 
 @torch.no_grad()
 def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
-    """How often a positive scores above a negative of its query, ties half; chance is 0.5."""
-    scores = [score_pairs(model, pairs[n : n + BATCH]) for n in range(0, len(pairs), BATCH)]
+    """How often a positive scores above a negative of its pair, ties half; chance is 0.5."""
+    scores = [score_pairs(model, part) for part in chunks(pairs, BATCH)]
     margins = torch.cat([(own[:, None] - other)[other.isfinite()] for own, other in scores])
     return ((margins.sign() + 1) / 2).double().mean().item()
 
 
 def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """(for training, held out): the pairs of a tenth of the queries, at least one, are held out."""
+    """(for training, held out): held out are the pairs of a tenth of the queries, at least one."""
     ids = sorted({pair["id"] for pair in pairs})
     if len(ids) < 2:
-        few = f"{len(pairs)} pairs of {len(ids)} queries are too few: the policy hardly answers"
-        raise ValueError(f"{few}. Take --judge ratio or --personalization 0")
+        few = f"{len(pairs)} pairs of {len(ids)} queries are too few"
+        raise ValueError(f"{few}: take --judge ratio or --personalization 0")
     random.Random(seed).shuffle(ids)
     held = set(ids[: max(1, len(ids) // 10)])
     return [p for p in pairs if p["id"] not in held], [p for p in pairs if p["id"] in held]
@@ -188,12 +183,11 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
     """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean. As
-    many pairs are scored at a time as o.tokens_per_micro_batch allows for, padding counted."""
+    many pairs are scored at a time as o.tokens_per_micro_batch allows, padding counted."""
     texts = [[p["query"] + text for text in (p["positive"], *p["negatives"])] for p in pairs]
     widest = min(model.limit, max(map(len, chain(*texts))))  # a token has at least one character
     count, total = max(1, o.tokens_per_micro_batch // (widest * max(map(len, texts)))), 0.0
-    for start in range(0, len(pairs), count):
-        part = pairs[start : start + count]
+    for part in chunks(pairs, count):
         loss = info_nce(*score_pairs(model, part)) * len(part) / len(pairs)
         loss.backward()
         total += loss.item()
@@ -202,23 +196,20 @@ def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -
 
 def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> dict:
     """Trains the model in place; returns a report on the queries held out."""
-    kept, held = split_pairs(pairs, o.seed)
-    steps = o.reward_epochs * math.ceil(len(kept) / BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.reward_lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
-    torch.manual_seed(o.seed)  # dropout
-    model.train()
-    loss = 0.0  # the last epoch's mean
+    (kept, held), batches, losses = split_pairs(pairs, o.seed), [], [0.0]
     for epoch in range(o.reward_epochs):
         random.Random(f"{o.seed} {epoch}").shuffle(kept)
-        loss = 0.0
-        for start in prlm.progress(range(0, len(kept), BATCH), f"reward model, epoch {epoch + 1}"):
-            batch = kept[start : start + BATCH]
-            optimizer.zero_grad()
-            loss += info_nce_backward(o, model, batch) * len(batch) / len(kept)
-            optimizer.step()
-            schedule.step()
+        batches += chunks(kept, BATCH)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.manual_seed(o.seed)  # dropout
+    model.train()
+    for number, batch in enumerate(prlm.progress(batches, "reward model")):
+        optimizer.param_groups[0]["lr"] = o.reward_lr * (1 - number / len(batches))
+        optimizer.zero_grad()
+        losses.append(info_nce_backward(o, model, batch) * len(batch) / len(kept))
+        optimizer.step()
     model.eval()
+    loss = sum(losses[-math.ceil(len(kept) / BATCH) :])  # the last epoch's mean
     if not math.isfinite(loss):
         raise ValueError("the reward model's loss is not finite: a lower --reward-lr may do")
     for parameter in model.parameters() if dist.is_initialized() else ():
@@ -228,18 +219,15 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
     return report | {"loss": loss, "pair_accuracy": pair_accuracy(model, held)}
 
 
-# ---- Ours, not the paper's: a likelihood ratio as the judge ------------------------------------
+# ---- Ours, not the paper's: a likelihood ratio as the judge ----
 @torch.no_grad()
 def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8192) -> Tensor:
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
     Both lists [P] are prompts (ids) for the same queries; the answers [P][G] continue either, and
-    an empty one has 0. Why this is the judge to have: shown a+ ~ p(a | q, d) among a1- .. aN- ~
-    p(a | q), the probability that a_n is the positive is w_n / (w_0 + .. + w_N) with
-    w_n = p(a_n | q, d) / p(a_n | q). InfoNCE is the cross-entropy of softmax(s) against that: its
-    minimum is at s* = log p(a | q, d) - log p(a | q) + c(q, d), and c changes no softmax (van den
-    Oord et al. 2018; Poole et al. 2019). Here pi, at temperature 1, is in p's place."""
+    an empty one has 0. InfoNCE is least at s = log p(a | q, d) - log p(a | q), where p is what its
+    answers come from (derived in toy/README.md); here pi, at temperature 1, is in p's place."""
 
-    def log_likelihood(prompts: list[list[int]]) -> Tensor:
+    def log_likelihood(prompts) -> Tensor:
         total = torch.zeros(len(prompts), max(map(len, answers), default=0))
         for rows, *asked in micro_batches(prompts, answers, tokens_per_batch):
             logprobs, _ = prlm.token_logprobs(decoder, *asked)
@@ -250,15 +238,16 @@ def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8
 
 
 def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list[float]:
-    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy with its
-    reasoning closed: the probability that a was written with the profile, at even odds. What the
-    query explains cancels out: without accuracy beside it, an answer on another topic is worth as
-    much, so keep the policy near the base with --beta."""
-    # The answers of an example, which stand together, share its two prompts. `id` tells them
-    # apart: the swap test's have equal record ids and queries, but other profiles.
+    """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy without
+    reasoning: the probability, at even odds, that a was written with the profile. What the query
+    explains cancels out, so without accuracy beside it an answer on another topic is worth as much:
+    keep the policy near the base with --beta."""
+    # An example's answers stand together and share its two prompts. Its record id would not do:
+    # the swap test asks with the same ids and other profiles.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
     asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
-    prompts = (make_prompts(replace(o, reasoning=False), tokenizer, asked, k) for k in (o.k, 0))
+    sides = (replace(o, reasoning=False, k=k) for k in (o.k, 0))
+    prompts = (make_prompts(side, tokenizer, asked) for side in sides)
     ids = [tokenizer.fill(answer_block(o.task), one_line(answer)) for answer in answers]
     padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
     ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
@@ -266,26 +255,30 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
     return [x for row, run in zip(shares, runs, strict=True) for x in row[: len(run)]]
 
 
-def swap_test(judge: Judge, examples: Sequence[Example]) -> float | None:
-    """How often a user's real text is worth more with the user's own profile than with another
-    user's, ties half; .5 is chance. None without a second user; users who share an item are one."""
+def swap_test(judge: Judge, examples: list[Example]) -> float | None:
+    """How often a user's real text is worth more with the own profile than with another user's,
+    ties half; .5 is chance. None without a second user; users who share an item are one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
-    pairs = []
+    asked, swapped = [], []
     for n, e in enumerate(examples):
         others = (x for x in (*examples[n + 1 :], *examples[:n]) if x.user_id != e.user_id)
         if other := next((x for x in others if not items[id(e)] & items[id(x)]), None):
-            pairs.append((e, replace(e, profile=other.profile)))
-    if not pairs:
-        return None
-    texts = [e.target for e, _ in pairs]
-    values = zip(*(judge([*asked], texts) for asked in zip(*pairs)), strict=True)
-    return sum(0.5 if own == other else float(own > other) for own, other in values) / len(pairs)
+            asked.append(e)
+            swapped.append(replace(e, profile=other.profile))
+    texts = [e.target for e in asked]
+    values = [*zip(judge(asked, texts), judge(swapped, texts), strict=True)] if asked else []
+    wins = [(own > other) + 0.5 * (own == other) for own, other in values]
+    return sum(wins) / len(wins) if wins else None
 
 
-# ==== Below: not the method =====================================================================
+# ==== Below: not the method ====
+def chunks(items: list, size: int) -> list[list]:
+    return [items[n : n + size] for n in range(0, len(items), size)]
+
+
 def micro_batches(prompts, groups, budget: int, share: bool = False) -> list[tuple]:
-    """(indices [p], prompts [p], completions [p][G]) of as many groups together as stay within
-    `budget` tokens, at least one, the largest first; with `share`, of this process's groups."""
+    """(indices [p], prompts [p], completions [p][G]) of as many groups as stay within `budget`
+    tokens, at least one, the largest first; with `share`, of this process's groups."""
     sizes = [len(p) + sum(map(len, g)) for p, g in zip(prompts, groups, strict=True)]
     rows, batches, room = range(len(sizes)), [], -1
     for n in sorted(prlm.my_share(rows) if share else rows, key=lambda n: -sizes[n]):
@@ -297,42 +290,40 @@ def micro_batches(prompts, groups, budget: int, share: bool = False) -> list[tup
 
 
 def save_reward_model(model: RewardModel, directory) -> None:
-    labels = {"id2label": {"0": "personal"}, "label2id": {"personal": 0}}
-    raw = model.bert.raw | {"architectures": ["BertForSequenceClassification"]} | labels
-    prlm.save_checkpoint(model.state_dict(), raw, model.tokenizer, directory)
+    raw = {"architectures": ["BertForSequenceClassification"], "num_labels": 1}
+    prlm.save_checkpoint(model.state_dict(), model.bert.raw | raw, model.tokenizer, directory)
 
 
-def load_reward_model(directory, device="cpu") -> RewardModel:  # what `save_reward_model` wrote
-    names = {r".*position_ids": ""}  # a buffer
-    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), names, device)
+def load_reward_model(directory, device="cpu") -> RewardModel:
+    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), {}, device)
 
 
 def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
-    """The model of --judge bert: a trained one, or one that starts from the encoder; None for
-    ratio. ValueError if the model is faulty, or if the judge would have nothing to tell apart."""
+    """The model of --judge bert, trained or made of the encoder; None for ratio. ValueError if it
+    is faulty, or the judge would have nothing to tell apart."""
     if o.judge == "bert" and o.reward_model:
         return load_reward_model(o.reward_model, device)
     if o.k == 0 or o.retriever == "none":
-        flag = "--k 0" if o.k == 0 else "--retriever none"
-        raise ValueError(f"{flag} leaves none of the profile to judge by: take --personalization 0")
+        raise ValueError("--k 0 or --retriever none leaves no profile: take --personalization 0")
     if o.judge == "ratio":
         return None
     if o.encoder is None:
-        raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT checkpoint")
+        raise ValueError("--judge bert needs --encoder DIRECTORY, a BERT")
     torch.manual_seed(o.seed)  # the classifier's first weights
     return RewardModel(prlm.load_encoder(o.encoder, device))
 
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
-    """The judge that the options name. The decoder is frozen: "bert" samples its pairs from it,
-    "ratio" keeps it. What is in `directory` already, pairs or a model with its report, stays."""
-    pairs, file = (Path(directory) / f"{name}.json" for name in ("pairs", "report"))  # that last
+    """The judge that the options name: bert samples its pairs from the frozen decoder, ratio keeps
+    it. What `directory` has already, pairs or a model with its report, stays."""
+    pairs, file = Path(directory) / "pairs.json", Path(directory) / "report.json"
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)
     trained = o.reward_model or (directory if report else None)
     model = judge_model(replace(o, reward_model=trained), device)
-    ratio = partial(ratio_judge, o, decoder, tokenizer)
-    judge = prlm.multiply_in(model, dtype).judge if model else ratio
+    judge = partial(ratio_judge, o, decoder, tokenizer)
+    if model:
+        judge = prlm.multiply_in(model, dtype).judge
     if model and not trained:
         if not pairs.is_file():
             prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
@@ -342,12 +333,9 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
+    said = ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
+    print(f"judge {o.judge} (.5 is chance): {said}")
     return judge
-
-
-def describe(report: dict) -> str:
-    return ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
 
 
 @dataclass

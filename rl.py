@@ -3,20 +3,20 @@
 One step, for P prompts with G completions each:
 
   1. roll out    o_1 .. o_G sampled from the policy at temperature T
-  2. reward      r_i = accuracy + 0.1 format + 0.1 personalization                   (reward.py)
+  2. reward      r_i = accuracy + 0.1 format + 0.1 personalization, see reward.py
   3. advantage   A_i = (r_i - mean r) / (std r + 1e-4) within the group
   4. update      ratio_t = exp(log pi(o_t) - log pi_old(o_t)); the loss of a token is
                  -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + beta (exp(d) - d - 1)
-                 with d = log ref(o_t) - log pi(o_t); `token_weights` says how tokens are averaged
+                 with d = log ref(o_t) - log pi(o_t); `token_weights` says what a token weighs
 
 With one update per rollout and no KL the "grpo" loss is 0: the ratio is 1, a group's advantages sum
 to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is REINFORCE with the
 group's mean as baseline. Watch the reward instead. The policy is trained on the very ids that it
-sampled. Every random choice is a function of (seed, purpose, step): no generator's state is saved.
+sampled. Every random choice is a function of (seed, purpose, step), so no generator is saved.
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` watches it); length penalties; new samples for groups of equal rewards.
 
-    python rl.py                # the toy, on a CPU, in minutes; on four GPUs:
+    python rl.py      # the toy, on a CPU, in minutes; on four GPUs:
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ..."""
 
 import copy
@@ -41,18 +41,18 @@ import eval as scoring
 import prlm
 from eval import seed_of
 from prlm import Decoder, Tokenizer, option
-from retrieve import answer_block, load_examples, make_prompts, make_ranker, one_line, task_of
-from reward import PARTS, RewardOptions, judge_model, make_judge, micro_batches, rewards
+from retrieve import answer_block, best_items, load_examples, make_prompts, one_line, task_of
+from reward import PARTS, RewardOptions, chunks, judge_model, make_judge, micro_batches, rewards
 
 Normalizer = Literal["grpo", "dapo", "dr_grpo"]
-LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, and e^100 would overflow
+LARGEST = 20.0  # of a log-ratio: e^20 is far beyond any clip, e^100 would overflow
 
 
-# ---- The paper's optimization: GRPO (Shao et al. 2024) -------------------------------------------
+# ---- The paper's optimization: GRPO (Shao et al. 2024) ----
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """(r - mean) / (std + 1e-4) within each group [P, G], std with Bessel's correction; "none" does
-    not divide (Dr. GRPO). A group of one, or whose rewards are equal up to rounding (8 eps of the
-    largest), gets exact zeros. Computed in float32 at least. ValueError: another scale."""
+    not divide (Dr. GRPO). A group of one, or of rewards equal up to rounding (8 eps of the
+    largest), gets exact zeros. In float32 at least. ValueError: another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
@@ -73,9 +73,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def token_weights(mask: Tensor, normalizer: str, max_new_tokens: int | None = None) -> Tensor:
-    """Each token's weight in the loss of a step, [P, G, C]; 0 off the mask. "grpo":
-    1 / (P G tokens of the completion); "dapo": 1 / tokens of the mask; "dr_grpo":
-    1 / (P G max_new_tokens). ValueError for another name, or "dr_grpo" without max_new_tokens."""
+    """Each token's weight in the loss of a step, [P, G, C], 0 off the mask. "grpo": 1 / (P G tokens
+    of the completion); "dapo": 1 / tokens of the mask; "dr_grpo": 1 / (P G max_new_tokens).
+    ValueError for another name, or "dr_grpo" without max_new_tokens."""
     mask, completions = mask.float(), mask.shape[0] * mask.shape[1]
     if normalizer == "grpo":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / completions
@@ -97,8 +97,7 @@ def grpo_loss(
     `weights`: the `token_weights` of a part of a step. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
-    logprobs = logprobs.masked_fill(outside, 0.0)
-    old_logprobs = old_logprobs.masked_fill(outside, 0.0)
+    logprobs, old_logprobs = (x.masked_fill(outside, 0.0) for x in (logprobs, old_logprobs))
     ratio = (logprobs - old_logprobs).clamp(max=LARGEST).exp()  # [P, G, C]
     advantage = advantages[..., None]  # [P, G, 1]
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -110,39 +109,39 @@ def grpo_loss(
     return (loss * weights).sum()
 
 
-# ---- One step ----------------------------------------------------------------------------------
+# ---- One step ----
 @dataclass
 class Options(RewardOptions):
-    accuracy: float = option(1.0, "weight of ROUGE against the user's text; 0: learn without", 0)
+    accuracy: float = option(1.0, "weight of ROUGE against the user's text", 0)
     format: float = option(0.1, "weight of a closed reasoning block", 0)
-    personalization: float = option(0.1, "weight of the judge; 0 does without one", 0)
+    personalization: float = option(0.1, "weight of the judge; 0: there is none", 0)
     warm_start: int = option(0, "supervised steps of 8 records before RL, to learn the form", 0)
     warm_start_lr: float = option(1e-4, "their peak learning rate", 1e-12)
-    steps: int = option(20, "rollouts, each with its update; the schedule of --lr is over all", 0)
-    prompts_per_step: int = option(16, "P; the authors take 1", 1)
-    group_size: int = option(8, "G; the authors take 4", 2)
-    temperature: float = option(1.0, "of sampling and training; the authors take 0.7", prlm.COLDEST)
-    lr: float = option(5e-4, "peak learning rate of AdamW; the authors take 1e-6", 1e-12)
-    lora_rank: int = option(0, "rank of LoRA adapters, whose alpha is the same; 0: all weights", 0)
-    beta: float = option(0.0, "weight of the KL to the policy before RL; the authors take 0.04", 0)
+    steps: int = option(20, "rollouts, each with its update; --lr's schedule is over all", 0)
+    prompts_per_step: int = option(16, "P", 1)
+    group_size: int = option(8, "G, completions of each prompt", 2)
+    temperature: float = option(1.0, "of sampling and training", prlm.COLDEST)
+    lr: float = option(5e-4, "peak learning rate of AdamW", 1e-12)
+    lora_rank: int = option(0, "rank and alpha of LoRA adapters; 0: all weights are trained", 0)
+    beta: float = option(0.0, "weight of the KL to the policy before RL", 0)
     clip: float = option(0.2, "how far the ratio may be from 1 before the gradient is cut", 1e-12)
-    clip_high: float | None = option(None, "the same above 1, if it should be wider (DAPO)", 1e-12)
+    clip_high: float | None = option(None, "the same above 1, where that differs (DAPO)", 1e-12)
     normalizer: Normalizer = option("grpo", "how tokens are averaged; dr_grpo: also no std")
     updates_per_rollout: int = option(1, "with one, the ratio is 1 and the clip never acts", 1)
     mask_truncated: bool = option(False, "no loss on completions without an end")
     checkpointing: bool = option(False, "run each layer again in backward: less memory, slower")
-    eval_every: int = option(5, "steps between scores on 64 held-out records; 0 is never", 0)
+    eval_every: int = option(5, "steps between scores of 64 held-out records; 0: never", 0)
     save_every: int = option(20, "steps between saved states", 1)
     out: str = option("runs/toy", "run directory")
     resume: bool = option(False, "go on with the run in --out, or start it there")
     overwrite: bool = option(False, "delete the run in --out")
-    force: bool = option(False, "train even though the first look saw nothing to learn")
+    force: bool = option(False, "train even if the first look saw nothing to learn")
 
 
 @dataclass
 class Policy:
-    decoder: Decoder  # what the optimizer changes: float32 weights, or adapters on a frozen base
-    sampler: Decoder  # what generates: the decoder itself, or its copy in the products' precision
+    decoder: Decoder  # is trained
+    sampler: Decoder  # generates: the decoder itself, or its copy in the products' precision
     tokenizer: Tokenizer
     reference: Decoder  # the policy before RL, frozen
 
@@ -155,8 +154,8 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
     rows = scoring.make_records(o, *how, ("rollout", step), batch)
     # 2. reward
     asked = [example for example in examples for _ in range(G)]  # [P*G]
-    weights = {name: getattr(o, name) for name in PARTS}
-    earned = rewards([row["completion"] for row in rows], asked, judge, **weights)
+    weights = (o.accuracy, o.format, o.personalization)
+    earned = rewards([row["completion"] for row in rows], asked, judge, *weights)
     # 3. advantage
     scale = "none" if o.normalizer == "dr_grpo" else "std"
     advantages = group_advantages(by_group(o, earned, "reward"), scale).flatten().tolist()
@@ -165,12 +164,12 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
-    """Step 4, `updates_per_rollout` times; returns the last `update_metrics`. pi_old is the decoder
-    at its first pass over the rollout, not the sampler, which may be a bfloat16 copy."""
+    """Step 4, `updates_per_rollout` times; returns the last one's log. pi_old is the decoder at its
+    first pass, not the sampler, which may be a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
-    groups = [tokens[n : n + o.group_size] for n in range(0, len(tokens), o.group_size)]  # [P][G]
+    groups = chunks(tokens, o.group_size)  # [P][G]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
-    # [P, G, C]; from lengths, never from ids: padding may have the id of the end of a sequence.
+    # [P, G, C]; from lengths, never from ids: padding may have the id of an end.
     mask = prlm.Ragged(tokens, device).mask.unflatten(0, advantages.shape)
     if o.mask_truncated:
         mask &= by_group(o, rows, "finished").bool().to(device)[..., None]
@@ -205,7 +204,7 @@ def optimizer_step(optimizer) -> float:
         dist.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(norm):
-        raise ValueError(f"the gradient's norm is {norm}: a lower --lr, in another --out, may do")
+        raise ValueError(f"the gradient's norm is {norm}: a lower --lr may do")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -220,18 +219,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
-def choose(count: int, step: int, size: int, seed: int, start: int = 0) -> list[int]:
-    """Indices of a step's examples: step 0 begins after `start` of them, each later one where the
-    last one stopped. Every epoch has a shuffle of its own."""
-    read, order = range(start + step * size, start + (step + 1) * size), {}
+def choose(count: int, start: int, size: int, seed: int) -> list[int]:
+    """Indices of the next examples after the first `start`; every epoch has its own shuffle."""
+    read, order = range(start, start + size), {}
     for epoch in {n // count for n in read}:
         order[epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
     return [order[n // count][n % count] for n in read]
 
 
-# ---- A run ---------------------------------------------------------------------------------------
+# ---- A run ----
 def main(o: Options, judge=None) -> None:
-    """The run that the options describe; `judge` takes the place of the one that they name."""
+    """The run that the options describe; `judge`, if given, in place of theirs."""
     with processes():
         if o.personalization and judge is None:
             judge_model(o)
@@ -240,7 +238,7 @@ def main(o: Options, judge=None) -> None:
         make_prompts(o, policy.tokenizer, train[:1])
         out = prlm.gather(scoring.run_directory(o) if prlm.world()[0] == 0 else None)[0]
         done = (out / "predictions.json").is_file()
-        if done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps:  # as many as asked now
+        if done and len(prlm.read_lines(out / "metrics.jsonl")) == o.steps:
             print(f"{out} was finished before")
         else:
             run(o, out, policy, train, held, judge)
@@ -250,18 +248,18 @@ def main(o: Options, judge=None) -> None:
 
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     """The stages; each is skipped if its result is in the run directory."""
-    for stale in ("predictions.json", "held_out/after.jsonl"):  # perhaps of fewer steps
-        (out / stale).unlink(missing_ok=True)
+    for name in ("predictions.json", "held_out/after.jsonl"):  # perhaps those of fewer steps
+        (out / name).unlink(missing_ok=True)
     if o.warm_start:
         warm_start(o, out, policy, train)
     if o.steps and not (out / "look.json").is_file():
         first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
-    score_held_out(o, out, "no_profile", policy, held, k=0)
+    score_held_out(replace(o, k=0), out, "no_profile", policy, held)
     score_held_out(o, out, "before", policy, held)
     train_policy(o, out, policy, judge, train, held)
-    refresh(policy)  # to nearest, as whoever loads the checkpoint will have it
+    refresh(policy)  # to nearest, as one who loads the checkpoint has it
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
     scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
@@ -270,108 +268,128 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
 def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
     prompts = make_prompts(o, policy.tokenizer, train)
 
-    def take(step: int, optimizer) -> tuple[dict, str]:
+    def take(step: int, optimizer) -> dict:
         begun = time.perf_counter()
-        # On from where the warm start ended, so that RL meets records that it has not imitated.
-        chosen = choose(len(train), step, o.prompts_per_step, o.seed, 8 * o.warm_start)
+        # After those of the warm start: RL is to meet records that it has not imitated.
+        start = 8 * o.warm_start + step * o.prompts_per_step
+        chosen = choose(len(train), start, o.prompts_per_step, o.seed)
         asked = [prompts[n] for n in chosen]
         rows = roll_out(o, policy, judge, [train[n] for n in chosen], asked, step + 1)
         rolled = time.perf_counter()
         log = update(o, policy, optimizer, asked, rows)
         refresh(policy, seed_of(o.seed, "rounding", step))
         seconds = {"rollout": rolled - begun, "update": time.perf_counter() - rolled}
-        metrics = rollout_metrics(o, asked, rows, seconds) | log
-        said = f"reward {metrics['reward']:.3f}"
+        log = rollout_metrics(o, asked, rows, seconds) | log
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             scores, _ = scoring.evaluate(policy.sampler, policy.tokenizer, held[:64], o)
-            metrics |= {f"eval_{name}": value for name, value in scores.items()}
-            said += f", ROUGE-L of 64 held-out {scores['rouge-l']:.3f}" if scores else ""
+            log |= {f"eval_{name}": value for name, value in scores.items()}
         prlm.append(out / "samples.jsonl", rows)
-        return metrics, said
+        return log
 
     keep_training(o, out, "GRPO", o.steps, o.lr, policy, take)
 
 
-# ---- Before RL: a warm start, and a first look -------------------------------------------------
+def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
+    """Calls take(step, optimizer), which gives a line of the log, for the steps up to `count` that
+    are not done. Saves every --save-every steps, at the end, and when asked to stop."""
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = make_optimizer(policy, peak)
+    done = load_state(folder, policy, optimizer)
+    (folder / "metrics.jsonl").touch()  # there may be no step to log
+    if done:
+        refresh(policy, seed_of(o.seed, "rounding", done - 1))
+        print(f"{title}: on after step {done}")
+    with stop_after_step() as asked, prlm.progress(title=title, total=count, initial=done) as bar:
+        for step in range(done, count):
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, count, peak)
+            log = {"step": step + 1, "lr": lr} | take(step, optimizer)
+            prlm.append(folder / "metrics.jsonl", [log])
+            if (step + 1) % o.save_every == 0 or step + 1 == count or asked():
+                save_state(folder, step + 1, policy, optimizer)
+                if stop := asked():  # during the save, too
+                    say("stopped; the same command with --resume goes on")
+                    sys.exit(128 + stop)
+            if (step + 1) % max(1, count // 10) == 0 or "eval_bleu" in log:
+                shown = ("reward", "loss", "eval_rouge-l")
+                said = ", ".join(f"{key} {x:.3f}" for key, x in log.items() if key in shown)
+                bar.write(f"step {step + 1} of {count}: {said}")
+            bar.update()
+
+
+# ---- Before RL: a warm start, and a first look ----
 EVIDENCE = "The user wrote: {}\n"  # a line of the reasoning that the warm start teaches
-EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # how many: a title, or how a tweet begins
+EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # tokens: of a title, or how a tweet begins
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The ids to imitate for each record, EOS last: what the user really wrote, and before it, with
     o.reasoning, a line EVIDENCE for each of the best items, at most o.k and EVIDENCE_ITEMS: the
     last field, cut to EVIDENCE_TOKENS; an empty line for none. No <think> if the prompt has it."""
-    rank, targets = make_ranker(o), []
-    *_, last_field = task_of(o.task).fields
+    (*_, last_field), targets = task_of(o.task).fields, []
     for example in examples:
-        form, texts = answer_block(o.task), [one_line(example.target)]
+        form, quoted = answer_block(o.task), []
         if o.reasoning:
-            items = rank(example, min(o.k, EVIDENCE_ITEMS))
-            quoted = [tokenizer.cut(item[last_field].strip(), EVIDENCE_TOKENS) for item in items]
+            texts = [item[last_field].strip() for item in best_items(o, example)]
+            quoted = [tokenizer.cut(text, EVIDENCE_TOKENS) for text in texts[:EVIDENCE_ITEMS]]
             evidence = EVIDENCE * len(quoted) or "\n"
             form = f"<think>\n{evidence}</think>\n{form}".removeprefix(tokenizer.opening)
-            texts = quoted + texts
-        targets.append([*tokenizer.fill(form, *texts), tokenizer.end_id])
+        ids = tokenizer.fill(form, *quoted, one_line(example.target))
+        targets.append([*ids, tokenizer.end_id])
     return targets
 
 
 def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
-    """Trains the policy for --warm-start steps, saves it, and loads it, in place, as the one before
-    RL. A step is cross-entropy on 8 whole completions, in nats per token."""
+    """Trains the policy before RL, saves it, and loads that. A step is cross-entropy on 8 whole
+    completions, in nats per token."""
     folder = out / "warm_start"
     if not (folder / "model.safetensors").is_file():
         prompts = make_prompts(o, policy.tokenizer, train)
         targets = warm_start_targets(o, policy.tokenizer, train)
-        example = prlm.printable(policy.tokenizer.decode(targets[0])).replace("\n", "\n  ")
-        print(f"warm start: {o.warm_start} steps towards, for example\n  {example}")
+        example = prlm.printable(policy.tokenizer.decode(targets[0]))
+        print(f"warm start: it imitates, for example,\n{example}")
 
-        def take(step: int, optimizer) -> tuple[dict, str]:
-            chosen = choose(len(train), step, 8, o.seed)
+        def take(step: int, optimizer) -> dict:
+            chosen = choose(len(train), 8 * step, 8, o.seed)
             asked, wanted = [prompts[n] for n in chosen], [[targets[n]] for n in chosen]  # G = 1
             tokens, total = sum(len(targets[n]) for n in chosen), 0.0
             for _, *batch in micro_batches(asked, wanted, o.tokens_per_micro_batch, share=True):
                 loss = -prlm.token_logprobs(policy.decoder, *batch)[0].sum() / tokens
                 loss.backward()
                 total += loss.item()
-            loss = sum(prlm.gather(total))
-            log = {"loss": loss, "grad_norm": optimizer_step(optimizer)}
-            return log, f"{loss:.3f} nats per token"
+            return {"loss": sum(prlm.gather(total)), "grad_norm": optimizer_step(optimizer)}
 
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.gather()  # the others wait for the first process
-    # In place: else the caller would keep the first policy's memory.
+    # In place: else the caller would keep the first policy in memory.
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 
 def first_look(o: Options, out: Path, policy: Policy, train) -> None:
-    """One rollout of eight prompts: a run that could not learn is stopped. The judge that stands in
-    for the real one gives each different answer a value of its own."""
-    shown = [train[n] for n in choose(len(train), 0, min(8, len(train)), o.seed, 8 * o.warm_start)]
+    """One rollout of eight prompts stops a run that could not learn. The judge's stand-in gives
+    each different answer its own value."""
+    shown = [train[n] for n in choose(len(train), 8 * o.warm_start, 8, o.seed)]
     prompts = make_prompts(o, policy.tokenizer, shown)
     rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
-    empty = sum(scoring.is_placeholder(row["answer"], o.task) for row in rows)
-    found = {"answered": 1 - empty / len(rows)}
-    found["truncated"] = sum(not row["finished"] for row in rows) / len(rows)
-    found["groups_with_spread"] = by_group(o, rows, "advantage").any(1).float().mean().item()
-    said = "a first look: {:.0%} answered, {:.0%} truncated, rewards differ in {:.0%} of groups"
-    print(said.format(*found.values()))
-    if found["groups_with_spread"] <= 0.1 and not o.force:
+    spread = by_group(o, rows, "advantage").any(1).float().mean().item()
+    said = f"a first look: {scoring.shares(rows, o.task)}, rewards differ in {spread:.0%} of groups"
+    print(said)
+    if spread <= 0.1 and not o.force:
         raise ValueError(
-            "in nearly all groups every completion earns the same, so GRPO would learn nothing. "
-            "With --overwrite: --warm-start 125 teaches the form; where many are cut off, raise "
-            "--max-new-tokens; where most answer, --temperature. --force trains all the same"
+            "in nearly all groups all completions earn the same: GRPO would learn nothing. With "
+            "--overwrite, --warm-start 125 teaches the form; if many are truncated, raise "
+            "--max-new-tokens; if most answer, --temperature. --force trains all the same"
         )
-    prlm.write_json(out / "look.json", found)
+    prlm.write_json(out / "look.json", {"said": said})
 
 
-# ==== Below: not the method =====================================================================
+# ==== Below: not the method ====
 def make_policy(o: Options) -> Policy:
     """The checkpoint o.model, ready to be trained: in float32, since at a learning rate of 1e-6 a
-    bfloat16 weight would never move; or LoRA on a base of the products' type, its own sampler."""
+    bfloat16 weight would never move; or LoRA on a base of the products' type."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
-        raise ValueError(f"{o.model}: no file names an EOS id, so no completion could end")
+        raise ValueError(f"{o.model}: no file names an EOS id, so nothing could end")
     if o.lora_rank:
         torch.manual_seed(o.seed)  # LoRA's A starts random
         sampler, reference = decoder, add_lora(decoder, rank=o.lora_rank, alpha=o.lora_rank)
@@ -384,8 +402,8 @@ def make_policy(o: Options) -> Policy:
 
 def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
     """Freezes the decoder and gives every matrix of its layers float32 adapters to train: A, drawn
-    as in PEFT, and B, which is 0, so at first nothing changes. Returns a decoder of the same
-    weights, in the same memory, without adapters."""
+    as in PEFT, and B, which is 0, so at first nothing changes. Returns the decoder without them, in
+    the same memory."""
     decoder.requires_grad_(False)
     plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
     for module in decoder.model.layers.modules():
@@ -400,7 +418,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None) -> None:
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
-    rounding is random, in proportion to the distance: rounding to nearest loses small steps."""
+    rounding is random, in proportion to the distance: to nearest would lose small steps."""
     noise = torch.Generator(policy.decoder.head.device).manual_seed(seed or 0)
     for copied, weight in zip(policy.sampler.parameters(), policy.decoder.parameters()):
         if copied.dtype != weight.dtype and seed is not None:
@@ -412,29 +430,29 @@ def refresh(policy: Policy, seed: int | None = None) -> None:
 
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     parameters = [p for p in policy.decoder.parameters() if p.requires_grad]
-    # On CUDA the fused AdamW does without a second copy of its second moments during a step.
+    # Fused, on CUDA, it makes no copy of its second moments during a step.
     return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
-# ---- What a run leaves: its log, saved states, scores --------------------------------------------
+# ---- What a run leaves: its log, saved states, scores ----
 METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's completions
     "step": "counted from 1",
     "lr": "its learning rate",
     "reward": "what the completions earned: the signal to watch",
-    "accuracy": "ROUGE-1 + ROUGE-2 + ROUGE-L of the answers, 0 to 3, before its weight",
-    "format": "share that close their reasoning, before its weight",
-    "personalization": "the judge's values, before their weight (an empty LaMP-4 answer: -10)",
-    "spread": "std of the reward in a group; where low, try a higher --temperature, --group-size",
-    "zero_spread_groups": "share whose completions all earned the same, so they teach nothing",
-    "truncated": "share cut off at --max-new-tokens; where it is high, raise that",
+    "accuracy": "ROUGE-1 + -2 + -L of the answers, 0 to 3; like the next two, before its weight",
+    "format": "share that close their reasoning",
+    "personalization": "the judge's values; -10 for an empty LaMP-4 answer",
+    "spread": "std of the reward in a group; if low, try a higher --temperature, --group-size",
+    "zero_spread_groups": "share whose completions all earned the same: they teach nothing",
+    "truncated": "share cut off at --max-new-tokens; if high, raise that",
     "completion_tokens": "length of a completion",
-    "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy no longer explores",
-    "loss": "about 0 with grpo, one update per rollout and no KL, since advantages sum to 0",
+    "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy explores no more",
+    "loss": "about 0 with grpo, one update per rollout and no KL: watch the reward",
     "grad_norm": "of the gradient, before it is clipped to 1",
-    "kl": "k3 estimate per token, in nats: how far from the policy before RL; 0 with --beta 0",
+    "kl": "k3 per token, in nats: how far from the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
     "gap": "most that sampler and trainer differ on a token's log p: 1e-4; .1 to .3 in bfloat16",
-    "tokens_per_second": "prompt and completion tokens, over the whole step",
+    "tokens_per_second": "of prompts and completions, over the whole step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
     "eval_rouge-1": "of greedy answers to the first 64 held-out records; likewise -2, -l, bleu",
@@ -458,12 +476,12 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
 def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[str, float]:
     """new, old, ref [P, G, C]: log-probabilities of the last pass, the first, the reference."""
     for x in (new, old, ref) if dist.is_initialized() else ():
-        dist.all_reduce(x)  # each process has filled its share, and has 0 elsewhere
+        dist.all_reduce(x)  # each process has filled its share; the rest is 0
     sampled = pad_sequence([torch.tensor(row["logprobs"]) for row in rows], batch_first=True)
     gap = (old - sampled.view_as(old).to(old.device)).abs()[mask]
-    gain, ratio, high = advantages[..., None], (new - old).exp(), o.clip_high or o.clip
-    # In the other direction the minimum takes the term that is not clipped.
-    clipped = ((gain > 0) & (ratio > 1 + high)) | ((gain < 0) & (ratio < 1 - o.clip))
+    gain, ratio = advantages[..., None], (new - old).exp()
+    limited = ratio.clamp(1 - o.clip, 1 + (o.clip_high or o.clip))
+    clipped = limited * gain < ratio * gain  # where the minimum takes what has no gradient
     how = (o.clip, o.clip_high, o.beta, o.normalizer, o.max_new_tokens)
     count = max(len(gap), 1)
     return {
@@ -474,34 +492,8 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
     }
 
 
-def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
-    """take(step, optimizer), which gives a line of the log and a text to print, for each step up to
-    `count` that is not done. Saves every --save-every steps, at the end, and when asked to stop."""
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizer = make_optimizer(policy, peak)
-    done = load_state(folder, policy, optimizer)
-    (folder / "metrics.jsonl").touch()  # the run may have no step to log
-    if done:
-        refresh(policy, seed_of(o.seed, "rounding", done - 1))
-        print(f"{title}: on after step {done}")
-    bar = prlm.progress(title=title, total=count, initial=done)
-    with stop_after_step() as asked, bar:
-        for step in range(done, count):
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, count, peak)
-            log, said = take(step, optimizer)
-            prlm.append(folder / "metrics.jsonl", [{"step": step + 1, "lr": lr} | log])
-            if (step + 1) % o.save_every == 0 or step + 1 == count or asked():
-                save_state(folder, step + 1, policy, optimizer)
-                if stop := asked():  # during the save, too
-                    say("stopped; the same command with --resume goes on")
-                    sys.exit(128 + stop)
-            if (step + 1) % max(1, count // 10) == 0 or "eval_bleu" in log:
-                bar.write(f"step {step + 1} of {count}: {said}")
-            bar.update()
-
-
 def save_state(folder: Path, step: int, policy: Policy, optimizer) -> None:
-    """All that the next step depends on, and how long the logs are by now."""
+    """All that the next step depends on, and the logs' sizes."""
     trained = {n: p.detach() for n, p in policy.decoder.named_parameters() if p.requires_grad}
     sizes = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
     state = {"step": step, "model": trained, "optimizer": optimizer.state_dict(), "logs": sizes}
@@ -511,7 +503,7 @@ def save_state(folder: Path, step: int, policy: Policy, optimizer) -> None:
 
 
 def load_state(folder: Path, policy: Policy, optimizer) -> int:
-    """Puts a saved state back, logs cut to their size then; returns the number of steps done."""
+    """Restores a saved state, logs cut to their sizes then; returns the steps done."""
     path, state = folder / "trainer.pt", {"step": 0, "logs": {}}
     with prlm.faults_in(path):
         if path.is_file():
@@ -525,31 +517,31 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 
 @contextmanager
 def stop_after_step():
-    """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a
-    function that says which has come, or 0."""
-    came, before = [0], {}
+    """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a function
+    that says which has come to any process, or 0."""
+    came, numbers = [0], (signal.SIGINT, signal.SIGTERM)
 
     def ask(number, _frame) -> None:
         came.append(number)
-        for each in before:
+        for each in numbers:
             signal.signal(each, signal.SIG_DFL)
         say("\nstopping after this step; again: at once")
 
-    before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = [signal.signal(number, ask) for number in numbers]
     try:
-        yield lambda: max(prlm.gather(came[-1]))  # whichever of the processes was asked
+        yield lambda: max(prlm.gather(came[-1]))
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
 
 
 def say(text: str) -> None:
-    with suppress(OSError):  # after Ctrl-C, `| tee` is gone before us: nobody reads
+    with suppress(OSError):  # after Ctrl-C, nobody may read: `| tee` is gone before us
         os.write(2, f"{text}\n".encode())
 
 
 @contextmanager
-def processes():  # those that torchrun has started, if it has; only the first one prints
+def processes():  # torchrun's, if there are any; only the first one prints
     if dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -561,13 +553,13 @@ def processes():  # those that torchrun has started, if it has; only the first o
         dist.destroy_process_group()
 
 
-def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=None) -> list[dict]:
+def score_held_out(o: Options, out: Path, name: str, policy: Policy, held) -> list[dict]:
     """Scores, greedy and sampled at .7, into scores.json; returns held_out/{name}.jsonl, greedy."""
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
     if lines.is_file():
         return prlm.read_lines(lines)
     how = (o, policy.sampler, policy.tokenizer, held)
-    greedy, sampled = (scoring.answer_all(*how, temperature, k) for temperature in (0.0, 0.7))
+    greedy, sampled = (scoring.answer_all(*how, temperature) for temperature in (0.0, 0.7))
     scores = scoring.mean_scores(greedy)
     scores |= {f"{key}_sampled": x for key, x in scoring.mean_scores(sampled).items()}
     prlm.write_json(file, (prlm.read_json(file) if file.is_file() else {}) | {name: scores})
@@ -575,18 +567,18 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held, k=Non
     return greedy
 
 
-def report(out: Path) -> None:  # scores, and one held-out user before and after
+def report(out: Path) -> None:
     print("all held-out records, greedy answers:")
     for name, scores in prlm.read_json(out / "scores.json").items():
         print(scoring.line(name, scores))
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))
     pairs = zip(*map(prlm.read_lines, files), strict=True)
-    before, after = max(pairs, key=lambda two: two[1].get("rouge-l", 0) - two[0].get("rouge-l", 0))
+    before, after = max(pairs, key=lambda two: two[1]["rouge-l"] - two[0]["rouge-l"])
     print(f"\nthe held-out record that gained most, {after['id']}:")
     prompt = after["prompt"].rpartition("</answer>\n")[2]
     texts = (prompt, after["target"], before["completion"], after["completion"])
     for title, text in zip(("prompt", "the user wrote", "before RL", "after RL"), texts):
-        print(f"--- {title}\n{prlm.printable(str(text)).strip()}")
+        print(f"--- {title}\n{prlm.printable(text).strip()}")
     print(f"\n{out} is complete. As a page: python toy/page.py --run {out}")
 
 

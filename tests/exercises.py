@@ -137,9 +137,9 @@ EXERCISES = [
          "random": "Does the draw depend on anything but the seed and the record's id?",
          "recency": "A date is its numbers, the year first; equal ones keep their order."}, [
             Mutant("ties go to the higher index", "Rankings are rank_bm25's, but for ties.",
-                   "-scores, kind=\"stable\")", "scores, kind=\"stable\")[::-1]"),
+                   "range(len(profile)), key", "range(len(profile))[::-1], key"),
             Mutant("the oldest items come first", "Recency shows what the user wrote years ago.",
-                   ", reverse=True)", ")"),
+                   "reverse=True", "reverse=retriever != \"recency\""),
             Mutant("one draw for all users", "Random retrieval takes the same places everywhere.",
                    "random.Random(repr((seed, example.id)))", "random.Random(seed)"),
             Mutant("the idfs are swapped", "`bm25` equals Lucene's ranking, not rank_bm25's.",
@@ -256,7 +256,7 @@ EXERCISES = [
             Mutant("an unclosed thought counts", "Completions cut off in thought earn accuracy.",
                    "if \"<think>\" in text:", "if not text:"),
             Mutant("the last value counts", "Afterthoughts and second attempts replace the answer.",
-                   "(real or values or [\"\"])[0]", "(real or values or [\"\"])[-1]"),
+                   "real + values", "real[::-1] + values"),
             Mutant("the placeholder counts", "A model that repeats the form first earns nothing.",
                    "if not is_placeholder(value, task)", "if value"),
             Mutant("a key may end another word", "'subtitle: ...' is read as an answer.",
@@ -830,14 +830,13 @@ EXERCISES = [
             Mutant("the query as the target", "The policy answers with the query.",
                    "one_line(example.target)", "one_line(example.query)"),
             Mutant("every item is quoted", "With --k 10 completions are cut before they answer.",
-                   "min(o.k, EVIDENCE_ITEMS)", "o.k"),
+                   "texts[:EVIDENCE_ITEMS]", "texts"),
         ], """
-        best, found = make_ranker(o), []
-        field = list(task_of(o.task).fields)[-1]
+        field, found = list(task_of(o.task).fields)[-1], []
         for example in examples:
             form, said, opening = answer_block(o.task), [], tokenizer.opening
             if o.reasoning:
-                items = best(example, o.k)[:EVIDENCE_ITEMS]
+                items = best_items(o, example)[:EVIDENCE_ITEMS]
                 said = [tokenizer.cut(item[field].strip(), EVIDENCE_TOKENS) for item in items]
                 form = "<think>\\n" + (EVIDENCE * len(said) or "\\n") + "</think>\\n" + form
                 form = form[len(opening) :] if form.startswith(opening) else form

@@ -217,7 +217,7 @@ class TestEvaluate:
     def test_scores_are_the_means_of_each_record(self, policy):
         o, examples = PromptOptions(k=2, max_new_tokens=12), policy[2]
         scores, answers = evaluate(*policy, o, 0.7)
-        with_profile, without = (module.answer_all(o, *policy, 0.7, k) for k in (None, 0))
+        with_profile, without = (module.answer_all(replace(o, k=k), *policy, 0.7) for k in (2, 0))
         assert list(answers.items()) == [(r["id"], r["answer"]) for r in with_profile]
         assert all(len(a["prompt"]) > len(b["prompt"]) for a, b in zip(with_profile, without))
         assert list(scores) == ["rouge-1", "rouge-2", "rouge-l", "bleu"] and scores["rouge-1"] > 0

@@ -248,11 +248,10 @@ class TestSchedule:
         assert rl.learning_rate(2, 20, 1.0) == 1.0
 
     def test_every_example_once_an_epoch(self):
-        chosen = [n for step in range(7) for n in rl.choose(10, step, 4, 0)]
+        chosen = [n for step in range(7) for n in rl.choose(10, 4 * step, 4, 0)]
         epochs = [chosen[i : i + 10] for i in (0, 10)]
         assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
-        assert rl.choose(10, 3, 4, 0) == chosen[12:16] != rl.choose(10, 3, 4, 1)
-        assert rl.choose(10, 1, 4, 0, start=8) == chosen[12:16]
+        assert rl.choose(10, 13, 3, 0) == chosen[13:16] != rl.choose(10, 13, 3, 1)
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -418,7 +417,7 @@ class TestWarmStart:
         optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.0)
         expected = []
         for step in range(2):
-            rows = rl.choose(len(train), step, 8, o.seed)
+            rows = rl.choose(len(train), 8 * step, 8, o.seed)
             nats = 0.0
             for n in rows:
                 ids = torch.tensor([prompts[n] + targets[n]])

@@ -99,8 +99,8 @@ def answer_grid(run: Path) -> None:
     held, (decoder, tokenizer) = retrieve.load_examples(o, "dev"), prlm.load_policy(o)
     found = {}
     for name in RETRIEVERS:
-        how = replace(o, retriever=name)
-        answers = [scoring.answer_all(how, decoder, tokenizer, held, k=k) for k in ITEMS]
+        hows = (replace(o, retriever=name, k=k) for k in ITEMS)
+        answers = [scoring.answer_all(how, decoder, tokenizer, held) for how in hows]
         found[name] = [scoring.mean_scores(records)["rouge-l"] for records in answers]
     prlm.write_json(run / "grid.json", found)
 
