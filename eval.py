@@ -207,7 +207,7 @@ def run_directory(o, record="config.json") -> Path:
             if mine[name] and Path(mine[name]).resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"--overwrite would delete the {name} that it needs, {mine[name]}")
         for path in sorted(out.iterdir(), key=lambda path: path.name == record):  # that last
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     prlm.write_json(out / record, mine)
     return out
 

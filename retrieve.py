@@ -294,7 +294,7 @@ def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
         ids = Ragged(rows[start : start + 32], encoder.embeddings.LayerNorm.weight.device)
         hidden = encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
         total = (hidden * ids.mask[..., None]).sum(1)  # the mean's direction
-        found.append(torch.nn.functional.normalize(total).cpu())
+        found.append(torch.nn.functional.normalize(total.float()).cpu())
     return torch.cat(found).numpy()
 
 

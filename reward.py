@@ -98,12 +98,14 @@ class RewardModel(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        if encoder.tokenizer is None or encoder.pooler is None:
-            raise ValueError("the encoder has no tokenizer.json, or no pooler")
+        if encoder.tokenizer is None:
+            raise ValueError("the encoder's directory has no tokenizer.json")
         self.bert, self.tokenizer = encoder, encoder.tokenizer
-        like = encoder.pooler.dense.weight  # [H, H]
-        self.classifier = prlm.Linear(len(like), 1).to(like)
-        prlm.start_random(self.classifier)
+        like = encoder.embeddings.LayerNorm.weight  # [H]
+        if encoder.pooler is None:
+            encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
+        self.classifier = prlm.Linear(len(like), 1).to(like.device)  # float32: in bfloat16 scores
+        prlm.start_random(self.classifier)  # that differ by less than .4 % would tie
         nn.init.zeros_(self.classifier.bias)
         self.limit = min(512, encoder.max_length)  # tokens of a pair
         self.eval()
@@ -118,7 +120,6 @@ class RewardModel(nn.Module):
         hidden = self.bert(ids.grid(ids.tokens), ids.mask, segments)  # [B, T, H]
         pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
         pooled = F.dropout(pooled, self.bert.config.hidden_dropout_prob, self.training)
-        # Not in bfloat16, where scores that differ by less than .4 % would tie.
         return F.linear(pooled.float(), self.classifier.weight, self.classifier.bias)[:, 0]
 
     @torch.no_grad()
@@ -295,7 +296,7 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
-    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), {}, device)
+    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), {r".*position_ids": ""}, device)
 
 
 def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:

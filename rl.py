@@ -118,7 +118,7 @@ class Options(RewardOptions):
     warm_start: int = option(0, "supervised steps of 8 records before RL, to learn the form", 0)
     warm_start_lr: float = option(1e-4, "their peak learning rate", 1e-12)
     steps: int = option(20, "rollouts, each with its update; --lr's schedule is over all", 0)
-    prompts_per_step: int = option(16, "P", 1)
+    prompts_per_step: int = option(16, "P, prompts of a step", 1)
     group_size: int = option(8, "G, completions of each prompt", 2)
     temperature: float = option(1.0, "of sampling and training", prlm.COLDEST)
     lr: float = option(5e-4, "peak learning rate of AdamW", 1e-12)
