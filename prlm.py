@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         return self.logits(x, self.head)
 
 
-def start_random(module: nn.Module) -> None:
+def start_random(module):
     for x in module.parameters():
         if x.dim() == 2 and not x.is_meta:
             nn.init.normal_(x, std=0.02)
@@ -220,11 +220,11 @@ class Ragged:
         self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
         self.cells = self.rows * self.shape[1] + self.positions  # [N] index in the grid
 
-    def grid(self, x: Tensor) -> Tensor:  # [N, ..] to [rows, T, ..], zeros after each row's end
+    def grid(self, x):  # [N, ..] to [rows, T, ..], zeros after each row's end
         empty = x.new_zeros(self.mask.numel(), *x.shape[1:])
         return empty.index_copy(0, self.cells, x).unflatten(0, self.shape)
 
-    def flat(self, grid: Tensor) -> Tensor:  # [rows, T, ..] back to [N, ..]
+    def flat(self, grid):  # [rows, T, ..] back to [N, ..]
         return grid.flatten(0, 1).index_select(0, self.cells)
 
 
@@ -259,7 +259,7 @@ class Cache:
         self.shared.append([x.transpose(1, 2).contiguous() for x in (k, v)])
         return self.prompts.flat(attention(q, k, v))
 
-    def next_slot(self, coarse: bool) -> None:  # coarse: windows of 128, 256, 512, ...
+    def next_slot(self, coarse: bool):  # coarse: windows of 128, 256, 512, ...
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1
@@ -315,11 +315,11 @@ def generate(
     never sampled. ValueError for what is empty or too low."""
     if min(group_size, max_new_tokens, *map(len, prompts)) < 1 or not (temperature or 1) >= COLDEST:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
-    P, G, head = len(prompts), group_size, decoder.head[: decoder.vocab_limit]  # [V, H]
+    P, G, head = len(prompts), group_size, decoder.head[: decoder.vocab_limit]
     device = head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos, pace = torch.tensor([*eos_ids], dtype=torch.long, device=device), PACES[device.type]
-    laid = Ragged(prompts, device, multiple=pace.multiple)
+    laid = Ragged(prompts, device, pace.multiple)
     cache = Cache(decoder, laid, G, max_new_tokens)
     run_step = partial(decoder.run, attend=cache.read_next)
     if pace.record:
@@ -508,8 +508,7 @@ class Tokenizer:
         self.template, known = found.replace("\r\n", "\n"), backend.get_vocab()
         self.size = max(known.values()) + 1
         self.format = chat_format(known, self.template)
-        ends = FORMATS[self.format][1]["assistant"][1] if self.format else ""
-        end = [known[name] for name in CONTROL.findall(ends)]  # of the assistant's turn
+        end = [known[FORMATS[self.format][1]["assistant"][1].strip()]] if self.format else []
         self.eos_ids = frozenset([*eos_ids, *end])
         self.end_id = min(end or eos_ids, default=None)
         content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
@@ -523,14 +522,14 @@ class Tokenizer:
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         # What the template adds to its format: a BOS, a system message, the shortest opening.
-        bos, plain = settings.get("bos_token"), not self.template
+        bos, plain = settings.get("bos_token") or "", not self.template
         bos = bos["content"] if isinstance(bos, dict) else bos
-        self.bos = bos if bos in self.control and "bos_token" in self.template else ""
+        self.bos = bos if "bos_token" in self.template else ""
         unescape = partial(re.sub, r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1])
-        begins = "<think>\n" if self.format == "R1" and plain else ""
+        begins = "<think>\n" * (self.format == "R1" and plain)
         self.opening = unescape(min(OPENS_THINKING.findall(self.template), key=len, default=begins))
         dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
-        self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
+        self.dates = LLAMA_DATES * (self.format == "Llama 3" and dated)
         found = DEFAULT_SYSTEM.search(self.template)
         self.default_system = unescape(found[1]) if found else "" if self.dates else None
 
@@ -661,7 +660,7 @@ class Recorded:
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
-for kind in ("int", "uint", "float"):  # I16, U32, F64, ...
+for kind in ("int", "float"):  # I16, F32, ...
     DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
 BERT = {  # its config.json's defaults; for the first four, all that is implemented
     "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
@@ -687,17 +686,17 @@ def parse_config(raw: dict) -> SimpleNamespace:
         "rope_type": rope.get("type", "default"), "layer_types": (), **given, **rope,
     })  # fmt: skip
     c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
-    slides = c.use_sliding_window and c.max_window_layers < c.num_hidden_layers
-    for what, refused in {
-        f"model_type {family!r}": family not in ("qwen2", "qwen3", "llama"),
-        f"hidden_act {c.hidden_act!r}": c.hidden_act != "silu",
-        f"rope_type {c.rope_type!r}": c.rope_type not in ("default", "llama3"),
-        "a partial_rotary_factor": c.partial_rotary_factor not in (1, None),
-        "a rotary embedding without rope_theta": not c.rope_theta,
-        "a sliding window": slides or {*c.layer_types} - {"full_attention"},
+    for name, known in {
+        "model_type": family in ("qwen2", "qwen3", "llama"),
+        "hidden_act": c.hidden_act == "silu",
+        "rope_type": c.rope_type in ("default", "llama3"),
+        "rope_theta": c.rope_theta,
+        "partial_rotary_factor": c.partial_rotary_factor in (1, None),
+        "layer_types": {*c.layer_types} <= {"full_attention"},
+        "use_sliding_window": c.max_window_layers >= c.use_sliding_window * c.num_hidden_layers,
     }.items():
-        if refused:
-            raise ValueError(f"{what} is not implemented")
+        if not known:
+            raise ValueError(f"{name} {getattr(c, name, None)!r} is not implemented")
     # Qwen2 has biases, but not at the output; its config.json does not say so.
     c.qkv_bias, c.o_bias = (True, False) if family == "qwen2" else [c.attention_bias] * 2
     return c
@@ -711,7 +710,7 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-    names = {r"^bert\.": "", r"Norm\.gamma$": "Norm.weight", r"Norm\.beta$": "Norm.bias"}
+    names = {r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"}
     names[r"^(cls|classifier|qa_outputs)\..*|.*position_ids"] = ""  # other heads, a buffer
     return load_module(directory, Encoder, names, device, dtype)
 
@@ -726,7 +725,7 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn
         if (folder / "adapter_config.json").is_file():
             raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
-        if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
+        if (index := folder / "model.safetensors.index.json").is_file():
             files = sorted({folder / Path(n).name for n in read_json(index)["weight_map"].values()})
         for file in files:
             for name, tensor in read_safetensors(file).items():
@@ -741,14 +740,14 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn
             module = kind(raw, tokenizer)
         tied = raw.get("tie_word_embeddings") and "lm_head.weight" in weights
         if tied and not weights.pop("lm_head.weight").equal(weights["model.embed_tokens.weight"]):
-            raise ValueError("lm_head is tied to the embedding, but the two differ")
+            raise ValueError("lm_head is tied to the embedding, but differs")
         if "pooler.dense.weight" not in weights:
             module.pooler = None  # an encoder's
         module.load_state_dict(weights, assign=True)
-    return module.eval().requires_grad_(True)
+    return module.eval()
 
 
-def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
+def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory):
     """The tokenizer's files, config.json, weights: where these last are, all is there."""
     widest = max(state.values(), key=Tensor.element_size).dtype
     raw = raw | {"dtype" if "dtype" in raw else "torch_dtype": str(widest).removeprefix("torch.")}
@@ -758,7 +757,7 @@ def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, d
     write_safetensors(f"{directory}/model.safetensors", state)
 
 
-def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
+def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory):
     """A checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A, in
     float32, since a bfloat16 W would lose most of the change."""
     state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
@@ -771,17 +770,16 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
 
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
-    path, eos_ids, texts = Path(directory) / "tokenizer.json", set(), {}
-    for file in [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]:
-        with faults_in(file):
-            texts[file.name] = file.read_bytes().decode("utf-8-sig")
+    path, eos_ids = Path(directory) / "tokenizer.json", set()
     with faults_in(path):
-        backend = Backend.from_str(texts[path.name])
+        backend = Backend.from_str(path.read_text("utf-8-sig"))
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
         ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
         eos_ids |= {*ids} if isinstance(ids, list) else {ids}
         eos_ids.add(backend.token_to_id(token if isinstance(token, str) else token["content"]))
+    files = filter(Path.is_file, map(path.with_name, (path.name, *SETTINGS, *OTHERS)))
+    texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
     return Tokenizer(backend, eos_ids - {None}, texts)
 
 
@@ -792,7 +790,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key appears twice in the header")
+            raise ValueError("a key is repeated in the header")
         return dict(pairs)
 
     tensors, size = {}, Path(path).stat().st_size
@@ -800,7 +798,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         if start > size:
-            raise ValueError("the file ends before its header; is the download complete?")
+            raise ValueError("it ends within its header; is the download complete?")
         text = bytes(data[8:start].tolist()).decode()
         header = json.loads(text, object_pairs_hook=unique)
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
@@ -827,7 +825,7 @@ def check_header(header: dict, size: int) -> dict[str, tuple]:
     return ranges
 
 
-def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None):
     """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
@@ -871,19 +869,19 @@ def replacing(path):  # a temporary path; on success the first process's becomes
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text: str) -> None:
+def write_text(path, text: str):
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
-def write_json(path, value) -> None:
+def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def append(path, records: list[dict]) -> None:  # to a JSON Lines file
+def append(path, records: list[dict]):  # to a JSON Lines file
     if world()[0] == 0:
         with open(path, "a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def read_json(path, kind: type = dict):  # the top level must be a `kind`
@@ -946,15 +944,14 @@ PRESETS = {  # where they differ from the toy's, the defaults; a command takes w
 }  # fmt: skip
 
 
-def option(default, help: str, least: float | None = None):  # `least`: the least value allowed
+def option(default, help: str, least: float | None = None):  # `least`: the least allowed
     return field(default=default, metadata={"help": help, "least": least})
 
 
 def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=description,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.argument_default = argparse.SUPPRESS
     for entry in fields(options):
         kind, flag = entry.type, f"--{entry.name.replace('_', '-')}"
         how = {"type": (*get_args(kind), kind)[0], "metavar": "X"}  # T of "T | None"
@@ -980,8 +977,8 @@ def resolve(options: type, given: dict):
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
         raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
-    own = {"out", "overwrite", "force"}  # a command's, never a run's
-    own |= set() if "steps" in names else {"temperature"}  # a run's is for rollouts
+    # A command's, never a run's; a run's temperature is for rollouts.
+    own = {"out", "overwrite", "force", "" if "steps" in names else "temperature"}
     chosen = names & (base.keys() - own | given.keys())
     o = options(**{name: (base | given)[name] for name in chosen})
     for entry in fields(o):
@@ -991,7 +988,7 @@ def resolve(options: type, given: dict):
     return o
 
 
-def command(main, options: type, description: str) -> None:
+def command(main, options: type, description: str):
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
     given = parse_flags(options, description)
     # Data may hold what a terminal cannot show; and a log is read while it grows.
@@ -1035,7 +1032,7 @@ class Options:
     precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
 
 
-def main(o: Options) -> None:
+def main(o: Options):
     decoder, tokenizer = load_policy(o)
     prompt = tokenizer.chat([{"role": "user", "content": o.prompt}])
     how = (1, o.max_new_tokens, o.temperature, tokenizer.eos_ids, o.seed)
