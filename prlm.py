@@ -106,13 +106,13 @@ class Layer(nn.Module):
         queries, keys = c.num_attention_heads * D, c.num_key_value_heads * D
         norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
         self.input_layernorm = RMSNorm(H, eps)
-        self.self_attn = nn.ModuleDict({
-            "q_proj": Linear(H, queries, c.qkv_bias), "k_proj": Linear(H, keys, c.qkv_bias),
-            "v_proj": Linear(H, keys, c.qkv_bias), "o_proj": Linear(queries, H, c.o_bias),
-            "q_norm": norm(D, eps), "k_norm": norm(D, eps),
-        })  # fmt: skip
+        self.self_attn = nn.ModuleDict(dict(
+            q_proj=Linear(H, queries, c.qkv_bias), k_proj=Linear(H, keys, c.qkv_bias),
+            v_proj=Linear(H, keys, c.qkv_bias), o_proj=Linear(queries, H, c.o_bias),
+            q_norm=norm(D, eps), k_norm=norm(D, eps),
+        ))  # fmt: skip
         self.post_attention_layernorm = RMSNorm(H, eps)
-        sizes = {"gate_proj": (H, inner), "up_proj": (H, inner), "down_proj": (inner, H)}
+        sizes = dict(gate_proj=(H, inner), up_proj=(H, inner), down_proj=(inner, H))
         self.mlp = nn.ModuleDict({name: Linear(*size, c.mlp_bias) for name, size in sizes.items()})
 
     def forward(self, x, cos, sin, attend):
@@ -244,9 +244,9 @@ class Cache:
     in one product. A step reads the first `window` slots: what is written, or a power of 2."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
-        c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
-        self.prompts, self.shared, self.scale = prompts, [], c.head_dim**-0.5
-        rows = (2, P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
+        c, device = decoder.config, prompts.tokens.device
+        self.prompts, self.shared = prompts, []
+        rows = (2, prompts.shape[0], c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
         self.own = [*torch.zeros(c.num_hidden_layers, *rows, dtype=decoder.products, device=device)]
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
         # Where the new token goes: a tensor, as a CUDA graph would freeze a Python number.
@@ -278,7 +278,7 @@ class Cache:
         to_prompt = exact_products(q.reshape(P * K, G * R, D), keys)  # [P*K, G*R, T]
         to_own = exact_products(q.reshape(P * K * G, R, D), own_keys)  # [P*K*G, R, n]
         both = torch.cat([x.view(P, K * G * R, -1) for x in (to_prompt, to_own)], -1)
-        both = torch.add(self.hide[:, None, : T + n], both, alpha=self.scale)
+        both = torch.add(self.hide[:, None, : T + n], both, alpha=D**-0.5)
         weights = both.softmax(-1).to(v.dtype).view(P * K * G, R, T + n)
         for_prompt, for_own = weights.split([T, n], -1)
         out = torch.bmm(for_prompt.reshape(P * K, G * R, T), values).view(P * K * G, R, D)
@@ -396,16 +396,15 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
     backward: all of them, for 8,192 tokens and 152,000 words, are 5 GB in float32."""
     limit = decoder.vocab_limit
 
-    def chunk(x, ids, head):
+    def chunk(x, ids):
         logits = decoder.logits(x, head)  # casts the head here: its gradient sums in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
     size, head = max(128, PACES[hidden.device.type].logits // limit), decoder.head[:limit]
-    pairs = zip(hidden.split(size), targets.clamp(max=limit - 1).split(size))
     run = partial(checkpoint, chunk, use_reentrant=False)
-    logprobs = torch.cat([run(x, ids, head) for x, ids in pairs])
-    return logprobs.masked_fill(targets >= limit, -math.inf)
+    chunks = map(run, hidden.split(size), targets.clamp(max=limit - 1).split(size))
+    return torch.cat([*chunks]).masked_fill(targets >= limit, -math.inf)
 
 
 # ---- The encoder: BERT, for the reward model and the dense retriever
@@ -482,8 +481,8 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
 CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|</?think>")
 FOREIGN = ("<|im_sep|>", "## Metadata", "%}{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
 PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
-DEFAULT_SYSTEM = re.compile(rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>")
-OPENS_THINKING = re.compile(rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)")
+DEFAULT_SYSTEM = rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>"
+OPENING = rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)"
 LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
 
 
@@ -505,9 +504,10 @@ class Tokenizer:
         found = self.files.get("chat_template.jinja") or settings.get("chat_template") or ""
         if isinstance(found, list):  # several
             found = next((x["template"] for x in found if x["name"] == "default"), "")
-        self.template, known = found.replace("\r\n", "\n"), backend.get_vocab()
+        self.template = template = found.replace("\r\n", "\n")
+        known = backend.get_vocab()
         self.size = max(known.values()) + 1
-        self.format = chat_format(known, self.template)
+        self.format = chat_format(known, template)
         end = [known[FORMATS[self.format][1]["assistant"][1].strip()]] if self.format else []
         self.eos_ids = frozenset([*eos_ids, *end])
         self.end_id = min(end or eos_ids, default=None)
@@ -516,21 +516,21 @@ class Tokenizer:
         for t in added:  # R1's "<｜User｜>" does not say that it is special
             t["special"] |= bool(CONTROL.fullmatch(t["content"])) or t["id"] in self.eos_ids
         self.control = {t["content"]: t["id"] for t in added if t["special"]}
-        self.hidden = {n: i for n, i in self.control.items() if "think>" not in n}  # in `decode`
+        self.hidden = {i for n, i in self.control.items() if "think>" not in n}  # by `decode`
         names = sorted((re.escape(t["content"]) for t in added), key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(names) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         # What the template adds to its format: a BOS, a system message, the shortest opening.
-        bos, plain = settings.get("bos_token") or "", not self.template
+        bos, plain = settings.get("bos_token") or "", not template
         bos = bos["content"] if isinstance(bos, dict) else bos
-        self.bos = bos if "bos_token" in self.template else ""
-        unescape = partial(re.sub, r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1])
+        self.bos = bos if "bos_token" in template else ""
+        unescape = partial(re.sub, r"\\(.)", lambda found: found[1].replace("n", "\n"))
         begins = "<think>\n" * (self.format == "R1" and plain)
-        self.opening = unescape(min(OPENS_THINKING.findall(self.template), key=len, default=begins))
-        dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
+        self.opening = unescape(min(re.findall(OPENING, template), key=len, default=begins))
+        dated = LLAMA_DATES[:22] in template or (plain and "<|eom_id|>" in self.control)
         self.dates = LLAMA_DATES * (self.format == "Llama 3" and dated)
-        found = DEFAULT_SYSTEM.search(self.template)
+        found = re.search(DEFAULT_SYSTEM, template)
         self.default_system = unescape(found[1]) if found else "" if self.dates else None
 
     def encode(self, text: str) -> list[int]:  # no BOS, no control token that the text spells
@@ -545,8 +545,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:  # no EOS, padding, BOS, but <think> and </think>
-        hidden = {*self.hidden.values()}
-        return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        ids = [i for i in ids if i not in self.hidden]
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
         """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
@@ -568,7 +568,7 @@ class Tokenizer:
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
             # A system message is ours, and stands in the form itself: its <think> is the token.
-            ours = role == "system" and not any(name in text for name in ("{}", *self.hidden))
+            ours = role == "system" and "{}" not in text and not {*self.fill(text)} & self.hidden
             ids += self.fill((text if ours else "{}").join(around[role]), text)
         return ids + self.fill(around["assistant"][0] + said)
 
@@ -659,14 +659,14 @@ class Recorded:
 
 # ---- Checkpoints: config.json, safetensors, and the tokenizer's files
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = dict(BOOL=torch.bool, BF16=torch.bfloat16, I8=torch.int8, U8=torch.uint8)
 for kind in ("int", "float"):  # I16, F32, ...
     DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
-BERT = {  # its config.json's defaults; for the first four, all that is implemented
-    "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
-    "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-}  # fmt: skip
+BERT = dict(  # its config.json's defaults; for the first four, all that is implemented
+    model_type="bert", hidden_act="gelu", is_decoder=False, position_embedding_type="absolute",
+    type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)  # fmt: skip
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 
@@ -677,25 +677,26 @@ def parse_config(raw: dict) -> SimpleNamespace:
     given = {key: value for key, value in raw.items() if value is not None}
     rope = given.get("rope_scaling") or given.get("rope_parameters", {})  # as transformers 5 does
     family, heads = given.get("model_type"), raw["num_attention_heads"]
-    c = SimpleNamespace(**{
-        "head_dim": 128 if family == "qwen3" else raw["hidden_size"] // heads,
-        "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-        "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 10**9,
-        "rope_theta": 10000.0 if family == "llama" else None, "partial_rotary_factor": 1,
-        "rope_type": rope.get("type", "default"), "layer_types": (), **given, **rope,
-    })  # fmt: skip
+    defaults = dict(
+        head_dim=128 if family == "qwen3" else raw["hidden_size"] // heads,
+        num_key_value_heads=heads, rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False,
+        mlp_bias=False, tie_word_embeddings=False, use_sliding_window=False, max_window_layers=28,
+        max_position_embeddings=10**9, rope_theta=10000.0 if family == "llama" else None,
+        rope_type=rope.get("type", "default"), partial_rotary_factor=1, layer_types=(),
+    )  # fmt: skip
+    c = SimpleNamespace(**defaults | given | rope)
     c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
-    for name, known in {
-        "model_type": family in ("qwen2", "qwen3", "llama"),
-        "hidden_act": c.hidden_act == "silu",
-        "rope_type": c.rope_type in ("default", "llama3"),
-        "rope_theta": c.rope_theta,
-        "partial_rotary_factor": c.partial_rotary_factor in (1, None),
-        "layer_types": {*c.layer_types} <= {"full_attention"},
-        "use_sliding_window": c.max_window_layers >= c.use_sliding_window * c.num_hidden_layers,
-    }.items():
-        if not known:
+    known = dict(
+        model_type=family in ("qwen2", "qwen3", "llama"),
+        hidden_act=c.hidden_act == "silu",
+        rope_type=c.rope_type in ("default", "llama3"),
+        rope_theta=c.rope_theta,
+        partial_rotary_factor=c.partial_rotary_factor in (1, None),
+        layer_types={*c.layer_types} <= {"full_attention"},
+        use_sliding_window=c.max_window_layers >= c.use_sliding_window * c.num_hidden_layers,
+    )
+    for name in known:
+        if not known[name]:
             raise ValueError(f"{name} {getattr(c, name, None)!r} is not implemented")
     # Qwen2 has biases, but not at the output; its config.json does not say so.
     c.qkv_bias, c.o_bias = (True, False) if family == "qwen2" else [c.attention_bias] * 2
@@ -816,9 +817,9 @@ def check_header(header: dict, size: int) -> dict[str, tuple]:
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
         name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in shape)
-        if not whole or begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name}: its shape needs other bytes, from {covered} on")
+        needed = math.prod(shape) * dtype.itemsize
+        if min((0, *shape)) < 0 or (begin, end) != (covered, covered + needed):
+            raise ValueError(f"{name}: its shape needs {needed} bytes from {covered} on")
         ranges[name], covered = (begin, end, dtype, shape), end
     if covered != size:
         raise ValueError(f"the tensors fill {covered} bytes, but {size} follow the header")
@@ -833,7 +834,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     pairs = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
     for name, x in pairs:
         begin, end = end, end + x.nbytes
-        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+        header[name] = dict(dtype=codes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
     text = json.dumps(header).encode()
     check_header(header, end)
     text += b" " * (-len(text) % 8)
@@ -931,21 +932,21 @@ def progress(iterable=None, title=None, **more) -> tqdm:  # on a terminal, by th
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = {  # where they differ from the toy's, the defaults; a command takes what it knows
-    "small": {  # models like SmolLM2-135M
-        "k": 3, "max_prompt_tokens": 288, "encoder": None, "reward_lr": 5e-5,
-        "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4, "temperature": 0.7, "lr": 6e-5,
-        "personalization": 0.0, "save_every": 5, "tokens_per_micro_batch": 4096,
-    },
-    "paper": {  # what the paper and the authors' code say
-        "k": 5, "encoder": None, "max_new_tokens": 768, "pairs_per_query": 10, "reward_lr": 5e-5,
-        "limit": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4, "temperature": 0.7,
-        "lr": 1e-6, "beta": 0.04, "checkpointing": True, "eval_every": 500, "save_every": 100,
-    },
+    "small": dict(  # models like SmolLM2-135M
+        k=3, max_prompt_tokens=288, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24,
+        prompts_per_step=4, temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
+        tokens_per_micro_batch=4096,
+    ),
+    "paper": dict(  # what the paper and the authors' code say
+        k=5, encoder=None, max_new_tokens=768, pairs_per_query=10, reward_lr=5e-5, limit=500,
+        steps=2500, prompts_per_step=1, group_size=4, temperature=0.7, lr=1e-6, beta=0.04,
+        checkpointing=True, eval_every=500, save_every=100,
+    ),
 }  # fmt: skip
 
 
 def option(default, help: str, least: float | None = None):  # `least`: the least allowed
-    return field(default=default, metadata={"help": help, "least": least})
+    return field(default=default, metadata=dict(help=help, least=least))
 
 
 def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:

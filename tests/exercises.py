@@ -413,7 +413,7 @@ EXERCISES = [
             for g in range(G):
                 keys, values = (torch.cat([shared[p][:, real[p]], own[p, :, g, :n]], 1)
                                 for shared, own in zip(self.shared[layer], self.own[layer]))
-                scores = q[p * G + g].view(K, -1, D).float() @ keys.float().mT * self.scale
+                scores = q[p * G + g].view(K, -1, D).float() @ keys.float().mT * D**-0.5
                 rows.append((scores.softmax(-1) @ values.float()).to(v.dtype).flatten(0, 1))
         return torch.stack(rows)
         """),
