@@ -12,7 +12,7 @@ instead of 4,000. They differ only in which token may look at which: `Decoder.ru
 layers, and each caller brings its own `attend`. Left out: sliding windows, rope types but default
 and llama3, quantised weights, top-k and top-p (GRPO needs the whole distribution).
 
-    python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
+    python prlm.py --prompt "What is BM25?"  # the toy answers its own tasks only
 
 Shapes: P prompts, G completions per prompt, B batch, T tokens, C completion tokens, N tokens laid
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each."""
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
     def products(self) -> torch.dtype:  # of matrix products, see `multiply_in`
         return self.model.layers[0].self_attn.o_proj.products or self.head.dtype
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:  # hidden [.., H], rows of the head
+    def logits(self, hidden, head):  # hidden [.., H], rows of the head
         return F.linear(hidden.to(self.products), head.to(self.products))
 
     def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
@@ -237,9 +237,9 @@ class Completion:
 
 class Cache:
     """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
-      shared  per layer (keys, values), each [P, K, T, D]  what the prompts left, read-only
-      own     per layer [2, P, K, G, C, D]                 a slot for each completion token
-      hide    [P, T + C]      0 where a row may look, -inf at padding and slots not yet written
+      shared  per layer (keys, values), each [P, K, T, D]: what the prompts left, read-only
+      own     per layer [2, P, K, G, C, D]: a slot for each completion token
+      hide    [P, T + C]: 0 where a row may look, -inf at padding and slots not yet written
     G stands behind K: so all G R queries of a group for one key-value head meet the prompt's keys
     in one product. A step reads the first `window` slots: what is written, or a power of 2."""
 
@@ -407,7 +407,7 @@ def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature
     return torch.cat([*chunks]).masked_fill(targets >= limit, -math.inf)
 
 
-# ---- The encoder: BERT, for the reward model and the dense retriever
+# ---- The encoder
 class EncoderLayer(nn.Module):
     """Post-norm: norm(x + attention(x)), then norm(x + mlp(x)), with dropout before each sum."""
 
@@ -444,11 +444,11 @@ class Encoder(nn.Module):
         self.config = c = SimpleNamespace(**self.raw)
         self.tokenizer, self.max_length = tokenizer, c.max_position_embeddings
         H, embedding = c.hidden_size, partial(nn.Embedding.from_pretrained, freeze=False)
-        sizes = {"word": c.vocab_size, "position": self.max_length, "token_type": c.type_vocab_size}
+        sizes = dict(word=c.vocab_size, position=self.max_length, token_type=c.type_vocab_size)
         tables = {f"{name}_embeddings": embedding(torch.empty(n, H)) for name, n in sizes.items()}
         self.embeddings = nn.ModuleDict({**tables, "LayerNorm": nn.LayerNorm(H, c.layer_norm_eps)})
-        layers = (EncoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": Linear(H, H)})
         start_random(self)
 
@@ -587,7 +587,7 @@ class Tokenizer:
 
 
 # ==== Below: not the method ====
-# ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs
+# ---- Faster: rows that leave the batch, CUDA graphs
 # More for CUDA alone: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished: each waits for the GPU
@@ -597,7 +597,7 @@ class Pace(NamedTuple):
     record: bool  # a step is a CUDA graph; its shapes must last: cache windows in powers of 2
 
 
-PACES = {"cpu": Pace(1, 0.75, 2**21, 1, False), "cuda": Pace(16, 0.5, 2**27, 8, True)}
+PACES = dict(cpu=Pace(1, 0.75, 2**21, 1, False), cuda=Pace(16, 0.5, 2**27, 8, True))
 PACES["mps"] = PACES["cpu"]
 COLDEST = 1e-6  # least temperature above 0: with less, logits / temperature may overflow
 torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for nearly every batch
@@ -657,7 +657,7 @@ class Recorded:
         return self.hidden
 
 
-# ---- Checkpoints: config.json, safetensors, and the tokenizer's files
+# ---- Checkpoints
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = dict(BOOL=torch.bool, BF16=torch.bfloat16, I8=torch.int8, U8=torch.uint8)
 for kind in ("int", "float"):  # I16, F32, ...
@@ -909,7 +909,7 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 # ---- Several processes, by torchrun: `make_records` and `micro_batches` share out sampling and
 # gradients, which meet in `make_records`, `optimizer_step`, `warm_start`, `update_metrics`. Every
 # process does all the rest; only the first writes files.
-def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
+def world() -> tuple[int, int]:  # which process this is, from 0, and of how many
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -945,7 +945,7 @@ PRESETS = {  # where they differ from the toy's, the defaults; a command takes w
 }  # fmt: skip
 
 
-def option(default, help: str, least: float | None = None):  # `least`: the least allowed
+def option(default, help: str, least: float | None = None):  # least value allowed
     return field(default=default, metadata=dict(help=help, least=least))
 
 
@@ -992,7 +992,7 @@ def resolve(options: type, given: dict):
 def command(main, options: type, description: str):
     """Runs main(options); a mistake in what it was given is one line and exit status 2."""
     given = parse_flags(options, description)
-    # Data may hold what a terminal cannot show; and a log is read while it grows.
+    # Data may hold what a terminal cannot show; a log is read while it grows.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(resolve(options, given))
@@ -1024,7 +1024,7 @@ def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
 
 @dataclass
 class Options:
-    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the language model")
+    model: str = option(str(SHIPPED / "policy"), "checkpoint of the language model")
     prompt: str = option("Hello.", "what the user says")
     max_new_tokens: int = option(256, "longest completion, in tokens", 1)
     temperature: float = option(0.7, "0 is greedy", 0)
