@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 
 # ---- The decoder: with Hugging Face's names, its state dict is the checkpoint
-def rope_frequencies(c: SimpleNamespace) -> Tensor:
+def rope_frequencies(c: SimpleNamespace):
     """Radians per position of each channel pair, theta^(-2i/D), i = 0 .. D/2 - 1: [D/2]. llama3
     divides them by `factor` below `low` turns within the original context, keeps them above `high`,
     and blends linearly between."""
@@ -54,13 +54,13 @@ def rope_frequencies(c: SimpleNamespace) -> Tensor:
     return frequencies
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """Rotary embedding: channel i turns with channel i + D/2. `cos`, `sin` [.., D] hold each angle
     twice, `sin`'s first half negated."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+def attention(q, k, v, visible=None):
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal, or by `visible` [B, T, S]: True if t
     may see s. k, v [B, S, K, D] may have fewer heads: query head h looks at key head h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         self.checkpointing = False  # True: backward recomputes each layer's activations
 
     @property
-    def head(self) -> Tensor:  # [V, H]; a tied model's is its embedding
+    def head(self):  # [V, H]; a tied model's is its embedding
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     @property
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
     def logits(self, hidden, head):  # hidden [.., H], rows of the head
         return F.linear(hidden.to(self.products), head.to(self.products))
 
-    def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
+    def run(self, tokens, positions, attend):
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention. The
         residual stream is float32 even if products are not: so sampler and trainer agree."""
         self.frequencies = self.frequencies.to(positions.device)
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, partial(attend, number))
         return self.model.norm(x).to(self.products)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens, mask=None):
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side. The plain
         definition, to which the tests hold all that is faster."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -188,14 +188,14 @@ def start_random(module):
             nn.init.normal_(x, std=0.02)
 
 
-def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:  # in place
+def multiply_in(module, dtype: torch.dtype):  # in place
     for part in module.modules():
         if isinstance(part, Linear):
             part.products = dtype
     return module
 
 
-def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:  # frozen; all but norms cast
+def for_sampling(decoder, dtype: torch.dtype):  # frozen; all but norms cast
     for module in decoder.modules():
         if isinstance(module, Linear | nn.Embedding):
             module.to(dtype)
@@ -210,9 +210,9 @@ class Ragged:
     ([5, 6, 7, 8], [0, 1, 2, 0], [[5, 6, 7], [8, 0, 0]])"""
 
     def __init__(self, sequences: list[list[int]], device="cpu", multiple: int = 1):
-        tokens = [token for sequence in sequences for token in sequence]
-        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)  # [N]
-        self.lengths = torch.tensor([*map(len, sequences)], dtype=torch.long, device=device)
+        integers = partial(torch.tensor, dtype=torch.long, device=device)
+        self.tokens = integers([token for sequence in sequences for token in sequence])  # [N]
+        self.lengths = integers([*map(len, sequences)])  # [rows]
         self.ends = self.lengths.cumsum(0) - 1  # [rows] each one's last token
         longest = max(map(len, sequences), default=0)
         self.shape = (len(sequences), -(-longest // multiple) * multiple)
@@ -286,7 +286,7 @@ class Cache:
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
 
-def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
+def sample(logits, temperature: float, generator=None):
     """One id per row of softmax(logits / temperature) [rows, V], never one of probability 0, and
     its log-probability; at temperature 0 the largest logit's, and that at temperature 1."""
     probs = (logits.float() / (temperature or 1.0)).softmax(-1)
@@ -330,7 +330,7 @@ def generate(
     writing = torch.arange(P * G, device=device)  # [P*G] which completion a row writes
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(P * G, max_new_tokens, device=device)
+    logprobs = torch.zeros(tokens.shape, device=device)
     for step in range(max_new_tokens if prompts else 0):
         logits = decoder.logits(hidden, head)  # [rows, V]
         ids, chosen = sample(logits, temperature, generator)
@@ -376,7 +376,7 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
         prompt_q, prompt_k, prompt_v = (prompt.grid(x[:N]) for x in (q, k, v))  # [P, T, heads, D]
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
         # Unlike in the Cache, prompt keys are repeated for each completion: so autograd sums their
-        # gradients over the group, and sharing the prompt is exact (arXiv 2506.05433).
+        # gradients over the group, and sharing is exact (arXiv 2506.05433).
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
@@ -384,14 +384,14 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     offset = prompt.lengths.repeat_interleave(G)[fed.rows]  # completions go on where prompts end
     positions = torch.cat([prompt.positions, offset + fed.positions])
     x = decoder.run(torch.cat([prompt.tokens, fed.tokens]), positions, attend)  # [N+.., H]
-    # A completion's first token is predicted at its prompt's end, the others one token before.
+    # A completion's first token is predicted at its prompt's end, others one token before.
     first = x[prompt.ends].repeat_interleave(G, 0)  # [P*G, H]
     x = target.flat(torch.cat([first[:, None], fed.grid(x[N:])], 1))
     logprobs = target.grid(head_logprobs(decoder, x, target.tokens, temperature))
     return logprobs.unflatten(0, (P, G)), target.mask.unflatten(0, (P, G))
 
 
-def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def head_logprobs(decoder: Decoder, hidden, targets, temperature: float):
     """log softmax(hidden W^T / temperature)[target], [N], a chunk of logits at a time, and again in
     backward: all of them, for 8,192 tokens and 152,000 words, are 5 GB in float32."""
     limit = decoder.vocab_limit
@@ -424,8 +424,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x, visible):
         c, on, first, last = self.c, self.training, self.attention.output, self.output
         heads, rate = (c.num_attention_heads, -1), c.hidden_dropout_prob
-        projections = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
-        q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in projections)
+        linears = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
+        q, k, v = (linear(x).unflatten(-1, heads).transpose(1, 2) for linear in linears)
         out = F.scaled_dot_product_attention(q, k, v, visible, c.attention_probs_dropout_prob * on)
         out = first.dense(out.transpose(1, 2).flatten(2))  # [B, T, H]
         x = first.LayerNorm(x + F.dropout(out, rate, on))
@@ -440,7 +440,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.raw = BERT | raw
         if any(self.raw[name] != BERT[name] for name in [*BERT][:4]):
-            raise ValueError("not a BERT encoder with gelu and absolute positions")
+            raise ValueError("not a BERT with gelu and absolute positions")
         self.config = c = SimpleNamespace(**self.raw)
         self.tokenizer, self.max_length = tokenizer, c.max_position_embeddings
         H, embedding = c.hidden_size, partial(nn.Embedding.from_pretrained, freeze=False)
@@ -452,7 +452,7 @@ class Encoder(nn.Module):
         self.pooler = nn.ModuleDict({"dense": Linear(H, H)})
         start_random(self)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
+    def forward(self, tokens, mask=None, segments=None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         segments = torch.zeros_like(tokens) if segments is None else segments
@@ -483,7 +483,7 @@ FOREIGN = ("<|im_sep|>", "## Metadata", "%}{{ system_message }}")  # Phi-4's, Sm
 PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
 DEFAULT_SYSTEM = rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>"
 OPENING = rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)"
-LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's
 
 
 def chat_format(known, template: str) -> str | None:  # a template is not run, only searched
@@ -496,9 +496,9 @@ def chat_format(known, template: str) -> str | None:  # a template is not run, o
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} go into a checkpoint.
-    Control tokens, <think> and </think> among them, come from our words alone, never from data."""
+    Control tokens, with <think> and </think>, come from our words alone, never from data."""
 
-    def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
+    def __init__(self, backend: Backend, eos_ids=(), files=None):
         self.files = files or {"tokenizer.json": backend.to_str()}
         settings = json.loads(self.files.get("tokenizer_config.json", "{}"))
         found = self.files.get("chat_template.jinja") or settings.get("chat_template") or ""
@@ -528,15 +528,15 @@ class Tokenizer:
         unescape = partial(re.sub, r"\\(.)", lambda found: found[1].replace("n", "\n"))
         begins = "<think>\n" * (self.format == "R1" and plain)
         self.opening = unescape(min(re.findall(OPENING, template), key=len, default=begins))
-        dated = LLAMA_DATES[:22] in template or (plain and "<|eom_id|>" in self.control)
-        self.dates = LLAMA_DATES * (self.format == "Llama 3" and dated)
+        dated = DATES[:22] in template or (plain and "<|eom_id|>" in self.control)
+        self.dates = DATES * (self.format == "Llama 3" and dated)
         found = re.search(DEFAULT_SYSTEM, template)
-        self.default_system = unescape(found[1]) if found else "" if self.dates else None
+        self.system = unescape(found[1]) if found else "" if self.dates else None
 
     def encode(self, text: str) -> list[int]:  # no BOS, no control token that the text spells
         return self.backend.encode(as_text(text), add_special_tokens=False).ids
 
-    def fill(self, form: str, *texts: str) -> list[int]:
+    def fill(self, form: str, *texts: str):
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
         for n, piece in enumerate(self.added.split(form)):  # at odd places its added tokens
@@ -548,7 +548,7 @@ class Tokenizer:
         ids = [i for i in ids if i not in self.hidden]
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
+    def chat(self, messages: list[dict], said: str | None = None):
         """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
         it already (default: the template's opening). ValueError for an unknown template."""
         turns, said = [(m["role"], m["content"]) for m in messages], said or self.opening
@@ -560,8 +560,8 @@ class Tokenizer:
             return self.backend.encode(plain).ids + self.fill(said)
         begin, around = FORMATS[self.format]
         ids = self.fill(begin or self.bos)
-        if self.default_system is not None and "system" not in dict(turns):
-            turns = [("system", self.default_system), *turns]
+        if self.system is not None and "system" not in dict(turns):
+            turns = [("system", self.system), *turns]
         for role, text in turns:
             if role == "assistant" and (self.format == "R1" or "</think>" in self.template):
                 text = text.rpartition("</think>")[2].lstrip("\n" * (self.format == "ChatML"))
@@ -594,16 +594,16 @@ class Pace(NamedTuple):
     keep: float  # rows leave when at most this share stays: leaving copies the cache
     logits: int  # numbers in a chunk of logits
     multiple: int  # a prompt batch's width is one of it: a GPU reads 16 bytes at a time
-    record: bool  # a step is a CUDA graph; its shapes must last: cache windows in powers of 2
+    record: bool  # a step is a CUDA graph, whose shapes must last: windows are powers of 2
 
 
 PACES = dict(cpu=Pace(1, 0.75, 2**21, 1, False), cuda=Pace(16, 0.5, 2**27, 8, True))
 PACES["mps"] = PACES["cpu"]
-COLDEST = 1e-6  # least temperature above 0: with less, logits / temperature may overflow
+COLDEST = 1e-6  # least temperature above 0: below, logits / temperature may overflow
 torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for nearly every batch
 
 
-def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
+def leave(cache: Cache, done, keep: float):
     """(indices of the rows that stay, `done` [P', G'] of them), if at most `keep` of [P, G] stay.
     All groups keep one size: unfinished rows first, then finished ones to fill up."""
     left = (~done).sum(1)  # [P] completions of each prompt
@@ -619,7 +619,7 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
     return kept, done[alive[:, None], members]
 
 
-def exact_products(q: Tensor, k: Tensor) -> Tensor:
+def exact_products(q, k):
     """q k^T of [batch, n, D] and [batch, m, D], in float32: bfloat16 rounds 300 to steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
@@ -716,7 +716,7 @@ def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     return load_module(directory, Encoder, names, device, dtype)
 
 
-def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn.Module:
+def load_module(directory, kind, names: dict, device, dtype=torch.float32):
     """kind(config.json, tokenizer) with exactly the weights of one file or of shards. `names` is
     what to replace in their names; one that becomes empty is left out."""
     folder, weights = Path(directory), {}
@@ -800,8 +800,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         if start > size:
             raise ValueError("it ends within its header; is the download complete?")
-        text = bytes(data[8:start].tolist()).decode()
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(bytes(data[8:start].tolist()).decode(), object_pairs_hook=unique)
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
             flat = flat.clone() if (start + begin) % dtype.itemsize else flat  # not aligned
@@ -809,7 +808,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_header(header: dict, size: int) -> dict[str, tuple]:
+def check_header(header: dict, size: int):
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
     if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
@@ -838,7 +837,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     text = json.dumps(header).encode()
     check_header(header, end)
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temp, open(temp, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, x in pairs:
             file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -861,18 +860,18 @@ def faults_in(path):
 def replacing(path):  # a temporary path; on success the first process's becomes `path`
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{world()[0]}.tmp")
+    temp = path.with_name(f".{path.name}.{world()[0]}.tmp")
     try:
-        yield temporary
+        yield temp
         if world()[0] == 0:
-            temporary.replace(path)
+            temp.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
 def write_text(path, text: str):
-    with replacing(path) as temporary:
-        temporary.write_bytes(text.encode())
+    with replacing(path) as temp:
+        temp.write_bytes(text.encode())
 
 
 def write_json(path, value):
@@ -907,9 +906,9 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 
 # ---- Several processes, by torchrun: `make_records` and `micro_batches` share out sampling and
-# gradients, which meet in `make_records`, `optimizer_step`, `warm_start`, `update_metrics`. Every
-# process does all the rest; only the first writes files.
-def world() -> tuple[int, int]:  # which process this is, from 0, and of how many
+# gradients, which meet there and in `optimizer_step`, `warm_start`, `update_metrics`. Every process
+# does all the rest; only the first writes files.
+def world():  # which process this is, from 0, and of how many
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -924,7 +923,7 @@ def gather(value=None) -> list:  # every process's value; each waits here for al
     return values
 
 
-def progress(iterable=None, title=None, **more) -> tqdm:  # on a terminal, by the first process
+def progress(iterable=None, title=None, **more):  # on a terminal, by the first process
     return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
 
 
@@ -949,19 +948,19 @@ def option(default, help: str, least: float | None = None):  # least value allow
     return field(default=default, metadata=dict(help=help, least=least))
 
 
-def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
+def parse_flags(options: type, description: str, arguments=None) -> dict:
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.argument_default = argparse.SUPPRESS
     for entry in fields(options):
-        kind, flag = entry.type, f"--{entry.name.replace('_', '-')}"
+        kind = entry.type
         how = {"type": (*get_args(kind), kind)[0], "metavar": "X"}  # T of "T | None"
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
         elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         text = f"{entry.metadata['help']} ({entry.default})".replace("%", "%%")
-        parser.add_argument(flag, help=text, **how)
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", help=text, **how)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return vars(parser.parse_args(arguments))
 
@@ -1005,7 +1004,7 @@ def command(main, options: type, description: str):
         sys.exit(2)
 
 
-def device_and_dtype(o) -> tuple[str, torch.dtype]:  # dtype: of products
+def device_and_dtype(o):  # where products are taken, and of what type
     device = o.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     dtype = o.precision.replace("auto", "bfloat16" if "cuda" in device else "float32")
     return device, getattr(torch, dtype)
