@@ -4,7 +4,7 @@
   generate         samples G completions of each of P prompts, with a key-value cache
   token_logprobs   the log-probability of every completion token, with gradient
   Encoder          the BERT family, for the reward model and the dense retriever
-  Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
+  Tokenizer        tokenizer.json, chat formats, EOS ids
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
 attend to its keys and values: for 400 tokens of prompt and 8 completions of 100, 1,200 tokens
@@ -66,7 +66,7 @@ def attention(q, k, v, visible=None):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
     how = {"is_causal": True} if visible is None else {"attn_mask": visible[:, None]}
     if visible is not None and q.is_cuda:
-        # On CUDA, enable_gqa with a mask has only a slow kernel, which stores all products.
+        # On CUDA, enable_gqa with a mask has only a slow kernel that stores all products.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
@@ -486,7 +486,7 @@ OPENING = rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's
 
 
-def chat_format(known, template: str) -> str | None:  # a template is not run, only searched
+def chat_format(known, template: str):  # a template is not run, only searched
     for name, (begin, turns) in FORMATS.items():
         user, end = turns["user"][0], turns["assistant"][1]
         named = not template or CONTROL.findall(user)[0] in template
@@ -548,7 +548,7 @@ class Tokenizer:
         ids = [i for i in ids if i not in self.hidden]
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def chat(self, messages: list[dict], said: str | None = None):
+    def chat(self, messages: list[dict], said=None):
         """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
         it already (default: the template's opening). ValueError for an unknown template."""
         turns, said = [(m["role"], m["content"]) for m in messages], said or self.opening
@@ -567,12 +567,12 @@ class Tokenizer:
                 text = text.rpartition("</think>")[2].lstrip("\n" * (self.format == "ChatML"))
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
-            # A system message is ours, and stands in the form itself: its <think> is the token.
+            # A system message is ours and stands in the form: its <think> is the token.
             ours = role == "system" and "{}" not in text and not {*self.fill(text)} & self.hidden
             ids += self.fill((text if ours else "{}").join(around[role]), text)
         return ids + self.fill(around["assistant"][0] + said)
 
-    def encode_pair(self, first: str, second: str | None, max_length: int):
+    def encode_pair(self, first: str, second, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP], or + second [SEP]; the longer is cut."""
         self.backend.enable_truncation(max_length)
         encoding = self.backend.encode(as_text(first), second and as_text(second))
@@ -705,7 +705,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # a buffer of old exports
+    names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # an old buffer
     return load_module(directory, Decoder, names, device, dtype)
 
 
@@ -770,7 +770,7 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory):
 
 
 def load_tokenizer(directory) -> Tokenizer:
-    """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
+    """tokenizer.json; its EOS ids are all that any of the checkpoint's settings name."""
     path, eos_ids = Path(directory) / "tokenizer.json", set()
     with faults_in(path):
         backend = Backend.from_str(path.read_text("utf-8-sig"))
@@ -791,7 +791,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key is repeated in the header")
+            raise ValueError("a key is repeated")
         return dict(pairs)
 
     tensors, size = {}, Path(path).stat().st_size
@@ -814,7 +814,7 @@ def check_header(header: dict, size: int):
     if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-        name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+        name.encode()  # a ValueError for half of a surrogate pair
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         needed = math.prod(shape) * dtype.itemsize
         if min((0, *shape)) < 0 or (begin, end) != (covered, covered + needed):
@@ -826,7 +826,7 @@ def check_header(header: dict, size: int):
 
 
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None):
-    """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
+    """Writes `tensors` (any strides, any device) as a .safetensors file, atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
     # Large elements first: so each tensor begins at a multiple of its element's size.
@@ -916,7 +916,7 @@ def my_share(items):  # of a range or a list
     return items[world()[0] :: world()[1]]
 
 
-def gather(value=None) -> list:  # every process's value; each waits here for all
+def gather(value=None):  # every process's value; each waits here for all
     values = [value] * world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -927,10 +927,10 @@ def progress(iterable=None, title=None, **more):  # on a terminal, by the first 
     return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
 
 
-# ---- Options: a dataclass for each command
+# ---- Options
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
-PRESETS = {  # where they differ from the toy's, the defaults; a command takes what it knows
+PRESETS = {  # what differs from the toy's, the defaults; a command takes what it knows
     "small": dict(  # models like SmolLM2-135M
         k=3, max_prompt_tokens=288, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24,
         prompts_per_step=4, temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
@@ -944,7 +944,7 @@ PRESETS = {  # where they differ from the toy's, the defaults; a command takes w
 }  # fmt: skip
 
 
-def option(default, help: str, least: float | None = None):  # least value allowed
+def option(default, help: str, least=None):  # `least`: the least value allowed
     return field(default=default, metadata=dict(help=help, least=least))
 
 
@@ -961,7 +961,7 @@ def parse_flags(options: type, description: str, arguments=None) -> dict:
             how = {"action": argparse.BooleanOptionalAction}
         text = f"{entry.metadata['help']} ({entry.default})".replace("%", "%%")
         parser.add_argument(f"--{entry.name.replace('_', '-')}", help=text, **how)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show an error's traceback")
     return vars(parser.parse_args(arguments))
 
 
@@ -989,7 +989,7 @@ def resolve(options: type, given: dict):
 
 
 def command(main, options: type, description: str):
-    """Runs main(options); a mistake in what it was given is one line and exit status 2."""
+    """Runs main(options); what is wrong with them is one line and exit status 2."""
     given = parse_flags(options, description)
     # Data may hold what a terminal cannot show; a log is read while it grows.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
