@@ -4,27 +4,27 @@
   generate         samples G completions of each of P prompts, with a key-value cache
   token_logprobs   the log-probability of every completion token, with gradient
   Encoder          the BERT family, for the reward model and the dense retriever
-  Tokenizer        tokenizer.json, chat formats, end-of-sequence ids
+  Tokenizer        tokenizer.json, chat formats, EOS ids
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
-attend to its keys and values: with 400 tokens of prompt and 8 completions of 100, that is 1,200
-tokens instead of 4,000. They differ only in which token may look at which: `Decoder.run` loops
-over the layers, and each caller brings its own `attend`. Left out: sliding windows, rope types but
-default and llama3, quantised weights, top-k and top-p (GRPO needs the whole distribution).
+attend to its keys and values: for 400 tokens of prompt and 8 completions of 100, 1,200 tokens
+instead of 4,000. They differ only in which token may look at which: `Decoder.run` loops over the
+layers, and each caller brings its own `attend`. Left out: sliding windows, rope types but default
+and llama3, quantised weights, top-k and top-p (GRPO needs the whole distribution).
 
-    python prlm.py --prompt "What is BM25?"     # the toy answers its own tasks only
+    python prlm.py --prompt "What is BM25?"  # the toy answers its own tasks only
 
 Shapes: P prompts, G completions per prompt, B batch, T tokens, C completion tokens, N tokens laid
 end to end, V vocabulary, H hidden size, D head size, K key-value heads, R query heads for each."""
 
 import argparse
-import dataclasses
 import json
 import math
 import re
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,11 +39,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-# ---- The decoder: modules have Hugging Face's names, so its state dict is the checkpoint ------
-def rope_frequencies(c: SimpleNamespace) -> Tensor:
+# ---- The decoder: with Hugging Face's names, its state dict is the checkpoint
+def rope_frequencies(c: SimpleNamespace):
     """Radians per position of each channel pair, theta^(-2i/D), i = 0 .. D/2 - 1: [D/2]. llama3
     divides them by `factor` below `low` turns within the original context, keeps them above `high`,
-    and blends in between, linearly in the turns."""
+    and blends linearly between."""
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
     frequencies = 1.0 / c.rope["rope_theta"] ** exponents
     if c.rope["rope_type"] == "llama3":
@@ -54,19 +54,19 @@ def rope_frequencies(c: SimpleNamespace) -> Tensor:
     return frequencies
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """Rotary embedding: channel i turns with channel i + D/2. `cos`, `sin` [.., D] hold each angle
-    twice, `sin` with the minus sign of the first half."""
+    twice, `sin`'s first half negated."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+def attention(q, k, v, visible=None):
     """softmax(q k^T / sqrt(D)) v for [B, T, heads, D]; causal, or by `visible` [B, T, S]: True if t
     may see s. k, v [B, S, K, D] may have fewer heads: query head h looks at key head h // R."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
-    how = {"is_causal": True} if visible is None else {"attn_mask": visible.unsqueeze(1)}
+    how = {"is_causal": True} if visible is None else {"attn_mask": visible[:, None]}
     if visible is not None and q.is_cuda:
-        # On CUDA, enable_gqa with a mask has only a slow kernel, which stores all products.
+        # On CUDA, enable_gqa with a mask has only a slow kernel that stores all products.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)
     return out.transpose(1, 2)
@@ -74,50 +74,51 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 
 class Linear(nn.Linear):
     """W x + b, and after `rl.add_lora` also (alpha / r) B A x (Hu et al. 2021); A [r, inputs], B
-    [outputs, r]. Products are of the type `products`, or W's own where that is None."""
+    [outputs, r]. Products are of the type `products`, or W's own if None."""
 
     products: torch.dtype | None = None
-    scale = 0.0  # alpha / r; 0: there is no adapter, or it is off
+    scale = 0.0  # alpha / r; 0: no adapter, or it is off
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         dtype = self.products or self.weight.dtype
-        x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         if not self.scale:
-            return F.linear(x, self.weight.to(dtype), bias)
+            return F.linear(x, weight, bias)
         change = self.scale * F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
         change = change if bias is None else change + bias
-        # Added within the product: the rounding of a result would swallow a small change.
-        product = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.weight.to(dtype).T)
+        # Added within the product: rounding its result would swallow a small change.
+        product = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), weight.T)
         return product.view(change.shape)
 
 
 class RMSNorm(nn.RMSNorm):  # x / sqrt(mean(x^2) + eps) * weight, in x's precision
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Layer(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)); attend(q, k, v) is the caller's."""
 
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c):
         super().__init__()
         H, D, inner, eps = c.hidden_size, c.head_dim, c.intermediate_size, c.rms_norm_eps
-        queries, keys, self.head_dim = c.num_attention_heads * D, c.num_key_value_heads * D, D
+        queries, keys = c.num_attention_heads * D, c.num_key_value_heads * D
         norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
         self.input_layernorm = RMSNorm(H, eps)
-        self.self_attn = nn.ModuleDict({
-            "q_proj": Linear(H, queries, c.qkv_bias), "k_proj": Linear(H, keys, c.qkv_bias),
-            "v_proj": Linear(H, keys, c.qkv_bias), "o_proj": Linear(queries, H, c.o_bias),
-            "q_norm": norm(D, eps), "k_norm": norm(D, eps),
-        })  # fmt: skip
+        self.self_attn = nn.ModuleDict(dict(
+            q_proj=Linear(H, queries, c.qkv_bias), k_proj=Linear(H, keys, c.qkv_bias),
+            v_proj=Linear(H, keys, c.qkv_bias), o_proj=Linear(queries, H, c.o_bias),
+            q_norm=norm(D, eps), k_norm=norm(D, eps),
+        ))  # fmt: skip
         self.post_attention_layernorm = RMSNorm(H, eps)
-        sizes = {"gate_proj": (H, inner), "up_proj": (H, inner), "down_proj": (inner, H)}
+        sizes = dict(gate_proj=(H, inner), up_proj=(H, inner), down_proj=(inner, H))
         self.mlp = nn.ModuleDict({name: Linear(*size, c.mlp_bias) for name, size in sizes.items()})
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+    def forward(self, x, cos, sin, attend):
         y, own, mlp = self.input_layernorm(x).to(cos.dtype), self.self_attn, self.mlp
-        projections = (own.q_proj, own.k_proj, own.v_proj)
-        q, k, v = (p(y).unflatten(-1, (-1, self.head_dim)) for p in projections)  # [.., heads, D]
+        heads = (-1, cos.shape[-1])  # q, k, v: [.., heads, D]
+        q, k, v = (p(y).unflatten(-1, heads) for p in (own.q_proj, own.k_proj, own.v_proj))
         q, k = rotate(own.q_norm(q), cos, sin), rotate(own.k_norm(k), cos, sin)
         x = x + own.o_proj(attend(q, k, v).flatten(-2))
         y = self.post_attention_layernorm(x).to(cos.dtype)  # that of products
@@ -132,35 +133,35 @@ class Decoder(nn.Module):
         self.raw = raw
         self.config = c = parse_config(raw)
         self.vocab_limit = tokenizer.size if tokenizer else c.vocab_size  # later ids are no tokens
-        self.model = nn.Module()
-        table = torch.empty(c.vocab_size, c.hidden_size)  # nn.Embedding(V, H) would fill it twice
+        self.model, V, H = nn.Module(), c.vocab_size, c.hidden_size
+        table = torch.empty(V, H)  # nn.Embedding(V, H) would fill it twice
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.model.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.model.norm = RMSNorm(H, c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.hidden_size, c.vocab_size, bias=False)
+            self.lm_head = Linear(H, V, bias=False)
         start_random(self)
         self.frequencies = rope_frequencies(c)  # no buffer: `to(bfloat16)` would round it
-        self.checkpointing = False  # True: each layer's activations are recomputed in backward
+        self.checkpointing = False  # True: backward recomputes each layer's activations
 
     @property
-    def head(self) -> Tensor:  # the output matrix [V, H]; a tied model's is its embedding
+    def head(self):  # [V, H]; a tied model's is its embedding
         return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     @property
-    def products(self) -> torch.dtype:  # the precision of matrix products, see `multiply_in`
+    def products(self) -> torch.dtype:  # of matrix products, see `multiply_in`
         return self.model.layers[0].self_attn.o_proj.products or self.head.dtype
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:  # hidden [.., H], rows of the head
+    def logits(self, hidden, head):  # hidden [.., H], rows of the head
         return F.linear(hidden.to(self.products), head.to(self.products))
 
-    def run(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
+    def run(self, tokens, positions, attend):
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention. The
         residual stream is float32 even if products are not: so sampler and trainer agree."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
-        cos = torch.cat([angles.cos(), angles.cos()], -1).to(self.products)  # [.., 1, D]
-        sin = torch.cat([-angles.sin(), angles.sin()], -1).to(self.products)
+        angles = torch.cat([-angles, angles], -1)  # [.., 1, D]; cos is even, sin is odd
+        cos, sin = angles.cos().to(self.products), angles.sin().to(self.products)
         x = self.model.embed_tokens(tokens).to(self.products)  # [.., H], as a copy would round it
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for number, layer in enumerate(self.model.layers):
@@ -169,9 +170,9 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, partial(attend, number))
         return self.model.norm(x).to(self.products)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens, mask=None):
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side. The plain
-        definition: the tests compare all that is faster with it."""
+        definition, to which the tests hold all that is faster."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = (positions <= positions[:, None]) & mask[:, None]  # [B, T, T]
@@ -181,94 +182,95 @@ class Decoder(nn.Module):
         return self.logits(x, self.head)
 
 
-def start_random(module: nn.Module) -> None:
-    for matrix in (x for x in module.parameters() if x.dim() == 2 and not x.is_meta):
-        nn.init.normal_(matrix, std=0.02)
+def start_random(module):
+    for x in module.parameters():
+        if x.dim() == 2 and not x.is_meta:
+            nn.init.normal_(x, std=0.02)
 
 
-def multiply_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:  # from here on, in place
+def multiply_in(module, dtype: torch.dtype):  # in place
     for part in module.modules():
         if isinstance(part, Linear):
             part.products = dtype
     return module
 
 
-def for_sampling(decoder: Decoder, dtype: torch.dtype) -> Decoder:  # frozen; all but norms cast
+def for_sampling(decoder, dtype: torch.dtype):  # frozen; all but norms cast
     for module in decoder.modules():
         if isinstance(module, Linear | nn.Embedding):
             module.to(dtype)
     return multiply_in(decoder, dtype).requires_grad_(False)
 
 
-# ---- Sampling: the prompt once, its completions many -----------------------------------------
+# ---- Sampling: the prompt once, its completions many
 class Ragged:
-    """Unequal sequences laid end to end, N tokens in all: only attention pays for padding.
+    """Unequal sequences end to end, N tokens in all: only attention pays for padding.
     >>> rows = Ragged([[5, 6, 7], [8]])
     >>> rows.tokens.tolist(), rows.positions.tolist(), rows.grid(rows.tokens).tolist()
     ([5, 6, 7, 8], [0, 1, 2, 0], [[5, 6, 7], [8, 0, 0]])"""
 
     def __init__(self, sequences: list[list[int]], device="cpu", multiple: int = 1):
-        tokens = [token for sequence in sequences for token in sequence]
-        self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)  # [N]
-        self.lengths = torch.tensor([*map(len, sequences)], dtype=torch.long, device=device)
-        self.starts = self.lengths.cumsum(0) - self.lengths  # [rows] each one's first token
+        integers = partial(torch.tensor, dtype=torch.long, device=device)
+        self.tokens = integers([token for sequence in sequences for token in sequence])  # [N]
+        self.lengths = integers([*map(len, sequences)])  # [rows]
+        self.ends = self.lengths.cumsum(0) - 1  # [rows] each one's last token
         longest = max(map(len, sequences), default=0)
         self.shape = (len(sequences), -(-longest // multiple) * multiple)
         self.mask = torch.arange(self.shape[1], device=device) < self.lengths[:, None]  # [rows, T]
         self.rows, self.positions = self.mask.nonzero().unbind(1)  # [N] each
         self.cells = self.rows * self.shape[1] + self.positions  # [N] index in the grid
 
-    def grid(self, x: Tensor) -> Tensor:  # [N, ..] to [rows, T, ..], zeros after each row's end
+    def grid(self, x):  # [N, ..] to [rows, T, ..], zeros after each row's end
         empty = x.new_zeros(self.mask.numel(), *x.shape[1:])
         return empty.index_copy(0, self.cells, x).unflatten(0, self.shape)
 
-    def flat(self, grid: Tensor) -> Tensor:  # [rows, T, ..] back to [N, ..]
+    def flat(self, grid):  # [rows, T, ..] back to [N, ..]
         return grid.flatten(0, 1).index_select(0, self.cells)
 
 
-@dataclasses.dataclass
+@dataclass
 class Completion:
     tokens: list[int]
     logprobs: list[float]
-    finished: bool  # it ended by itself, and its EOS id is its last token
+    finished: bool  # its last token is an EOS id
 
 
 class Cache:
     """Keys and values while sampling: a prompt's once for its group, a completion's in its row.
-      shared  per layer (keys, values), each [P, K, T, D]    what the prompts left, read-only
-      own     per layer [2, P, K, G, C, D]                   a slot for each completion token
-      hide    [P, T + C]       0 where a row may look, -inf at padding and slots not yet written
+      shared  per layer (keys, values), each [P, K, T, D]: what the prompts left, read-only
+      own     per layer [2, P, K, G, C, D]: a slot for each completion token
+      hide    [P, T + C]: 0 where a row may look, -inf at padding and slots not yet written
     G stands behind K: so all G R queries of a group for one key-value head meet the prompt's keys
     in one product. A step reads the first `window` slots: what is written, or a power of 2."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
-        c, P, device = decoder.config, prompts.shape[0], prompts.tokens.device
-        self.prompts, self.shared, self.scale = prompts, [], c.head_dim**-0.5
-        rows = (2, P, c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
+        c, device = decoder.config, prompts.tokens.device
+        self.prompts, self.shared = prompts, []
+        rows = (2, prompts.shape[0], c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
         self.own = [*torch.zeros(c.num_hidden_layers, *rows, dtype=decoder.products, device=device)]
         self.length = self.window = 0  # tokens written of each completion, slots a step reads
-        # Where the new token goes; a tensor, because a CUDA graph would freeze a Python number.
+        # Where the new token goes: a tensor, as a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.hide = torch.where(F.pad(prompts.mask, (0, max_new_tokens)), 0.0, -math.inf)
 
-    def read_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def read_prompts(self, layer, q, k, v):
         """Causal attention within each prompt, [N, heads, D]; fills `shared`."""
         q, k, v = (self.prompts.grid(x) for x in (q, k, v))  # [P, T, heads, D]
-        self.shared.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
+        self.shared.append([x.transpose(1, 2).contiguous() for x in (k, v)])
         return self.prompts.flat(attention(q, k, v))
 
-    def next_slot(self, coarse: bool) -> None:  # coarse: windows of 128, 256, 512, ...
+    def next_slot(self, coarse: bool):  # coarse: windows of 128, 256, 512, ...
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1
         self.window = max(128, 1 << (self.length - 1).bit_length()) if coarse else self.length
 
-    def read_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def read_next(self, layer, q, k, v):
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
         One softmax over products with both is exact: attention's keys may lie in two tensors."""
         P, K, G, slots, D = self.own[layer].shape[1:]
         n, R, T = min(self.window, slots), q.shape[1] // K, self.prompts.shape[1]
-        for own, new in zip(self.own[layer], (k, v), strict=True):
+        for own, new in zip(self.own[layer], (k, v)):
             own.index_copy_(3, self.slot, new.view(P, G, K, 1, D).transpose(1, 2))
         own_keys, own_values = self.own[layer].flatten(1, 3)[:, :, :n]  # [P*K*G, n, D]
         keys, values = (x.flatten(0, 1) for x in self.shared[layer])  # [P*K, T, D]
@@ -276,7 +278,7 @@ class Cache:
         to_prompt = exact_products(q.reshape(P * K, G * R, D), keys)  # [P*K, G*R, T]
         to_own = exact_products(q.reshape(P * K * G, R, D), own_keys)  # [P*K*G, R, n]
         both = torch.cat([x.view(P, K * G * R, -1) for x in (to_prompt, to_own)], -1)
-        both = torch.add(self.hide[:, None, : T + n], both, alpha=self.scale)
+        both = torch.add(self.hide[:, None, : T + n], both, alpha=D**-0.5)
         weights = both.softmax(-1).to(v.dtype).view(P * K * G, R, T + n)
         for_prompt, for_own = weights.split([T, n], -1)
         out = torch.bmm(for_prompt.reshape(P * K, G * R, T), values).view(P * K * G, R, D)
@@ -284,21 +286,21 @@ class Cache:
         return out.view(P, K, G, R, D).transpose(1, 2).reshape(P * G, K * R, D)
 
 
-def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
-    """One id per row of softmax(logits / temperature) [rows, V], never one of probability 0, with
-    its log-probability; at temperature 0 the largest logit's id, with that at temperature 1."""
-    probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
+def sample(logits, temperature: float, generator=None):
+    """One id per row of softmax(logits / temperature) [rows, V], never one of probability 0, and
+    its log-probability; at temperature 0 the largest logit's, and that at temperature 1."""
+    probs = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
-        # One uniform number, looked up in running sums: torch.multinomial, which draws one for each
-        # id, is 3 to 7 times slower on a CPU. CUDA's parallel sums could decrease in float32.
-        sums = probabilities.cumsum(-1, dtype=torch.float64 if logits.is_cuda else None)
+        # One uniform number, looked up in running sums: torch.multinomial draws one for each id, 3
+        # to 7 times slower on a CPU. CUDA's parallel sums could decrease in float32.
+        sums = probs.cumsum(-1, dtype=torch.float64 if logits.is_cuda else None)
         uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator) * sums[:, -1:]
         ids = torch.searchsorted(sums, uniform, right=True)  # right: no id of probability 0
         ids = ids.clamp(max=logits.shape[-1] - 1)  # `uniform` can round up to the whole sum
     else:
         ids = logits.argmax(-1, keepdim=True)  # of the logits: probabilities round to ties
     # A probability that underflows must not give -inf.
-    chosen = probabilities.gather(-1, ids).clamp(min=torch.finfo(torch.float32).tiny)
+    chosen = probs.gather(-1, ids).clamp(min=torch.finfo(torch.float32).tiny)
     return ids[:, 0], chosen.log()[:, 0]
 
 
@@ -309,57 +311,60 @@ def generate(
 ) -> list[list[Completion]]:  # fmt: skip
     """Samples `group_size` completions of each prompt, [P][G].
     A completion ends with its first id of `eos_ids`, or, not `finished`, after `max_new_tokens`.
-    The same seed samples the same; without one the noise is torch's own. Temperature 0 is greedy.
-    Ids from `decoder.vocab_limit` on are never sampled. ValueError for what is empty or too low."""
+    The same seed samples the same. Temperature 0 is greedy. Ids from `decoder.vocab_limit` on are
+    never sampled. ValueError for what is empty or too low."""
     if min(group_size, max_new_tokens, *map(len, prompts)) < 1 or not (temperature or 1) >= COLDEST:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
-    P, G, head, device = len(prompts), group_size, decoder.head, decoder.head.device
+    P, G, head = len(prompts), group_size, decoder.head[: decoder.vocab_limit]
+    device = head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    eos, pace = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device), PACES[device.type]
-    laid = Ragged(prompts, device, multiple=pace.multiple)
+    eos, pace = torch.tensor([*eos_ids], dtype=torch.long, device=device), PACES[device.type]
+    laid = Ragged(prompts, device, pace.multiple)
     cache = Cache(decoder, laid, G, max_new_tokens)
     run_step = partial(decoder.run, attend=cache.read_next)
-    run_step = Recorded(run_step, cache) if pace.record else run_step
+    if pace.record:
+        run_step = Recorded(run_step, cache)
     hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
-    hidden = hidden[laid.starts + laid.lengths - 1].repeat_interleave(G, 0)  # [P*G, H]
+    hidden = hidden[laid.ends].repeat_interleave(G, 0)  # [P*G, H]
     positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
     writing = torch.arange(P * G, device=device)  # [P*G] which completion a row writes
     done = torch.zeros(P, G, dtype=torch.bool, device=device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(P * G, max_new_tokens, device=device)
+    logprobs = torch.zeros(tokens.shape, device=device)
     for step in range(max_new_tokens if prompts else 0):
-        logits = decoder.logits(hidden, head[: decoder.vocab_limit])  # [rows, V]
+        logits = decoder.logits(hidden, head)  # [rows, V]
         ids, chosen = sample(logits, temperature, generator)
         tokens[writing, step], logprobs[writing, step] = ids, chosen
         done |= torch.isin(ids, eos).view_as(done)
-        if step + 1 == max_new_tokens or (step % pace.look == pace.look - 1 and done.all()):
+        look = (step + 1) % pace.look == 0
+        if step + 1 == max_new_tokens or (look and done.all()):
             break
-        if step % pace.look == pace.look - 1 and (stay := leave(cache, done, pace.keep)):
+        if look and (stay := leave(cache, done, pace.keep)):
             kept, done = stay
             ids, positions, writing = ids[kept], positions[kept], writing[kept]
         cache.next_slot(pace.record)
         hidden = run_step(ids, positions)
         positions = positions + 1
-    completions, ends = [], {*eos.tolist()}
-    for row, chances in zip(tokens.tolist(), logprobs.tolist()):  # a finished row may have gone on
-        end = next((n for n, token in enumerate(row, 1) if token in ends), None)
-        completions.append(Completion(row[:end], chances[:end], end is not None))
-    return [completions[first : first + G] for first in range(0, P * G, G)]
+    found = []
+    for row, chosen in zip(tokens.tolist(), logprobs.tolist()):  # a finished row may have gone on
+        end = next((n for n, token in enumerate(row, 1) if token in eos_ids), None)
+        found.append(Completion(row[:end], chosen[:end], end is not None))
+    return [found[first : first + G] for first in range(0, P * G, G)]
 
 
-# ---- Training: the same tokens once more, with gradient --------------------------------------
+# ---- Training: the same tokens once more, with gradient
 def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
-    own keys]. The temperature is the sampler's: else the loss would compare two different policies.
-    The softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for what
+    own keys]. The temperature is the sampler's: else the loss would compare two policies. The
+    softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for what
     `generate` refuses, for temperature 0, and for groups of unequal size."""
     fits = len(prompts) == len(completions) and len({*map(len, completions)}) <= 1
     if not (fits and temperature >= COLDEST and all(map(len, prompts))):
         raise ValueError(f"empty prompts, unequal groups, or a temperature below {COLDEST}")
-    device, G = decoder.head.device, len(completions[0]) if completions else 0
-    rows = [list(ids) for group in completions for ids in group]  # P*G
+    P, G, device = len(prompts), len(completions[0]) if completions else 0, decoder.head.device
+    rows = [ids for group in completions for ids in group]  # P*G
     prompt, target = Ragged(prompts, device), Ragged(rows, device)
     fed = Ragged([ids[:-1] for ids in rows], device)  # the last token predicts nothing
     N, L = len(prompt.tokens), fed.shape[1]  # L is C - 1
@@ -370,8 +375,8 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     def attend(_, q, k, v):
         prompt_q, prompt_k, prompt_v = (prompt.grid(x[:N]) for x in (q, k, v))  # [P, T, heads, D]
         out = prompt.flat(attention(prompt_q, prompt_k, prompt_v))
-        # Unlike in the Cache, the prompt's keys are repeated for each completion: so autograd sums
-        # their gradients over the group, which makes the shared prompt exact (arXiv 2506.05433).
+        # Unlike in the Cache, prompt keys are repeated for each completion: so autograd sums their
+        # gradients over the group, and sharing is exact (arXiv 2506.05433).
         k = torch.cat([prompt_k.repeat_interleave(G, 0), fed.grid(k[N:])], 1)  # [P*G, T+L, K, D]
         v = torch.cat([prompt_v.repeat_interleave(G, 0), fed.grid(v[N:])], 1)
         return torch.cat([out, fed.flat(attention(fed.grid(q[N:]), k, v, visible))])
@@ -379,36 +384,34 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     offset = prompt.lengths.repeat_interleave(G)[fed.rows]  # completions go on where prompts end
     positions = torch.cat([prompt.positions, offset + fed.positions])
     x = decoder.run(torch.cat([prompt.tokens, fed.tokens]), positions, attend)  # [N+.., H]
-    # A completion's first token is predicted at its prompt's end, the others one token before.
-    first = (prompt.starts + prompt.lengths - 1).repeat_interleave(G)[target.rows]
-    before = N + fed.starts[target.rows] + target.positions - 1
-    x = x.index_select(0, torch.where(target.positions == 0, first, before))
+    # A completion's first token is predicted at its prompt's end, others one token before.
+    first = x[prompt.ends].repeat_interleave(G, 0)  # [P*G, H]
+    x = target.flat(torch.cat([first[:, None], fed.grid(x[N:])], 1))
     logprobs = target.grid(head_logprobs(decoder, x, target.tokens, temperature))
-    return logprobs.unflatten(0, (len(prompts), G)), target.mask.unflatten(0, (len(prompts), G))
+    return logprobs.unflatten(0, (P, G)), target.mask.unflatten(0, (P, G))
 
 
-def head_logprobs(decoder: Decoder, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def head_logprobs(decoder: Decoder, hidden, targets, temperature: float):
     """log softmax(hidden W^T / temperature)[target], [N], a chunk of logits at a time, and again in
     backward: all of them, for 8,192 tokens and 152,000 words, are 5 GB in float32."""
     limit = decoder.vocab_limit
 
-    def chunk(x: Tensor, ids: Tensor, head: Tensor) -> Tensor:
+    def chunk(x, ids):
         logits = decoder.logits(x, head)  # casts the head here: its gradient sums in float32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
     size, head = max(128, PACES[hidden.device.type].logits // limit), decoder.head[:limit]
-    pairs = zip(hidden.split(size), targets.clamp(max=limit - 1).split(size), strict=True)
-    run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
-    logprobs = torch.cat([run(x, ids, head) for x, ids in pairs])
-    return logprobs.masked_fill(targets >= limit, -math.inf)
+    run = partial(checkpoint, chunk, use_reentrant=False)
+    chunks = map(run, hidden.split(size), targets.clamp(max=limit - 1).split(size))
+    return torch.cat([*chunks]).masked_fill(targets >= limit, -math.inf)
 
 
-# ---- The encoder: BERT, for the reward model and the dense retriever -------------------------
+# ---- The encoder
 class EncoderLayer(nn.Module):
     """Post-norm: norm(x + attention(x)), then norm(x + mlp(x)), with dropout before each sum."""
 
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c):
         super().__init__()
         self.c, H, inner = c, c.hidden_size, c.intermediate_size
         norm = partial(nn.LayerNorm, H, c.layer_norm_eps)
@@ -418,16 +421,16 @@ class EncoderLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": Linear(H, inner)})
         self.output = nn.ModuleDict({"dense": Linear(inner, H), "LayerNorm": norm()})
 
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        c, on, heads = self.c, self.training, (self.c.num_attention_heads, -1)
-        projections = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
-        q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in projections)
+    def forward(self, x, visible):
+        c, on, first, last = self.c, self.training, self.attention.output, self.output
+        heads, rate = (c.num_attention_heads, -1), c.hidden_dropout_prob
+        linears = self.attention["self"].values()  # to q, k, v [B, heads, T, D]
+        q, k, v = (linear(x).unflatten(-1, heads).transpose(1, 2) for linear in linears)
         out = F.scaled_dot_product_attention(q, k, v, visible, c.attention_probs_dropout_prob * on)
-        out = out.transpose(1, 2).flatten(2)  # [B, T, H]
-        first, last, rate = self.attention.output, self.output, c.hidden_dropout_prob
-        x = first.LayerNorm(x + F.dropout(first.dense(out), rate, on))
-        out = F.gelu(self.intermediate.dense(x))
-        return last.LayerNorm(x + F.dropout(last.dense(out), rate, on))
+        out = first.dense(out.transpose(1, 2).flatten(2))  # [B, T, H]
+        x = first.LayerNorm(x + F.dropout(out, rate, on))
+        out = last.dense(F.gelu(self.intermediate.dense(x)))
+        return last.LayerNorm(x + F.dropout(out, rate, on))
 
 
 class Encoder(nn.Module):
@@ -437,25 +440,24 @@ class Encoder(nn.Module):
         super().__init__()
         self.raw = BERT | raw
         if any(self.raw[name] != BERT[name] for name in [*BERT][:4]):
-            raise ValueError("not a BERT encoder with gelu and absolute positions")
+            raise ValueError("not a BERT with gelu and absolute positions")
         self.config = c = SimpleNamespace(**self.raw)
         self.tokenizer, self.max_length = tokenizer, c.max_position_embeddings
         H, embedding = c.hidden_size, partial(nn.Embedding.from_pretrained, freeze=False)
-        sizes = {"word": c.vocab_size, "position": self.max_length, "token_type": c.type_vocab_size}
-        tables = {f"{name}_embeddings": torch.empty(size, H) for name, size in sizes.items()}
-        self.embeddings = nn.ModuleDict({name: embedding(x) for name, x in tables.items()})
-        self.embeddings["LayerNorm"] = nn.LayerNorm(H, c.layer_norm_eps)
-        layers = (EncoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        sizes = dict(word=c.vocab_size, position=self.max_length, token_type=c.type_vocab_size)
+        tables = {f"{name}_embeddings": embedding(torch.empty(n, H)) for name, n in sizes.items()}
+        self.embeddings = nn.ModuleDict({**tables, "LayerNorm": nn.LayerNorm(H, c.layer_norm_eps)})
+        layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": Linear(H, H)})
         start_random(self)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None):
+    def forward(self, tokens, mask=None, segments=None):
         """Hidden states [B, T, H] of tokens [B, T]; mask 0 is padding; segments are 0 or 1."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         segments = torch.zeros_like(tokens) if segments is None else segments
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        if tokens.numel() and positions.max() >= self.max_length:
+        if (positions >= self.max_length).any():
             raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
         words, places, kinds, norm = self.embeddings.values()
         x = norm(words(tokens * mask) + places(positions) + kinds(segments * mask))
@@ -466,7 +468,7 @@ class Encoder(nn.Module):
         return x
 
 
-# ---- Text: control tokens come only from the chat format, never from the text that fills it ----
+# ---- Text and chat formats
 ROLES = ("system", "user", "assistant")
 FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
     "R1": ("<｜begin▁of▁sentence｜>", {  # its bars are wide ones, U+FF5C
@@ -477,109 +479,103 @@ FORMATS = {  # name: (how a chat begins, what stands before and after a message 
         f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>") for role in ROLES}),
 }  # fmt: skip
 CONTROL = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|</?think>")
-THINK = re.compile(r"(</?think>)")
 FOREIGN = ("<|im_sep|>", "## Metadata", "%}{{ system_message }}")  # Phi-4's, SmolLM3's, Yi's
 PLAIN = r"(?:\\.|['\"](?=\w)|\{(?![{%])|(?!<\|)[^\\'\"{])"  # a character within a Jinja string
-DEFAULT_SYSTEM = re.compile(rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>")
-OPENS_THINKING = re.compile(rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)")
-LLAMA_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # 3.1's, pinned
+DEFAULT_SYSTEM = rf"<\|im_start\|>system(?:\\n|\n)({PLAIN}+)<\|im_end\|>"
+OPENING = rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)"
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's
 
 
-def chat_format(known, template: str) -> str | None:  # a template is not run, only searched
+def chat_format(known, template: str):  # a template is not run, only searched
     for name, (begin, turns) in FORMATS.items():
         user, end = turns["user"][0], turns["assistant"][1]
-        named = not template or all(token in template for token in CONTROL.findall(user))
+        named = not template or CONTROL.findall(user)[0] in template
         if named and {*CONTROL.findall(begin + user + end)} <= known.keys():
             return None if any(mark in template for mark in FOREIGN) else name
 
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} go into a checkpoint.
-    Control tokens, <think> and </think> among them, come from our words alone, never from data."""
+    Control tokens, with <think> and </think>, come from our words alone, never from data."""
 
-    def __init__(self, backend: Backend, eos_ids=(), files: dict | None = None):
+    def __init__(self, backend: Backend, eos_ids=(), files=None):
         self.files = files or {"tokenizer.json": backend.to_str()}
         settings = json.loads(self.files.get("tokenizer_config.json", "{}"))
         found = self.files.get("chat_template.jinja") or settings.get("chat_template") or ""
-        if isinstance(found, list):  # several: [{"name", "template"}]
-            found = {each["name"]: each["template"] for each in found}.get("default", "")
-        self.template, known = found.replace("\r\n", "\n"), backend.get_vocab()
-        self.size = max(known.values(), default=-1) + 1
-        self.format = chat_format(known, self.template)
-        ends = FORMATS[self.format][1]["assistant"][1] if self.format else ""
-        end = {known[name] for name in CONTROL.findall(ends)}  # of the assistant's turn
-        self.eos_ids = frozenset({*eos_ids, *end})
-        self.end_id = min(end or self.eos_ids, default=None)
+        if isinstance(found, list):  # several
+            found = next((x["template"] for x in found if x["name"] == "default"), "")
+        self.template = template = found.replace("\r\n", "\n")
+        known = backend.get_vocab()
+        self.size = max(known.values()) + 1
+        self.format = chat_format(known, template)
+        end = [known[FORMATS[self.format][1]["assistant"][1].strip()]] if self.format else []
+        self.eos_ids = frozenset([*eos_ids, *end])
+        self.end_id = min(end or eos_ids, default=None)
         content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        for t in content["added_tokens"]:  # R1's "<｜User｜>" does not say that it is special
+        added = content["added_tokens"]
+        for t in added:  # R1's "<｜User｜>" does not say that it is special
             t["special"] |= bool(CONTROL.fullmatch(t["content"])) or t["id"] in self.eos_ids
-        self.control = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
-        self.hidden = {n: i for n, i in self.control.items() if "think>" not in n}  # in `decode`
-        self.acting = re.compile(f"({'|'.join(map(re.escape, self.hidden)) or '(?!)'})")
+        self.control = {t["content"]: t["id"] for t in added if t["special"]}
+        self.hidden = {i for n, i in self.control.items() if "think>" not in n}  # by `decode`
+        names = sorted((re.escape(t["content"]) for t in added), key=len, reverse=True)
+        self.added = re.compile(f"({'|'.join(names) or '(?!)'})")
         self.backend = Backend.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True  # as text
         # What the template adds to its format: a BOS, a system message, the shortest opening.
-        bos, plain = settings.get("bos_token"), not self.template
+        bos, plain = settings.get("bos_token") or "", not template
         bos = bos["content"] if isinstance(bos, dict) else bos
-        self.bos = bos if bos in self.control and "bos_token" in self.template else ""
-        unescape = partial(re.sub, r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1])
-        begins = "<think>\n" if self.format == "R1" and plain else ""
-        self.opening = unescape(min(OPENS_THINKING.findall(self.template), key=len, default=begins))
-        dated = LLAMA_DATES[:22] in self.template or (plain and "<|eom_id|>" in self.control)
-        self.dates = LLAMA_DATES if self.format == "Llama 3" and dated else ""
-        found = DEFAULT_SYSTEM.search(self.template)
-        self.default_system = unescape(found[1]) if found else "" if self.dates else None
+        self.bos = bos if "bos_token" in template else ""
+        unescape = partial(re.sub, r"\\(.)", lambda found: found[1].replace("n", "\n"))
+        begins = "<think>\n" * (self.format == "R1" and plain)
+        self.opening = unescape(min(re.findall(OPENING, template), key=len, default=begins))
+        dated = DATES[:22] in template or (plain and "<|eom_id|>" in self.control)
+        self.dates = DATES * (self.format == "Llama 3" and dated)
+        found = re.search(DEFAULT_SYSTEM, template)
+        self.system = unescape(found[1]) if found else "" if self.dates else None
 
     def encode(self, text: str) -> list[int]:  # no BOS, no control token that the text spells
         return self.backend.encode(as_text(text), add_special_tokens=False).ids
 
-    def fill(self, form: str, *texts: str) -> list[int]:
+    def fill(self, form: str, *texts: str):
         """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
         ids, texts = [], iter(texts)
-        for piece in self.acting.split(form):
-            theirs = "{}" in piece  # else ours, encoded whole: the toy's SYSTEM is a single token
-            self.backend.encode_special_tokens = theirs
-            for part in THINK.split(piece) if theirs and "<think>" in self.control else [piece]:
-                text = re.sub(r"\{\}", lambda _: next(texts), part)
-                ids += [self.control[part]] if part in self.control else self.encode(text)
-        self.backend.encode_special_tokens = True
+        for n, piece in enumerate(self.added.split(form)):  # at odd places its added tokens
+            text = re.sub(r"\{\}", lambda _: next(texts), piece)
+            ids += [self.backend.token_to_id(text)] if n % 2 else self.encode(text)
         return ids
 
     def decode(self, ids: list[int]) -> str:  # no EOS, padding, BOS, but <think> and </think>
-        hidden = {*self.hidden.values()}
-        return self.backend.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        ids = [i for i in ids if i not in self.hidden]
+        return self.backend.decode(ids, skip_special_tokens=False)
 
-    def chat(self, messages: list[dict], said: str | None = None) -> list[int]:
+    def chat(self, messages: list[dict], said=None):
         """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
         it already (default: the template's opening). ValueError for an unknown template."""
-        turns = [(m["role"], m["content"]) for m in messages]
+        turns, said = [(m["role"], m["content"]) for m in messages], said or self.opening
         if self.format is None:
             if self.template:
                 raise ValueError(f"the chat template is none of those known: {', '.join(FORMATS)}")
             warnings.warn("no chat format: messages are sent as plain text", stacklevel=2)
-            plain = "".join(as_text(text) + "\n\n" for _, text in turns)
-            return self.backend.encode(plain).ids + self.fill(said or "")
+            plain = as_text("".join(f"{text}\n\n" for _, text in turns))
+            return self.backend.encode(plain).ids + self.fill(said)
         begin, around = FORMATS[self.format]
-        form, texts = (self.bos if self.format == "ChatML" else begin), []
-        if self.default_system is not None and "system" not in dict(turns):
-            turns = [("system", self.default_system), *turns]
+        ids = self.fill(begin or self.bos)
+        if self.system is not None and "system" not in dict(turns):
+            turns = [("system", self.system), *turns]
         for role, text in turns:
             if role == "assistant" and (self.format == "R1" or "</think>" in self.template):
                 text = text.rpartition("</think>")[2].lstrip("\n" * (self.format == "ChatML"))
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
-            # A system message is ours, and stands in the form itself: its <think> is the token.
-            ours = role == "system" and "{}" not in text and not self.acting.search(text)
-            form += (text if ours else "{}").join(around[role])
-            texts += [] if ours else [text]
-        said = self.opening if said is None else said
-        return self.fill(form + around["assistant"][0] + said, *texts)
+            # A system message is ours and stands in the form: its <think> is the token.
+            ours = role == "system" and "{}" not in text and not {*self.fill(text)} & self.hidden
+            ids += self.fill((text if ours else "{}").join(around[role]), text)
+        return ids + self.fill(around["assistant"][0] + said)
 
-    def encode_pair(self, first: str, second: str | None, max_length: int):
+    def encode_pair(self, first: str, second, max_length: int):
         """BERT's ids and segments of [CLS] first [SEP], or + second [SEP]; the longer is cut."""
-        texts = [as_text(text) for text in (first, second) if text is not None]
         self.backend.enable_truncation(max_length)
-        encoding = self.backend.encode(*texts)
+        encoding = self.backend.encode(as_text(first), second and as_text(second))
         self.backend.no_truncation()
         return encoding.ids, encoding.type_ids
 
@@ -590,24 +586,24 @@ class Tokenizer:
         return text[: offsets[tokens][0]] if tokens < len(offsets) else text
 
 
-# ==== Below: not the method =====================================================================
-# ---- Faster: what depends on the device, rows that leave the batch, CUDA graphs ---------------
+# ==== Below: not the method ====
+# ---- Faster: rows that leave the batch, CUDA graphs
 # More for CUDA alone: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
-    look: int  # steps between looks at who has finished; on a GPU each look waits for it
-    keep: float  # rows leave when at most this share of the batch stays: leaving copies the cache
-    logits: int  # how many numbers a chunk of logits may have
+    look: int  # steps between looks at who has finished: each waits for the GPU
+    keep: float  # rows leave when at most this share stays: leaving copies the cache
+    logits: int  # numbers in a chunk of logits
     multiple: int  # a prompt batch's width is one of it: a GPU reads 16 bytes at a time
-    record: bool  # a step is a CUDA graph; its shapes must last: cache windows in powers of 2
+    record: bool  # a step is a CUDA graph, whose shapes must last: windows are powers of 2
 
 
-PACES = {"cpu": Pace(1, 0.75, 2**21, 1, False), "cuda": Pace(16, 0.5, 2**27, 8, True)}
+PACES = dict(cpu=Pace(1, 0.75, 2**21, 1, False), cuda=Pace(16, 0.5, 2**27, 8, True))
 PACES["mps"] = PACES["cpu"]
-COLDEST = 1e-6  # the least temperature above 0: with less, logits / temperature may overflow
+COLDEST = 1e-6  # least temperature above 0: below, logits / temperature may overflow
 torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for nearly every batch
 
 
-def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | None:
+def leave(cache: Cache, done, keep: float):
     """(indices of the rows that stay, `done` [P', G'] of them), if at most `keep` of [P, G] stay.
     All groups keep one size: unfinished rows first, then finished ones to fill up."""
     left = (~done).sum(1)  # [P] completions of each prompt
@@ -620,10 +616,10 @@ def leave(cache: Cache, done: Tensor, keep: float) -> tuple[Tensor, Tensor] | No
     rows = (own[:, alive[:, None], :, members] for own in cache.own)  # each [P', G', 2, K, C, D]
     cache.own = [x.permute(2, 0, 3, 1, 4, 5).contiguous() for x in rows]
     kept = (alive[:, None] * done.shape[1] + members).flatten()
-    return kept, done.flatten()[kept].view_as(members)
+    return kept, done[alive[:, None], members]
 
 
-def exact_products(q: Tensor, k: Tensor) -> Tensor:
+def exact_products(q, k):
     """q k^T of [batch, n, D] and [batch, m, D], in float32: bfloat16 rounds 300 to steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
@@ -634,19 +630,19 @@ class Recorded:
     """The decode step as a CUDA graph, one launch in place of dozens per layer, recorded anew for
     each shape: by hand, since `torch.cuda.graph` would first free all cached memory."""
 
-    newest = side = None  # the last graph, whose memory the next one takes over; the stream to use
+    newest = side = None  # the last graph, whose memory the next one takes over; a stream
 
     def __init__(self, step, cache: Cache):
         self.step, self.cache, self.shape = step, cache, None
         Recorded.side = Recorded.side or torch.cuda.Stream(cache.hide.device)
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, ids, positions):
         if self.shape != (shape := (len(ids), self.cache.window)):
             self.shape, self.ids, self.positions = shape, ids.clone(), positions.clone()
             self.graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(ids.device)
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
-                # Once unrecorded: libraries load and allocate then, which a recording forbids.
+                # Once unrecorded: libraries then load and allocate, which a recording forbids.
                 self.step(self.ids, self.positions)
                 # thread_local: NCCL's watchdog, another thread, may still call CUDA.
                 pool = Recorded.newest.pool() if Recorded.newest else None
@@ -661,67 +657,68 @@ class Recorded:
         return self.hidden
 
 
-# ---- Checkpoints: config.json, safetensors, and the tokenizer's files ------------------------
+# ---- Checkpoints
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
-for kind in ("int", "uint", "float"):  # I16, U32, F64, ...
+DTYPES = dict(BOOL=torch.bool, BF16=torch.bfloat16, I8=torch.int8, U8=torch.uint8)
+for kind in ("int", "float"):  # I16, F32, ...
     DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
-BERT = {  # the defaults of its config.json; the first four are all that is implemented
-    "model_type": "bert", "hidden_act": "gelu", "is_decoder": False,
-    "position_embedding_type": "absolute", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-}  # fmt: skip
+BERT = dict(  # its config.json's defaults; for the first four, all that is implemented
+    model_type="bert", hidden_act="gelu", is_decoder=False, position_embedding_type="absolute",
+    type_vocab_size=2, layer_norm_eps=1e-12, hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)  # fmt: skip
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 
 
 def parse_config(raw: dict) -> SimpleNamespace:
-    """config.json with Hugging Face's defaults and, as `rope`, the old rotary settings (rope_theta,
-    rope_scaling) or transformers 5's (rope_parameters). ValueError for what is not implemented."""
+    """config.json with Hugging Face's defaults and, as `rope`, its rotary settings: rope_scaling or
+    transformers 5's rope_parameters. ValueError for what is not implemented."""
     given = {key: value for key, value in raw.items() if value is not None}
     rope = given.get("rope_scaling") or given.get("rope_parameters", {})  # as transformers 5 does
     family, heads = given.get("model_type"), raw["num_attention_heads"]
-    c = SimpleNamespace(**{
-        "head_dim": 128 if family == "qwen3" else raw["hidden_size"] // heads,
-        "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-        "use_sliding_window": False, "max_window_layers": 28, "max_position_embeddings": 10**9,
-        "rope_theta": 10000.0 if family == "llama" else None, "partial_rotary_factor": 1,
-        "rope_type": rope.get("type", "default"), "layer_types": (), **given, **rope,
-    })  # fmt: skip
+    defaults = dict(
+        head_dim=128 if family == "qwen3" else raw["hidden_size"] // heads,
+        num_key_value_heads=heads, rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False,
+        mlp_bias=False, tie_word_embeddings=False, use_sliding_window=False, max_window_layers=28,
+        max_position_embeddings=10**9, rope_theta=10000.0 if family == "llama" else None,
+        rope_type=rope.get("type", "default"), partial_rotary_factor=1, layer_types=(),
+    )  # fmt: skip
+    c = SimpleNamespace(**defaults | given | rope)
     c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
-    slides = c.use_sliding_window and c.max_window_layers < c.num_hidden_layers
-    for what, refused in {
-        f"model_type {family!r}": family not in ("qwen2", "qwen3", "llama"),
-        f"hidden_act {c.hidden_act!r}": c.hidden_act != "silu",
-        f"rope_type {c.rope_type!r}": c.rope_type not in ("default", "llama3"),
-        "a partial_rotary_factor": c.partial_rotary_factor not in (1, None),
-        "a rotary embedding without rope_theta": not c.rope_theta,
-        "a sliding window": slides or {*c.layer_types} - {"full_attention"},
-    }.items():
-        if refused:
-            raise ValueError(f"{what} is not implemented")
-    # Qwen2 has biases, but not at the output, though its config.json does not say so.
+    known = dict(
+        model_type=family in ("qwen2", "qwen3", "llama"),
+        hidden_act=c.hidden_act == "silu",
+        rope_type=c.rope_type in ("default", "llama3"),
+        rope_theta=c.rope_theta,
+        partial_rotary_factor=c.partial_rotary_factor in (1, None),
+        layer_types={*c.layer_types} <= {"full_attention"},
+        use_sliding_window=c.max_window_layers >= c.use_sliding_window * c.num_hidden_layers,
+    )
+    for name in known:
+        if not known[name]:
+            raise ValueError(f"{name} {getattr(c, name, None)!r} is not implemented")
+    # Qwen2 has biases, but not at the output; its config.json does not say so.
     c.qkv_bias, c.o_bias = (True, False) if family == "qwen2" else [c.attention_bias] * 2
     return c
 
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # a buffer of old exports
+    names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # an old buffer
     return load_module(directory, Decoder, names, device, dtype)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
-    names = {r"^bert\.": "", r"Norm\.gamma$": "Norm.weight", r"Norm\.beta$": "Norm.bias"}
-    names[r"^(cls|classifier|qa_outputs)\..*|.*position_ids"] = ""  # heads of other tasks, a buffer
+    names = {r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"}
+    names[r"^(cls|classifier|qa_outputs)\..*|.*position_ids"] = ""  # other heads, a buffer
     return load_module(directory, Encoder, names, device, dtype)
 
 
-def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn.Module:
-    """kind(config.json, tokenizer) with exactly the weights of one file or of shards. `names`: what
-    is replaced in their names; one that becomes empty is left out."""
+def load_module(directory, kind, names: dict, device, dtype=torch.float32):
+    """kind(config.json, tokenizer) with exactly the weights of one file or of shards. `names` is
+    what to replace in their names; one that becomes empty is left out."""
     folder, weights = Path(directory), {}
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; hf download {folder} --local-dir X")
@@ -729,60 +726,61 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32) -> nn
         if (folder / "adapter_config.json").is_file():
             raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
-        if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
+        if (index := folder / "model.safetensors.index.json").is_file():
             files = sorted({folder / Path(n).name for n in read_json(index)["weight_map"].values()})
         for file in files:
             for name, tensor in read_safetensors(file).items():
                 for old, new in names.items():
                     name = re.sub(old, new, name)
-                weights |= {name: tensor.to(device, dtype, copy=True)} if name else {}
+                if name:
+                    weights[name] = tensor.to(device, dtype, copy=True)
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-        if tokenizer and tokenizer.size > (raw.get("vocab_size") or 0):
+        if tokenizer and tokenizer.size > raw["vocab_size"]:
             raise ValueError(f"the tokenizer has {tokenizer.size} ids, the model fewer")
         with torch.device("meta"):  # no memory yet
             module = kind(raw, tokenizer)
-        head = weights.pop("lm_head.weight", None) if raw.get("tie_word_embeddings") else None
-        if head is not None and not head.equal(weights["model.embed_tokens.weight"]):
-            raise ValueError("lm_head is tied to the embedding, but the two differ")
+        tied = raw.get("tie_word_embeddings") and "lm_head.weight" in weights
+        if tied and not weights.pop("lm_head.weight").equal(weights["model.embed_tokens.weight"]):
+            raise ValueError("lm_head is tied to the embedding, but differs")
         if "pooler.dense.weight" not in weights:
             module.pooler = None  # an encoder's
         module.load_state_dict(weights, assign=True)
-    return module.eval().requires_grad_(True)
+    return module.eval()
 
 
-def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory) -> None:
-    """The tokenizer's files, config.json and, last, the weights: where they are, all is there."""
-    widest = max((x.dtype for x in state.values()), key=lambda dtype: dtype.itemsize)
+def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory):
+    """The tokenizer's files, config.json, weights: where these last are, all is there."""
+    widest = max(state.values(), key=Tensor.element_size).dtype
     raw = raw | {"dtype" if "dtype" in raw else "torch_dtype": str(widest).removeprefix("torch.")}
     for file, content in tokenizer.files.items():
-        write_text(Path(directory) / file, content)
-    write_json(Path(directory) / "config.json", raw)
-    write_safetensors(Path(directory) / "model.safetensors", state)
+        write_text(f"{directory}/{file}", content)
+    write_json(f"{directory}/config.json", raw)
+    write_safetensors(f"{directory}/model.safetensors", state)
 
 
-def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory) -> None:
-    """Writes a checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A,
-    in float32, since on the grid of a bfloat16 W most of the change would be lost."""
+def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory):
+    """A checkpoint that transformers opens unchanged, LoRA merged in: W + (alpha / r) B A, in
+    float32, since a bfloat16 W would lose most of the change."""
     state = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     for path, module in decoder.named_modules():
         if isinstance(module, Linear) and module.scale:
-            change = module.scale * (module.lora_B.detach() @ module.lora_A.detach())
-            state[f"{path}.weight"] = module.weight.detach().float() + change
+            change = module.scale * (module.lora_B @ module.lora_A)
+            state[f"{path}.weight"] = module.weight.float() + change
     save_checkpoint(state, decoder.raw, tokenizer, directory)
 
 
 def load_tokenizer(directory) -> Tokenizer:
-    """tokenizer.json; its EOS ids are the union of what all the checkpoint's settings name."""
-    path, backend, eos_ids, texts = Path(directory) / "tokenizer.json", None, set(), {}
-    for file in [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]:
-        with faults_in(file):
-            texts[file.name] = file.read_bytes().decode("utf-8-sig")
-            backend = Backend.from_str(texts[path.name]) if file == path else backend
+    """tokenizer.json; its EOS ids are all that any of the checkpoint's settings name."""
+    path, eos_ids = Path(directory) / "tokenizer.json", set()
+    with faults_in(path):
+        backend = Backend.from_str(path.read_text("utf-8-sig"))
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
         ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
         eos_ids |= {*ids} if isinstance(ids, list) else {ids}
         eos_ids.add(backend.token_to_id(token if isinstance(token, str) else token["content"]))
+    files = filter(Path.is_file, map(path.with_name, (path.name, *SETTINGS, *OTHERS)))
+    texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
     return Tokenizer(backend, eos_ids - {None}, texts)
 
 
@@ -793,17 +791,16 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key appears twice in the header")
+            raise ValueError("a key is repeated")
         return dict(pairs)
 
     tensors, size = {}, Path(path).stat().st_size
     with faults_in(path):
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-        if size < 8 or start > min(size, 100_000_008):  # the format's own limit
-            raise ValueError("the file ends before its header; is the download complete?")
-        text = data[8:start].numpy().tobytes().decode("utf-8")
-        header = json.loads(text, object_pairs_hook=unique, parse_constant=int)  # no NaN
+        start = 8 + int.from_bytes(data[:8].tolist(), "little")
+        if start > size:
+            raise ValueError("it ends within its header; is the download complete?")
+        header = json.loads(bytes(data[8:start].tolist()).decode(), object_pairs_hook=unique)
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
             flat = flat.clone() if (start + begin) % dtype.itemsize else flat  # not aligned
@@ -811,49 +808,49 @@ def read_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_header(header: dict, size: int) -> dict[str, tuple]:
+def check_header(header: dict, size: int):
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
     if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-        name.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+        name.encode()  # a ValueError for half of a surrogate pair
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, begin, end))
-        if not whole or begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name}: its bytes are not those from {covered} that its shape needs")
+        needed = math.prod(shape) * dtype.itemsize
+        if min((0, *shape)) < 0 or (begin, end) != (covered, covered + needed):
+            raise ValueError(f"{name}: its shape needs {needed} bytes from {covered} on")
         ranges[name], covered = (begin, end, dtype, shape), end
     if covered != size:
         raise ValueError(f"the tensors fill {covered} bytes, but {size} follow the header")
     return ranges
 
 
-def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """Writes `tensors` (any strides, any device) as one .safetensors file, atomically."""
+def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = None):
+    """Writes `tensors` (any strides, any device) as a .safetensors file, atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
-    # Large elements first: then each tensor begins at a multiple of its element's size.
-    tensors = dict(sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])))
-    for name, x in tensors.items():
+    # Large elements first: so each tensor begins at a multiple of its element's size.
+    pairs = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
+    for name, x in pairs:
         begin, end = end, end + x.nbytes
-        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+        header[name] = dict(dtype=codes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
     text = json.dumps(header).encode()
     check_header(header, end)
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temp, open(temp, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for x in tensors.values():
+        for _, x in pairs:
             file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-# ---- Files: never half-written, never trusted ------------------------------------------------
+# ---- Files: never half-written, never trusted
 @contextmanager
 def faults_in(path):
-    """Whatever is wrong with the content of `path` is a ValueError that names it."""
+    """What is wrong with the content of `path` is a ValueError that names it."""
     try:
         yield
     except Exception as error:
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        said = str(error) if isinstance(error, ValueError) else repr(error)
         if isinstance(error, OSError) or said.startswith(str(path)):
             raise
         raise ValueError(f"{path}: {said}") from error
@@ -863,28 +860,28 @@ def faults_in(path):
 def replacing(path):  # a temporary path; on success the first process's becomes `path`
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{world()[0]}.tmp")
+    temp = path.with_name(f".{path.name}.{world()[0]}.tmp")
     try:
-        yield temporary
+        yield temp
         if world()[0] == 0:
-            temporary.replace(path)
+            temp.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
-def write_text(path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(text.encode())
+def write_text(path, text: str):
+    with replacing(path) as temp:
+        temp.write_bytes(text.encode())
 
 
-def write_json(path, value) -> None:
+def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def append(path, records: list[dict]) -> None:  # to a JSON Lines file
+def append(path, records: list[dict]):  # to a JSON Lines file
     if world()[0] == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def read_json(path, kind: type = dict):  # the top level must be a `kind`
@@ -896,7 +893,7 @@ def read_json(path, kind: type = dict):  # the top level must be a `kind`
 
 
 def read_lines(path) -> list[dict]:  # without the half line that a killed process may leave
-    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
 
 
 def as_text(text: str) -> str:  # with U+FFFD for half of a surrogate pair
@@ -908,10 +905,10 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
     return re.sub(acting, "\ufffd", text)
 
 
-# ---- Several processes, which torchrun starts: only sampling and gradients are shared out -----
-# by `make_records` and `micro_batches`. The parts meet in `make_records`, `optimizer_step`,
-# `warm_start`, `update_metrics`. Every process does all the rest; only the first writes files.
-def world() -> tuple[int, int]:  # which process this is, from 0, and how many there are
+# ---- Several processes, by torchrun: `make_records` and `micro_batches` share out sampling and
+# gradients, which meet there and in `optimizer_step`, `warm_start`, `update_metrics`. Every process
+# does all the rest; only the first writes files.
+def world():  # which process this is, from 0, and of how many
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -919,58 +916,58 @@ def my_share(items):  # of a range or a list
     return items[world()[0] :: world()[1]]
 
 
-def gather(value=None) -> list:  # every process's value; each comes here and waits for all
+def gather(value=None):  # every process's value; each waits here for all
     values = [value] * world()[1]
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def progress(iterable=None, title=None, **more) -> tqdm:  # on a terminal, by the first process
+def progress(iterable=None, title=None, **more):  # on a terminal, by the first process
     return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
 
 
-# ---- Options and commands: each command's options are a dataclass ----------------------------
+# ---- Options
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
-PRESETS = {  # what differs from the defaults, which are the toy's; a command takes what it knows
-    "small": {  # models like SmolLM2-135M
-        "k": 3, "max_prompt_tokens": 288, "encoder": None, "reward_lr": 5e-5,
-        "warm_start_lr": 3e-4, "steps": 24, "prompts_per_step": 4, "temperature": 0.7, "lr": 6e-5,
-        "personalization": 0.0, "save_every": 5, "tokens_per_micro_batch": 4096,
-    },
-    "paper": {  # what the paper and the authors' code say
-        "k": 5, "encoder": None, "max_new_tokens": 768, "pairs_per_query": 10, "reward_lr": 5e-5,
-        "limit": 500, "steps": 2500, "prompts_per_step": 1, "group_size": 4, "temperature": 0.7,
-        "lr": 1e-6, "beta": 0.04, "checkpointing": True, "eval_every": 500, "save_every": 100,
-    },
+PRESETS = {  # what differs from the toy's, the defaults; a command takes what it knows
+    "small": dict(  # models like SmolLM2-135M
+        k=3, max_prompt_tokens=288, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24,
+        prompts_per_step=4, temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
+        tokens_per_micro_batch=4096,
+    ),
+    "paper": dict(  # what the paper and the authors' code say
+        k=5, encoder=None, max_new_tokens=768, pairs_per_query=10, reward_lr=5e-5, limit=500,
+        steps=2500, prompts_per_step=1, group_size=4, temperature=0.7, lr=1e-6, beta=0.04,
+        checkpointing=True, eval_every=500, save_every=100,
+    ),
 }  # fmt: skip
 
 
-def option(default, help: str, least: float | None = None):  # `least`: the least value allowed
-    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+def option(default, help: str, least=None):  # `least`: the least value allowed
+    return field(default=default, metadata=dict(help=help, least=least))
 
 
-def parse_flags(options: type, description: str, arguments: list[str] | None = None) -> dict:
-    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
-    how = {"argument_default": argparse.SUPPRESS, "formatter_class": layout}
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description, **how)
-    for field in dataclasses.fields(options):
-        kind, flag = field.type, f"--{field.name.replace('_', '-')}"
+def parse_flags(options: type, description: str, arguments=None) -> dict:
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.argument_default = argparse.SUPPRESS
+    for entry in fields(options):
+        kind = entry.type
         how = {"type": (*get_args(kind), kind)[0], "metavar": "X"}  # T of "T | None"
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
         elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        text = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
-        parser.add_argument(flag, help=text, **how)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        text = f"{entry.metadata['help']} ({entry.default})".replace("%", "%%")
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", help=text, **how)
+    parser.add_argument("--debug", action="store_true", help="show an error's traceback")
     return vars(parser.parse_args(arguments))
 
 
 def resolve(options: type, given: dict):
     """The options: defaults, then a preset or what a run recorded, then what was given."""
-    names = {field.name for field in dataclasses.fields(options)}
+    names = {entry.name for entry in fields(options)}
     path = Path(given.get("run") or given.get("out") or getattr(options, "out", "")) / "config.json"
     shipped = Path(given.get("model", SHIPPED / "policy")).resolve() == SHIPPED / "policy"
     base = PRESETS.get(given.get("preset"), {})
@@ -980,21 +977,21 @@ def resolve(options: type, given: dict):
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
         raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
-    own = {"out", "overwrite", "force"}  # a command's, never a run's
-    own |= set() if "steps" in names else {"temperature"}  # a run's is for rollouts
-    chosen = {name: base[name] for name in base.keys() - own} | given
-    o = options(**{name: chosen[name] for name in chosen.keys() & names})
-    for field in dataclasses.fields(o):
-        value, least = getattr(o, field.name), field.metadata.get("least")
+    # A command's, never a run's; a run's temperature is for rollouts.
+    own = {"out", "overwrite", "force", "" if "steps" in names else "temperature"}
+    chosen = names & (base.keys() - own | given.keys())
+    o = options(**{name: (base | given)[name] for name in chosen})
+    for entry in fields(o):
+        value, least = getattr(o, entry.name), entry.metadata.get("least")
         if None not in (value, least) and not least <= value < math.inf:
-            raise ValueError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
+            raise ValueError(f"--{entry.name.replace('_', '-')} must be >= {least}, not {value}")
     return o
 
 
-def command(main, options: type, description: str) -> None:
-    """Runs main(options); a mistake in what it was given is one line and exit status 2."""
+def command(main, options: type, description: str):
+    """Runs main(options); what is wrong with them is one line and exit status 2."""
     given = parse_flags(options, description)
-    # Data may hold what a terminal cannot show; and a log is read while it grows.
+    # Data may hold what a terminal cannot show; a log is read while it grows.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(resolve(options, given))
@@ -1007,27 +1004,26 @@ def command(main, options: type, description: str) -> None:
         sys.exit(2)
 
 
-def device_and_dtype(o) -> tuple[str, torch.dtype]:  # dtype: of products
+def device_and_dtype(o):  # where products are taken, and of what type
     device = o.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    low = o.precision == "bfloat16" or (o.precision == "auto" and device.startswith("cuda"))
-    return device, torch.bfloat16 if low else torch.float32
+    dtype = o.precision.replace("auto", "bfloat16" if "cuda" in device else "float32")
+    return device, getattr(torch, dtype)
 
 
 def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model, multiplying in --precision's type, which its weights have too unless
-    they are to be trained. ValueError if the model was made for shorter texts."""
+    """The checkpoint o.model with products in --precision's type, and weights unless they are to be
+    trained. ValueError if the model was made for shorter texts."""
     device, dtype = device_and_dtype(o)
     decoder = load_decoder(o.model, device)
     longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens
     if longest > (most := decoder.config.max_position_embeddings):
-        flags = "--max-prompt-tokens and --max-new-tokens"
-        raise ValueError(f"the model was made for {most} tokens, not {longest}: {flags}")
+        raise ValueError(f"the model was made for {most} tokens, not {longest}: prompt and answer")
     return (multiply_in if train else for_sampling)(decoder, dtype), load_tokenizer(o.model)
 
 
-@dataclasses.dataclass
+@dataclass
 class Options:
-    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the language model")
+    model: str = option(str(SHIPPED / "policy"), "checkpoint of the language model")
     prompt: str = option("Hello.", "what the user says")
     max_new_tokens: int = option(256, "longest completion, in tokens", 1)
     temperature: float = option(0.7, "0 is greedy", 0)
@@ -1036,7 +1032,7 @@ class Options:
     precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
 
 
-def main(o: Options) -> None:
+def main(o: Options):
     decoder, tokenizer = load_policy(o)
     prompt = tokenizer.chat([{"role": "user", "content": o.prompt}])
     how = (1, o.max_new_tokens, o.temperature, tokenizer.eos_ids, o.seed)

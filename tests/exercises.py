@@ -413,7 +413,7 @@ EXERCISES = [
             for g in range(G):
                 keys, values = (torch.cat([shared[p][:, real[p]], own[p, :, g, :n]], 1)
                                 for shared, own in zip(self.shared[layer], self.own[layer]))
-                scores = q[p * G + g].view(K, -1, D).float() @ keys.float().mT * self.scale
+                scores = q[p * G + g].view(K, -1, D).float() @ keys.float().mT * D**-0.5
                 rows.append((scores.softmax(-1) @ values.float()).to(v.dtype).flatten(0, 1))
         return torch.stack(rows)
         """),
@@ -454,7 +454,7 @@ EXERCISES = [
             Mutant("positions stand still", "The first two tokens are right, then `gap` grows.",
                    "positions = positions + 1", "positions = positions.clone()"),
             Mutant("only one EOS id stops", "Some completions make up the user's next turn.",
-                   "{*eos.tolist()}", "{*eos.tolist()[:1]}"),
+                   "if token in eos_ids", "if token in [*eos_ids][:1]"),
             Mutant("rows that stay are misplaced", "Some completions go on in others' places.",
                    "positions[kept], writing[kept]", "positions[kept], writing[: len(kept)]"),
         ], """
@@ -467,8 +467,7 @@ EXERCISES = [
         noise = None if seed is None else torch.Generator(device).manual_seed(seed)
         cache = Cache(decoder, rows, G, max_new_tokens)
         hidden = decoder.run(rows.tokens, rows.positions, cache.read_prompts)
-        ends = (rows.starts + rows.lengths - 1).tolist()
-        hidden = torch.stack([hidden[end] for end in ends for _ in range(G)])
+        hidden = torch.stack([hidden[end] for end in rows.ends.tolist() for _ in range(G)])
         writing = [(p, Completion([], [], False)) for p in range(len(prompts)) for _ in range(G)]
         groups, width = [[one for q, one in writing if q == p] for p in range(len(prompts))], G
         while True:
