@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-# ---- The decoder: with Hugging Face's names, its state dict is the checkpoint
+# ---- The decoder: with Hugging Face's names, its state dict is the checkpoint ----
 def rope_frequencies(c: SimpleNamespace):
     """Radians per position of each channel pair, theta^(-2i/D), i = 0 .. D/2 - 1: [D/2]. llama3
     divides them by `factor` below `low` turns within the original context, keeps them above `high`,
@@ -202,7 +202,7 @@ def for_sampling(decoder, dtype: torch.dtype):  # frozen; all but norms cast
     return multiply_in(decoder, dtype).requires_grad_(False)
 
 
-# ---- Sampling: the prompt once, its completions many
+# ---- Sampling: the prompt once, its completions many ----
 class Ragged:
     """Unequal sequences end to end, N tokens in all: only attention pays for padding.
     >>> rows = Ragged([[5, 6, 7], [8]])
@@ -352,7 +352,7 @@ def generate(
     return [found[first : first + G] for first in range(0, P * G, G)]
 
 
-# ---- Training: the same tokens once more, with gradient
+# ---- Training: the same tokens once more, with gradient ----
 def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 1.0):
     """(logprobs, mask), each [P, G, C]: log softmax(logits / temperature) of completion tokens.
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
@@ -407,7 +407,7 @@ def head_logprobs(decoder: Decoder, hidden, targets, temperature: float):
     return torch.cat([*chunks]).masked_fill(targets >= limit, -math.inf)
 
 
-# ---- The encoder
+# ---- The encoder ----
 class EncoderLayer(nn.Module):
     """Post-norm: norm(x + attention(x)), then norm(x + mlp(x)), with dropout before each sum."""
 
@@ -468,7 +468,7 @@ class Encoder(nn.Module):
         return x
 
 
-# ---- Text and chat formats
+# ---- Text and chat formats ----
 ROLES = ("system", "user", "assistant")
 FORMATS = {  # name: (how a chat begins, what stands before and after a message of each role)
     "R1": ("<｜begin▁of▁sentence｜>", {  # its bars are wide ones, U+FF5C
@@ -560,7 +560,7 @@ class Tokenizer:
             return self.backend.encode(plain).ids + self.fill(said)
         begin, around = FORMATS[self.format]
         ids = self.fill(begin or self.bos)
-        if self.system is not None and "system" not in dict(turns):
+        if self.system is not None and "system" not in dict(turns[:1]):
             turns = [("system", self.system), *turns]
         for role, text in turns:
             if role == "assistant" and (self.format == "R1" or "</think>" in self.template):
@@ -587,7 +587,7 @@ class Tokenizer:
 
 
 # ==== Below: not the method ====
-# ---- Faster: rows that leave the batch, CUDA graphs
+# ---- Faster: rows that leave the batch, CUDA graphs ----
 # More for CUDA alone: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished: each waits for the GPU
@@ -623,7 +623,7 @@ def exact_products(q, k):
     """q k^T of [batch, n, D] and [batch, m, D], in float32: bfloat16 rounds 300 to steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
-    return torch.bmm(q.float(), k.float().mT)
+    return torch.bmm(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.mT)))
 
 
 class Recorded:
@@ -657,10 +657,10 @@ class Recorded:
         return self.hidden
 
 
-# ---- Checkpoints
+# ---- Checkpoints ----
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = dict(BOOL=torch.bool, BF16=torch.bfloat16, I8=torch.int8, U8=torch.uint8)
-for kind in ("int", "float"):  # I16, F32, ...
+for kind in ("int", "uint", "float"):  # I16, U32, F64, ...
     DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
 BERT = dict(  # its config.json's defaults; for the first four, all that is implemented
     model_type="bert", hidden_act="gelu", is_decoder=False, position_embedding_type="absolute",
@@ -693,7 +693,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
         rope_theta=c.rope_theta,
         partial_rotary_factor=c.partial_rotary_factor in (1, None),
         layer_types={*c.layer_types} <= {"full_attention"},
-        use_sliding_window=c.max_window_layers >= c.use_sliding_window * c.num_hidden_layers,
+        use_sliding_window=not (c.use_sliding_window and c.max_window_layers < c.num_hidden_layers),
     )
     for name in known:
         if not known[name]:
@@ -705,14 +705,13 @@ def parse_config(raw: dict) -> SimpleNamespace:
 
 def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
     """A Qwen2, Qwen3 or Llama checkpoint; a weight missing, left over or misshapen: ValueError."""
-    names = {r"^(?!model\.|lm_head\.)": "model.", r".*rotary_emb.*": ""}  # an old buffer
-    return load_module(directory, Decoder, names, device, dtype)
+    return load_module(directory, Decoder, {r"^(?!model\.|lm_head\.)": "model."}, device, dtype)
 
 
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
     names = {r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"}
-    names[r"^(cls|classifier|qa_outputs)\..*|.*position_ids"] = ""  # other heads, a buffer
+    names[r"^(cls|classifier|qa_outputs)\..*"] = ""  # other heads
     return load_module(directory, Encoder, names, device, dtype)
 
 
@@ -726,13 +725,13 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32):
         if (folder / "adapter_config.json").is_file():
             raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
-        if (index := folder / "model.safetensors.index.json").is_file():
+        if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
             files = sorted({folder / Path(n).name for n in read_json(index)["weight_map"].values()})
         for file in files:
             for name, tensor in read_safetensors(file).items():
                 for old, new in names.items():
                     name = re.sub(old, new, name)
-                if name:
+                if name and not name.endswith(("position_ids", "inv_freq")):  # old exports' buffers
                     weights[name] = tensor.to(device, dtype, copy=True)
         tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
         if tokenizer and tokenizer.size > raw["vocab_size"]:
@@ -771,17 +770,22 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory):
 
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are all that any of the checkpoint's settings name."""
-    path, eos_ids = Path(directory) / "tokenizer.json", set()
+    path, eos_ids, texts = Path(directory) / "tokenizer.json", set(), {}
     with faults_in(path):
         backend = Backend.from_str(path.read_text("utf-8-sig"))
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
-        ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
-        eos_ids |= {*ids} if isinstance(ids, list) else {ids}
-        eos_ids.add(backend.token_to_id(token if isinstance(token, str) else token["content"]))
-    files = filter(Path.is_file, map(path.with_name, (path.name, *SETTINGS, *OTHERS)))
-    texts = {file.name: file.read_bytes().decode("utf-8-sig") for file in files}
-    return Tokenizer(backend, eos_ids - {None}, texts)
+        with faults_in(file):
+            ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
+            token = token if isinstance(token, str) else token["content"]
+            eos_ids |= {*(ids if isinstance(ids, list) else [ids]), backend.token_to_id(token)}
+            if not all(type(i) is int for i in eos_ids - {None}):
+                raise ValueError(f"eos_token_id {ids!r} is no id, and no list of ids")
+    for file in filter(Path.is_file, map(path.with_name, (path.name, *SETTINGS, *OTHERS))):
+        with faults_in(file):
+            texts[file.name] = file.read_bytes().decode("utf-8-sig")
+    with faults_in(directory):
+        return Tokenizer(backend, eos_ids - {None}, texts)
 
 
 def read_safetensors(path) -> dict[str, Tensor]:
@@ -811,14 +815,15 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int):
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    if not all(isinstance(x, str) for x in header.pop("__metadata__", {}).values()):
+    json.dumps(header, ensure_ascii=False).encode()  # an error for half of a surrogate pair
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-        name.encode()  # a ValueError for half of a surrogate pair
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        needed = math.prod(shape) * dtype.itemsize
-        if min((0, *shape)) < 0 or (begin, end) != (covered, covered + needed):
-            raise ValueError(f"{name}: its shape needs {needed} bytes from {covered} on")
+        whole = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, begin, end))
+        if not whole or begin != covered or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name}: its bytes are not those from {covered} that its shape needs")
         ranges[name], covered = (begin, end, dtype, shape), end
     if covered != size:
         raise ValueError(f"the tensors fill {covered} bytes, but {size} follow the header")
@@ -843,7 +848,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
             file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-# ---- Files: never half-written, never trusted
+# ---- Files: never half-written, never trusted ----
 @contextmanager
 def faults_in(path):
     """What is wrong with the content of `path` is a ValueError that names it."""
@@ -893,7 +898,8 @@ def read_json(path, kind: type = dict):  # the top level must be a `kind`
 
 
 def read_lines(path) -> list[dict]:  # without the half line that a killed process may leave
-    return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
+    with faults_in(path):
+        return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
 
 
 def as_text(text: str) -> str:  # with U+FFFD for half of a surrogate pair
@@ -927,7 +933,7 @@ def progress(iterable=None, title=None, **more):  # on a terminal, by the first 
     return tqdm(iterable, title, leave=False, disable=True if world()[0] else None, **more)
 
 
-# ---- Options
+# ---- Options ----
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = {  # what differs from the toy's, the defaults; a command takes what it knows

@@ -296,7 +296,7 @@ def save_reward_model(model: RewardModel, directory) -> None:
 
 
 def load_reward_model(directory, device="cpu") -> RewardModel:
-    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), {r".*position_ids": ""}, device)
+    return prlm.load_module(directory, lambda *x: RewardModel(Encoder(*x)), {}, device)
 
 
 def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
