@@ -6,10 +6,10 @@ lowercased [a-z0-9]+ words that two texts share, a repeated one as often as both
   ROUGE-n = 2 p r / (p + r),  p, r = matches / n-grams of the prediction, the target
   ROUGE-L = the same with the longest common subsequence as the matches
 
-So a text in another script scores 0, and the authors' numbers, by rouge_chinese, cannot be compared
-with these. BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
+A text in another script scores 0. The authors' numbers, by rouge_chinese, cannot be compared with
+these; BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
 
-    python eval.py --run runs/toy       # a run's checkpoint, under the run's own options"""
+    python eval.py --run runs/toy  # a run's checkpoint, under the run's options"""
 
 import dataclasses
 import math
@@ -212,7 +212,7 @@ def run_directory(o, record="config.json") -> Path:
     return out
 
 
-def write_predictions(path, task: str, records: list[dict]) -> None:  # for LaMP's own script
+def write_predictions(path, task: str, records: list[dict]):  # for LaMP's own script
     golds = [{"id": record["id"], "output": record["answer"]} for record in records]
     prlm.write_json(path, {"task": task.replace("-", "_"), "golds": golds})
 
@@ -236,7 +236,7 @@ class Options(PromptOptions):
     overwrite: bool = option(False, "delete the result that is there")
 
 
-def main(o: Options) -> None:
+def main(o: Options):
     examples = load_examples(o, o.split)
     decoder, tokenizer = prlm.load_policy(o)
     out = run_directory(o)

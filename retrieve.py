@@ -1,8 +1,8 @@
 """LaMP records, retrieval from a user's own profile, and the personalized prompt.
 
 A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
-the same user wrote before. Retrieval ranks the profile by the query; the best k items stand before
-the question. A prompt of the toy with k = 2, shortened where … stands (SYSTEM is the first part):
+the same user wrote before. Retrieval ranks it by the query; the best k items stand before the
+question. A prompt of the toy with k = 2, shortened at … (SYSTEM is its first part):
 
     <|im_start|>system
     You infer the user's preferences from the historical records … Reply in exactly this form:
@@ -21,9 +21,9 @@ the wording is ours. BM25 is Okapi's, as in rank_bm25 and in the authors' code:
   score(d) = sum over query words w of  idf(w) f(w,d) (k1 + 1) / (f(w,d) + k1 (1 - b + b |d|/mean))
   idf(w)   = ln(N - n(w) + 0.5) - ln(n(w) + 0.5), a negative one replaced by 0.25 x the mean idf
 
-f(w,d) counts w in d, n(w) of the N documents hold w, d has |d| words, and `mean` is of all |d|.
+f(w,d) counts w in d, n(w) of the N documents hold w, d has |d| words, `mean` is of all |d|.
 
-    python retrieve.py --data toy/lamp --task LaMP-4 --split dev --k 4"""
+    python retrieve.py --task LaMP-4 --k 4"""
 
 import random
 import re
@@ -225,7 +225,7 @@ def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[lis
     return prompts
 
 
-load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))
+load_once = cache(prlm.load_encoder)
 
 
 def best_items(o: "PromptOptions", example: Example) -> list[dict]:
@@ -279,15 +279,15 @@ def load_examples(o, split: str) -> list[Example]:
     if not examples:
         raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
     if not any(re.search("[a-z0-9]", e.target or "x", re.I) for e in examples):
-        print("warning: ROUGE counts words of a-z and 0-9, and no target has any: all scores are 0")
+        print("warning: ROUGE counts words of a-z and 0-9; no target has any, all scores are 0")
     return examples
 
 
 @lru_cache(2000)  # by text, as item ids repeat; 1,000 profiles of 300 items take 1 GB
 @torch.no_grad()
 def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
-    """BERT's mean hidden state over each text, as the authors do, but of length 1, so that products
-    are cosines: [N, H]. Of a text it takes 512 tokens, or the encoder's most."""
+    """BERT's mean hidden state over each text, as the authors do, but of length 1: products are
+    cosines, [N, H]. A text is cut to 512 tokens, or the encoder's most."""
     limit, found = min(512, encoder.max_length), []
     rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
     for start in range(0, len(rows), 32):
@@ -321,7 +321,7 @@ class Options(PromptOptions):
     split: Split = option("dev", "which of LaMP's files")
 
 
-def main(o: Options) -> None:
+def main(o: Options):
     example, tokenizer = load_examples(o, o.split)[0], prlm.load_tokenizer(o.model)
     (prompt,) = make_prompts(o, tokenizer, [example])
     print(f"record {prlm.printable(example.id)}: {len(prompt)} tokens, target {example.target!r}")

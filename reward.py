@@ -8,17 +8,16 @@ An answer a to a query q whose user really wrote y earns
   personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
 
 An empty LaMP-4 answer has -10 for sigmoid(s), as in the authors' code: that dominates its group's
-standard deviation. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns, without
-labels, to tell an answer that the policy gave WITH the user's profile d (a+) from ones it gave
-without (a1- .. aN-):
+std. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns, without labels, to tell
+an answer given WITH the user's profile d (a+) from ones given without (a1- .. aN-):
 
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
 can learn what personal answers have in common, not whose style one has. It is trained once, before
-RL: the further the policy moves, the less it has seen of the like. InfoNCE fixes scores only up to
-a constant for each query: sigmoid(s) is no probability, but GRPO compares answers to one query.
---judge ratio is this project's own: see `likelihood_ratio`.
+RL: the further the policy moves, the less it has seen of the like. InfoNCE fixes scores up to a
+constant for each query: sigmoid(s) is no probability, but GRPO compares answers to one query.
+--judge ratio is ours: see `likelihood_ratio`.
 
     python reward.py --judge bert --out runs/reward"""
 
@@ -57,7 +56,7 @@ def rewards(
     completions: list[str], examples: list[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """Each completion's answer, three parts, and their sum by the weights (the last arguments), the
+    """Each completion's answer, three parts, and their sum by the last arguments, the weights: the
     "reward". An empty answer or a placeholder earns no accuracy and, in place of the judge's value,
     the task's penalty. ValueError unless those values are finite numbers."""
     rows, judged = [], []  # `judged`: what the judge will see, (row, example)
@@ -76,7 +75,7 @@ def rewards(
         values = [float("nan" if x is None else x) for x in (() if values is None else values)]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
-        for (row, _), value in zip(judged, values, strict=True):
+        for (row, _), value in zip(judged, values):
             row["personalization"] = value
     for row in rows:
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
@@ -151,7 +150,7 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
     return [
         {"id": a["id"], "query": a["query"].strip(), "positive": a["answer"],
          "negatives": [b["answer"]]}
-        for a, b in zip(*sides, strict=True) if a["answer"] and b["answer"]
+        for a, b in zip(*sides) if a["answer"] and b["answer"]
     ]  # fmt: skip
 
 
@@ -253,7 +252,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
     padded = [[ids[n] for n in run] + [[]] * (width - len(run)) for run in runs]
     ratios = likelihood_ratio(decoder, *prompts, padded, o.tokens_per_micro_batch)  # [P, G]
     shares = ratios.double().sigmoid().tolist()  # float32 would round those above 17 nats to 1
-    return [x for row, run in zip(shares, runs, strict=True) for x in row[: len(run)]]
+    return [x for row, run in zip(shares, runs) for x in row[: len(run)]]
 
 
 def swap_test(judge: Judge, examples: list[Example]) -> float | None:
@@ -290,7 +289,7 @@ def micro_batches(prompts, groups, budget: int, share: bool = False) -> list[tup
     return [(b, [prompts[n] for n in b], [groups[n] for n in b]) for b in batches]
 
 
-def save_reward_model(model: RewardModel, directory) -> None:
+def save_reward_model(model: RewardModel, directory):
     raw = {"architectures": ["BertForSequenceClassification"], "num_labels": 1}
     prlm.save_checkpoint(model.state_dict(), model.bert.raw | raw, model.tokenizer, directory)
 
@@ -345,7 +344,7 @@ class Options(RewardOptions):
     overwrite: bool = option(False, "delete the result that is there")
 
 
-def main(o: Options) -> None:
+def main(o: Options):
     judge_model(o)  # what is faulty is said before anything is written
     train, held = load_examples(o, "train"), load_examples(o, "dev")
     decoder, tokenizer = prlm.load_policy(o)

@@ -16,7 +16,7 @@ sampled. Every random choice is a function of (seed, purpose, step), so no gener
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` watches it); length penalties; new samples for groups of equal rewards.
 
-    python rl.py      # the toy, on a CPU, in minutes; on four GPUs:
+    python rl.py  # the toy, on a CPU, in minutes; on four GPUs:
     torchrun --nproc-per-node 4 rl.py --preset paper --model DIR --data DIR ..."""
 
 import copy
@@ -159,7 +159,7 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
     # 3. advantage
     scale = "none" if o.normalizer == "dr_grpo" else "std"
     advantages = group_advantages(by_group(o, earned, "reward"), scale).flatten().tolist()
-    lines = zip(rows, earned, advantages, strict=True)
+    lines = zip(rows, earned, advantages)
     return [{"step": step, **row, **parts, "advantage": a} for row, parts, a in lines]
 
 
@@ -228,7 +228,7 @@ def choose(count: int, start: int, size: int, seed: int) -> list[int]:
 
 
 # ---- A run ----
-def main(o: Options, judge=None) -> None:
+def main(o: Options, judge=None):
     """The run that the options describe; `judge`, if given, in place of theirs."""
     with processes():
         if o.personalization and judge is None:
@@ -246,7 +246,7 @@ def main(o: Options, judge=None) -> None:
             report(out)
 
 
-def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
+def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
     """The stages; each is skipped if its result is in the run directory."""
     for name in ("predictions.json", "held_out/after.jsonl"):  # perhaps those of fewer steps
         (out / name).unlink(missing_ok=True)
@@ -265,7 +265,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None) -> None:
     scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
 
 
-def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> None:
+def train_policy(o: Options, out: Path, policy: Policy, judge, train, held):
     prompts = make_prompts(o, policy.tokenizer, train)
 
     def take(step: int, optimizer) -> dict:
@@ -289,7 +289,7 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held) -> N
     keep_training(o, out, "GRPO", o.steps, o.lr, policy, take)
 
 
-def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take) -> None:
+def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, take):
     """Calls take(step, optimizer), which gives a line of the log, for the steps up to `count` that
     are not done. Saves every --save-every steps, at the end, and when asked to stop."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +311,7 @@ def keep_training(o: Options, folder: Path, title, count, peak, policy: Policy, 
                     sys.exit(128 + stop)
             if (step + 1) % max(1, count // 10) == 0 or "eval_bleu" in log:
                 shown = ("reward", "loss", "eval_rouge-l")
-                said = ", ".join(f"{key} {x:.3f}" for key, x in log.items() if key in shown)
+                said = ", ".join(f"{key} {x:z.3f}" for key, x in log.items() if key in shown)
                 bar.write(f"step {step + 1} of {count}: {said}")
             bar.update()
 
@@ -338,7 +338,7 @@ def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[
     return targets
 
 
-def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
+def warm_start(o: Options, out: Path, policy: Policy, train):
     """Trains the policy before RL, saves it, and loads that. A step is cross-entropy on 8 whole
     completions, in nats per token."""
     folder = out / "warm_start"
@@ -365,7 +365,7 @@ def warm_start(o: Options, out: Path, policy: Policy, train) -> None:
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 
-def first_look(o: Options, out: Path, policy: Policy, train) -> None:
+def first_look(o: Options, out: Path, policy: Policy, train):
     """One rollout of eight prompts stops a run that could not learn. The judge's stand-in gives
     each different answer its own value."""
     shown = [train[n] for n in choose(len(train), 8 * o.warm_start, 8, o.seed)]
@@ -385,8 +385,8 @@ def first_look(o: Options, out: Path, policy: Policy, train) -> None:
 
 # ==== Below: not the method ====
 def make_policy(o: Options) -> Policy:
-    """The checkpoint o.model, ready to be trained: in float32, since at a learning rate of 1e-6 a
-    bfloat16 weight would never move; or LoRA on a base of the products' type."""
+    """o.model, ready to be trained: in float32, since at a learning rate of 1e-6 a bfloat16 weight
+    would never move; or LoRA on a base of the products' type."""
     decoder, tokenizer = prlm.load_policy(o, train=not o.lora_rank)
     if not tokenizer.eos_ids:
         raise ValueError(f"{o.model}: no file names an EOS id, so nothing could end")
@@ -416,7 +416,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
 
 
 @torch.no_grad()
-def refresh(policy: Policy, seed: int | None = None) -> None:
+def refresh(policy: Policy, seed: int | None = None):
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
     rounding is random, in proportion to the distance: to nearest would lose small steps."""
     noise = torch.Generator(policy.decoder.head.device).manual_seed(seed or 0)
@@ -442,20 +442,20 @@ METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's
     "accuracy": "ROUGE-1 + -2 + -L of the answers, 0 to 3; like the next two, before its weight",
     "format": "share that close their reasoning",
     "personalization": "the judge's values; -10 for an empty LaMP-4 answer",
-    "spread": "std of the reward in a group; if low, try a higher --temperature, --group-size",
-    "zero_spread_groups": "share whose completions all earned the same: they teach nothing",
+    "spread": "std of the reward in a group; if low, raise --temperature, --group-size",
+    "zero_spread_groups": "share whose completions all earn the same: they teach nothing",
     "truncated": "share cut off at --max-new-tokens; if high, raise that",
     "completion_tokens": "length of a completion",
-    "entropy": "mean -log p of the sampled tokens, in nats: near 0 the policy explores no more",
+    "entropy": "mean -log p of the sampled tokens, in nats: near 0 nothing is explored",
     "loss": "about 0 with grpo, one update per rollout and no KL: watch the reward",
     "grad_norm": "of the gradient, before it is clipped to 1",
-    "kl": "k3 per token, in nats: how far from the policy before RL; 0 with --beta 0",
+    "kl": "k3 per token, in nats, to the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
     "gap": "most that sampler and trainer differ on a token's log p: 1e-4; .1 to .3 in bfloat16",
     "tokens_per_second": "of prompts and completions, over the whole step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
-    "eval_rouge-1": "of greedy answers to the first 64 held-out records; likewise -2, -l, bleu",
+    "eval_rouge-1": "of greedy answers to 64 held-out records; likewise -2, -l, bleu",
 }
 
 
@@ -492,7 +492,7 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
     }
 
 
-def save_state(folder: Path, step: int, policy: Policy, optimizer) -> None:
+def save_state(folder: Path, step: int, policy: Policy, optimizer):
     """All that the next step depends on, and the logs' sizes."""
     trained = {n: p.detach() for n, p in policy.decoder.named_parameters() if p.requires_grad}
     sizes = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
@@ -521,7 +521,7 @@ def stop_after_step():
     that says which has come to any process, or 0."""
     came, numbers = [0], (signal.SIGINT, signal.SIGTERM)
 
-    def ask(number, _frame) -> None:
+    def ask(number, _frame):
         came.append(number)
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
@@ -535,7 +535,7 @@ def stop_after_step():
             signal.signal(number, handler)
 
 
-def say(text: str) -> None:
+def say(text: str):
     with suppress(OSError):  # after Ctrl-C, nobody may read: `| tee` is gone before us
         os.write(2, f"{text}\n".encode())
 
@@ -567,12 +567,12 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held) -> li
     return greedy
 
 
-def report(out: Path) -> None:
+def report(out: Path):
     print("all held-out records, greedy answers:")
     for name, scores in prlm.read_json(out / "scores.json").items():
         print(scoring.line(name, scores))
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))
-    pairs = zip(*map(prlm.read_lines, files), strict=True)
+    pairs = zip(*map(prlm.read_lines, files))
     before, after = max(pairs, key=lambda two: two[1]["rouge-l"] - two[0]["rouge-l"])
     print(f"\nthe held-out record that gained most, {after['id']}:")
     prompt = after["prompt"].rpartition("</answer>\n")[2]
