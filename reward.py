@@ -75,7 +75,7 @@ def rewards(
         values = [float("nan" if x is None else x) for x in (() if values is None else values)]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
-        for (row, _), value in zip(judged, values):
+        for (row, _), value in zip(judged, values, strict=True):
             row["personalization"] = value
     for row in rows:
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
