@@ -83,6 +83,7 @@ ACCEPTED = {
     "any header order": raw_file({"b": entry(8, 16), "a": entry()}, bytes(range(16))),
     "unaligned": raw_file({"a": entry(0, 3, [3], "U8"), "b": entry(3, 11)}, bytes(range(11))),
     "extra fields": raw_file({"a": entry() | {"more": [1, {}]}}),
+    "no metadata": raw_file({"__metadata__": None, "a": entry()}),
 }
 # fmt: on
 
@@ -444,8 +445,7 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("names, end", [(CHATML, 258), (LLAMA, 259)])
     def test_a_formats_own_end_of_turn_always_ends(self, tmp_path, names, end):
-        settings = {"eos_token": names[0]}
-        tokenizer = load_with(tmp_path, byte_tokenizer(names), tokenizer_config=settings)
+        tokenizer = load_with(tmp_path, byte_tokenizer(names), config={"eos_token": names[0]})
         assert tokenizer.eos_ids == {256, end} and tokenizer.end_id == end
 
     def test_decode_hides_special_tokens_but_not_the_reasoning_tags(self, tmp_path):
@@ -463,6 +463,9 @@ class TestTokenizer:
         (tmp_path / "tokenizer.json").write_text("{}")
         with pytest.raises(ValueError, match=r"tokenizer\.json"):
             prlm.load_tokenizer(tmp_path)
+        for odd in ({"eos_token": 5}, {"eos_token_id": "2"}, {"chat_template": 5}):
+            with pytest.raises(ValueError, match=str(tmp_path)):
+                load_with(tmp_path, byte_tokenizer(CHATML), tokenizer_config=odd)
 
     def test_cut_is_the_longest_beginning_that_fits(self, toy_tokenizer):
         text = "aé😀 日本b<|im_end|>"  # up to four tokens a character
