@@ -196,7 +196,7 @@ def shares_table(o: Options, found: dict, metric: str, base: str | None = None) 
 
 
 def shares_picture(found: dict, path: Path, metrics) -> str:
-    """The profile's share by arm: a dot for each seed, their mean, its 95 % over authors."""
+    """The profile's share by arm: a stroke for each seed, their mean, its 95 % over authors."""
 
     def draw(figure) -> None:
         for axis, metric in zip(figure.subplots(1, 2, sharey=True), metrics, strict=True):
