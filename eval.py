@@ -83,7 +83,7 @@ ANY = "['‘’\"“”]"
 
 def extract_answer(completion: str, task: str) -> str:
     """The value of 'title' or what else the task asks for; "" if none. ValueError: unknown task.
-    1. Only what follows the last </think> counts, and nothing if it has a <think>; of that, what
+    1. Only what follows the last </think> counts, and nothing if that has a <think>; of it, what
        stands between the first </answer> and the last <answer> before it, if any.
     2. A key is the task's word and a colon. The word is in quotation marks of any sort, or begins
        its line, after blanks and Markdown's marks.
@@ -127,7 +127,7 @@ def is_placeholder(answer: str, task: str) -> bool:  # or empty
 
 
 # ---- A policy on a data set ----
-def seed_of(*parts) -> int:  # a purpose's own: what should be independent must not share noise
+def seed_of(*parts) -> int:  # one for each purpose: independent draws share no noise
     return random.Random(repr(parts)).getrandbits(63)
 
 
@@ -137,7 +137,7 @@ def make_records(
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and says, for each of P G completions: id, query, target, prompt
     and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length are
-    sampled together; `purpose` and their place seed their noise."""
+    sampled together; `purpose` and their position seed their noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
@@ -147,11 +147,11 @@ def make_records(
         asked, seed = [prompts[n] for n in chosen], seed_of(o.seed, *purpose, start)
         groups |= zip(chosen, prlm.generate(decoder, asked, *how, seed))
     groups = ChainMap(*prlm.gather(groups))
-    opened, records = tokenizer.opening if o.reasoning else CLOSED, []
+    begun, records = tokenizer.opening if o.reasoning else CLOSED, []
     for n, (e, prompt) in enumerate(zip(examples, prompts)):
         asked = dict(id=e.id, query=e.query, target=e.target, prompt=tokenizer.decode(prompt))
         for completion in groups[n]:
-            text = opened + tokenizer.decode(completion.tokens)
+            text = begun + tokenizer.decode(completion.tokens)
             said = {"completion": text, "answer": extract_answer(text, e.task)}
             rounded = {"logprobs": [round(x, 6) for x in completion.logprobs]}
             records.append(asked | said | vars(completion) | rounded)
@@ -188,8 +188,8 @@ FREE |= {"out", "resume", "overwrite", "force", "preset"}
 
 
 def run_directory(o, record="config.json") -> Path:
-    """o.out, its options in `record`: a new directory, or a run that --resume continues if all
-    options but FREE ones agree, or a result that --overwrite deletes; else a ValueError."""
+    """o.out, its options in `record`. ValueError unless it is new, or a run that --resume continues
+    (all options but FREE ones agree), or a result that --overwrite deletes."""
     out, mine = Path(o.out), dataclasses.asdict(o)
     held = prlm.read_json(out / record) if (out / record).is_file() else {}
     if held.keys() == mine.keys() and mine.get("resume"):

@@ -8,7 +8,7 @@
 
 `generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
 attend to its keys and values: for 400 tokens of prompt and 8 completions of 100, 1,200 tokens
-instead of 4,000. They differ only in which token may look at which: `Decoder.run` loops over the
+instead of 4,000. They differ only in where keys and values lie: `Decoder.run` loops over the
 layers, and each caller brings its own `attend`. Left out: sliding windows, rope types but default
 and llama3, quantised weights, top-k and top-p (GRPO needs the whole distribution).
 
@@ -157,12 +157,12 @@ class Decoder(nn.Module):
 
     def run(self, tokens, positions, attend):
         """Final hidden states [.., H] of tokens [..]; attend(layer, q, k, v) is the attention. The
-        residual stream is float32 even if products are not: so sampler and trainer agree."""
+        residual stream is at least float32, so that sampler and trainer differ less."""
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         angles = torch.cat([-angles, angles], -1)  # [.., 1, D]; cos is even, sin is odd
         cos, sin = angles.cos().to(self.products), angles.sin().to(self.products)
-        x = self.model.embed_tokens(tokens).to(self.products)  # [.., H], as a copy would round it
+        x = self.model.embed_tokens(tokens).to(self.products)  # [.., H], rounded as in a copy
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for number, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, mask=None):
         """Logits [B, T, V] of tokens [B, T]; mask [B, T] is 0 at padding, on either side. The plain
-        definition, to which the tests hold all that is faster."""
+        definition: the tests compare all faster code with it."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = (positions <= positions[:, None]) & mask[:, None]  # [B, T, T]
@@ -240,8 +240,8 @@ class Cache:
       shared  per layer (keys, values), each [P, K, T, D]: what the prompts left, read-only
       own     per layer [2, P, K, G, C, D]: a slot for each completion token
       hide    [P, T + C]: 0 where a row may look, -inf at padding and slots not yet written
-    G stands behind K: so all G R queries of a group for one key-value head meet the prompt's keys
-    in one product. A step reads the first `window` slots: what is written, or a power of 2."""
+    G comes after K: one product takes all G R queries of a group for a key-value head to the
+    prompt's keys. A step reads the first `window` slots: what is written, or a power of 2."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, device = decoder.config, prompts.tokens.device
@@ -267,7 +267,7 @@ class Cache:
 
     def read_next(self, layer, q, k, v):
         """One new token per row, [P*G, heads, D]: it sees its prompt and its completion so far.
-        One softmax over products with both is exact: attention's keys may lie in two tensors."""
+        One softmax over products with both is exact, as if the keys lay in one tensor."""
         P, K, G, slots, D = self.own[layer].shape[1:]
         n, R, T = min(self.window, slots), q.shape[1] // K, self.prompts.shape[1]
         for own, new in zip(self.own[layer], (k, v)):
@@ -288,7 +288,7 @@ class Cache:
 
 def sample(logits, temperature: float, generator=None):
     """One id per row of softmax(logits / temperature) [rows, V], never one of probability 0, and
-    its log-probability; at temperature 0 the largest logit's, and that at temperature 1."""
+    its log-probability; at temperature 0 the largest logit's id, with that at temperature 1."""
     probs = (logits.float() / (temperature or 1.0)).softmax(-1)
     if temperature:
         # One uniform number, looked up in running sums: torch.multinomial draws one for each id, 3
@@ -384,7 +384,7 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     offset = prompt.lengths.repeat_interleave(G)[fed.rows]  # completions go on where prompts end
     positions = torch.cat([prompt.positions, offset + fed.positions])
     x = decoder.run(torch.cat([prompt.tokens, fed.tokens]), positions, attend)  # [N+.., H]
-    # A completion's first token is predicted at its prompt's end, others one token before.
+    # The prompt's last state predicts a completion's first token, each token's the next.
     first = x[prompt.ends].repeat_interleave(G, 0)  # [P*G, H]
     x = target.flat(torch.cat([first[:, None], fed.grid(x[N:])], 1))
     logprobs = target.grid(head_logprobs(decoder, x, target.tokens, temperature))
@@ -486,7 +486,7 @@ OPENING = rf"(?:<｜Assistant｜>|assistant(?:\\n|\n))(<think>{PLAIN}*)"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's
 
 
-def chat_format(known, template: str):  # a template is not run, only searched
+def chat_format(known, template: str):  # templates are searched, not run
     for name, (begin, turns) in FORMATS.items():
         user, end = turns["user"][0], turns["assistant"][1]
         named = not template or CONTROL.findall(user)[0] in template
@@ -496,7 +496,7 @@ def chat_format(known, template: str):  # a template is not run, only searched
 
 class Tokenizer:
     """tokenizer.json with its EOS ids and chat. `files` {name: content} go into a checkpoint.
-    Control tokens, with <think> and </think>, come from our words alone, never from data."""
+    Control tokens, <think> and </think> among them, come from our words, never from data."""
 
     def __init__(self, backend: Backend, eos_ids=(), files=None):
         self.files = files or {"tokenizer.json": backend.to_str()}
@@ -544,7 +544,7 @@ class Tokenizer:
             ids += [self.backend.token_to_id(text)] if n % 2 else self.encode(text)
         return ids
 
-    def decode(self, ids: list[int]) -> str:  # no EOS, padding, BOS, but <think> and </think>
+    def decode(self, ids: list[int]) -> str:  # drops EOS, padding, BOS; keeps <think>, </think>
         ids = [i for i in ids if i not in self.hidden]
         return self.backend.decode(ids, skip_special_tokens=False)
 
@@ -567,7 +567,7 @@ class Tokenizer:
                 text = text.rpartition("</think>")[2].lstrip("\n" * (self.format == "ChatML"))
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
-            # A system message is ours and stands in the form: its <think> is the token.
+            # A system message is ours, part of the form: its <think> is the token.
             ours = role == "system" and "{}" not in text and not {*self.fill(text)} & self.hidden
             ids += self.fill((text if ours else "{}").join(around[role]), text)
         return ids + self.fill(around["assistant"][0] + said)
@@ -588,7 +588,7 @@ class Tokenizer:
 
 # ==== Below: not the method ====
 # ---- Faster: rows that leave the batch, CUDA graphs ----
-# More for CUDA alone: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
+# For CUDA alone, too: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished: each waits for the GPU
     keep: float  # rows leave when at most this share stays: leaving copies the cache
@@ -620,7 +620,7 @@ def leave(cache: Cache, done, keep: float):
 
 
 def exact_products(q, k):
-    """q k^T of [batch, n, D] and [batch, m, D], in float32: bfloat16 rounds 300 to steps of 2."""
+    """q k^T of [batch, n, D] and [batch, m, D], in float32: near 300, bfloat16 has steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
     return torch.bmm(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.mT)))
@@ -748,7 +748,7 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32):
 
 
 def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, directory):
-    """The tokenizer's files, config.json, weights: where these last are, all is there."""
+    """The tokenizer's files, config.json, and last the weights: if they exist, all is there."""
     widest = max(state.values(), key=Tensor.element_size).dtype
     raw = raw | {"dtype" if "dtype" in raw else "torch_dtype": str(widest).removeprefix("torch.")}
     for file, content in tokenizer.files.items():
@@ -911,10 +911,10 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
     return re.sub(acting, "\ufffd", text)
 
 
-# ---- Several processes, by torchrun: `make_records` and `micro_batches` share out sampling and
-# gradients, which meet there and in `optimizer_step`, `warm_start`, `update_metrics`. Every process
-# does all the rest; only the first writes files.
-def world():  # which process this is, from 0, and of how many
+# ---- Several processes, by torchrun. `make_records` splits sampling and gathers it; gradients are
+# split by `micro_batches` and summed in `optimizer_step`, logs in `warm_start`, `update_metrics`.
+# All the rest every process does whole; only the first one's files stay.
+def world():  # (this process's number from 0, how many there are)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -936,7 +936,7 @@ def progress(iterable=None, title=None, **more):  # on a terminal, by the first 
 # ---- Options ----
 SHIPPED = Path(__file__).resolve().parent / "toy"
 Precision = Literal["auto", "float32", "bfloat16"]
-PRESETS = {  # what differs from the toy's, the defaults; a command takes what it knows
+PRESETS = {  # changes to the defaults, the toy's; a command takes those that it has
     "small": dict(  # models like SmolLM2-135M
         k=3, max_prompt_tokens=288, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24,
         prompts_per_step=4, temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
@@ -983,7 +983,7 @@ def resolve(options: type, given: dict):
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
         raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
-    # A command's, never a run's; a run's temperature is for rollouts.
+    # Never taken from a run, whose temperature is for rollouts.
     own = {"out", "overwrite", "force", "" if "steps" in names else "temperature"}
     chosen = names & (base.keys() - own | given.keys())
     o = options(**{name: (base | given)[name] for name in chosen})
@@ -1010,15 +1010,15 @@ def command(main, options: type, description: str):
         sys.exit(2)
 
 
-def device_and_dtype(o):  # where products are taken, and of what type
+def device_and_dtype(o):  # and the type of matrix products
     device = o.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     dtype = o.precision.replace("auto", "bfloat16" if "cuda" in device else "float32")
     return device, getattr(torch, dtype)
 
 
 def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint o.model with products in --precision's type, and weights unless they are to be
-    trained. ValueError if the model was made for shorter texts."""
+    """The checkpoint o.model with products, and unless `train` the weights, in --precision's type.
+    ValueError if the model was made for shorter texts."""
     device, dtype = device_and_dtype(o)
     decoder = load_decoder(o.model, device)
     longest = getattr(o, "max_prompt_tokens", 0) + o.max_new_tokens

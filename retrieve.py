@@ -209,14 +209,14 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
         return messages(None, items)
     if not fits(0, []):
         raise ValueError(f"the bare instruction is over --max-prompt-tokens {max_prompt_tokens}")
-    # How many of the numbers 1, 2, .. fit: first of items, then of tokens.
+    # By bisection: the most items that fit with one token a field, then the most tokens.
     counts = range(1, len(items) + 1), range(1, max_prompt_tokens + 1)
     items = items[: bisect(counts[0], False, key=lambda n: not fits(1, items[:n]))]
     return messages(bisect(counts[1], False, key=lambda n: not fits(n, items)), items)
 
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The token ids of `build_messages` for each example."""
+    """Ids of `build_messages` by `Tokenizer.chat`; without reasoning CLOSED is appended."""
     said, prompts = None if o.reasoning else CLOSED, []
     budget = o.max_prompt_tokens - len(tokenizer.fill(said or ""))
     for example in prlm.progress(examples, "prompts", delay=1):
@@ -274,7 +274,7 @@ def load_lamp(directory, task: str, split: str) -> list[Example]:
 
 
 def load_examples(o, split: str) -> list[Example]:
-    """The first --limit records of a split, at least one."""
+    """The first --limit records of a split; ValueError for none."""
     examples = load_lamp(o.data, o.task, split)[: o.limit or None]
     if not examples:
         raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
@@ -283,17 +283,17 @@ def load_examples(o, split: str) -> list[Example]:
     return examples
 
 
-@lru_cache(2000)  # by text, as item ids repeat; 1,000 profiles of 300 items take 1 GB
+@lru_cache(2000)  # by text, since item ids repeat; 1,000 profiles of 300 items take 1 GB
 @torch.no_grad()
 def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
-    """BERT's mean hidden state over each text, as the authors do, but of length 1: products are
-    cosines, [N, H]. A text is cut to 512 tokens, or the encoder's most."""
+    """BERT's mean hidden state over each text, as the authors do, but normalised: products
+    are cosines, [N, H]. A text is cut to 512 tokens, or the encoder's most."""
     limit, found = min(512, encoder.max_length), []
     rows = [encoder.tokenizer.encode_pair(text, None, limit)[0] for text in texts]
     for start in range(0, len(rows), 32):
         ids = Ragged(rows[start : start + 32], encoder.embeddings.LayerNorm.weight.device)
         hidden = encoder(ids.grid(ids.tokens), ids.mask)  # [B, T, H]
-        total = (hidden * ids.mask[..., None]).sum(1)  # the mean's direction
+        total = (hidden * ids.mask[..., None]).sum(1)  # the mean, but for its length
         found.append(torch.nn.functional.normalize(total.float()).cpu())
     return torch.cat(found).numpy()
 
@@ -310,7 +310,7 @@ class PromptOptions:
     encoder: str | None = option(str(SHIPPED / "encoder"), "BERT checkpoint: dense, and the judge")
     max_prompt_tokens: int = option(512, "longest prompt; a longer one has all fields cut", 1)
     max_new_tokens: int = option(128, "longest completion", 1)
-    reasoning: bool = option(True, "without it the prompt closes the reasoning")
+    reasoning: bool = option(True, "without it the prompt has an empty <think> block")
     seed: int = option(0, "of everything random", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")
     precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")

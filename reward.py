@@ -5,7 +5,7 @@ An answer a to a query q whose user really wrote y earns
   1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
-  personalization = sigmoid(s), s a judge's score: adding .1 at most, it decides where ROUGE ties
+  personalization = sigmoid(s), s a judge's score: worth .1 at most, beside a ROUGE of up to 3
 
 An empty LaMP-4 answer has -10 for sigmoid(s), as in the authors' code: that dominates its group's
 std. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns, without labels, to tell
@@ -15,7 +15,7 @@ an answer given WITH the user's profile d (a+) from ones given without (a1- .. a
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
 can learn what personal answers have in common, not whose style one has. It is trained once, before
-RL: the further the policy moves, the less it has seen of the like. InfoNCE fixes scores up to a
+RL: the further the policy moves, the less it knows such answers. InfoNCE fixes scores up to a
 constant for each query: sigmoid(s) is no probability, but GRPO compares answers to one query.
 --judge ratio is ours: see `likelihood_ratio`.
 
@@ -103,8 +103,9 @@ class RewardModel(nn.Module):
         like = encoder.embeddings.LayerNorm.weight  # [H]
         if encoder.pooler is None:
             encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
-        self.classifier = prlm.Linear(len(like), 1).to(like.device)  # float32: in bfloat16 scores
-        prlm.start_random(self.classifier)  # that differ by less than .4 % would tie
+        # float32: in bfloat16, scores that differ by less than .4 % would tie.
+        self.classifier = prlm.Linear(len(like), 1).to(like.device)
+        prlm.start_random(self.classifier)
         nn.init.zeros_(self.classifier.bias)
         self.limit = min(512, encoder.max_length)  # tokens of a pair
         self.eval()
@@ -224,8 +225,8 @@ def train_reward_model(o: RewardOptions, model: RewardModel, pairs: list[dict]) 
 def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8192) -> Tensor:
     """log pi(a | q, d) - log pi(a | q) of each answer, summed over its tokens: [P, G], in nats.
     Both lists [P] are prompts (ids) for the same queries; the answers [P][G] continue either, and
-    an empty one has 0. InfoNCE is least at s = log p(a | q, d) - log p(a | q), where p is what its
-    answers come from (derived in toy/README.md); here pi, at temperature 1, is in p's place."""
+    an empty one has 0. InfoNCE is minimal at s = log p(a | q, d) - log p(a | q), with p the
+    source of its answers (derived in toy/README.md); here pi, at temperature 1, is in p's place."""
 
     def log_likelihood(prompts) -> Tensor:
         total = torch.zeros(len(prompts), max(map(len, answers), default=0))
@@ -241,7 +242,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
     """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy without
     reasoning: the probability, at even odds, that a was written with the profile. What the query
     explains cancels out, so without accuracy beside it an answer on another topic is worth as much:
-    keep the policy near the base with --beta."""
+    keep the policy near its beginning with --beta."""
     # An example's answers stand together and share its two prompts. Its record id would not do:
     # the swap test asks with the same ids and other profiles.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
@@ -256,8 +257,8 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
 
 
 def swap_test(judge: Judge, examples: list[Example]) -> float | None:
-    """How often a user's real text is worth more with the own profile than with another user's,
-    ties half; .5 is chance. None without a second user; users who share an item are one."""
+    """How often a user's real text is worth more with its user's profile than with another's, ties
+    half: always .5 for bert. None without a second user; users who share an item are one."""
     items = {id(e): {show(item, e.task) for item in e.profile} for e in examples}
     asked, swapped = [], []
     for n, e in enumerate(examples):
@@ -315,7 +316,7 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
     """The judge that the options name: bert samples its pairs from the frozen decoder, ratio keeps
-    it. What `directory` has already, pairs or a model with its report, stays."""
+    it. Pairs, or a model with its report, that `directory` has are reused."""
     pairs, file = Path(directory) / "pairs.json", Path(directory) / "report.json"
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)

@@ -117,7 +117,7 @@ class Options(RewardOptions):
     personalization: float = option(0.1, "weight of the judge; 0: there is none", 0)
     warm_start: int = option(0, "supervised steps of 8 records before RL, to learn the form", 0)
     warm_start_lr: float = option(1e-4, "their peak learning rate", 1e-12)
-    steps: int = option(20, "rollouts, each with its update; --lr's schedule is over all", 0)
+    steps: int = option(20, "rollouts, each with its update; --lr's schedule spans all", 0)
     prompts_per_step: int = option(16, "P, prompts of a step", 1)
     group_size: int = option(8, "G, completions of each prompt", 2)
     temperature: float = option(1.0, "of sampling and training", prlm.COLDEST)
@@ -165,7 +165,7 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
     """Step 4, `updates_per_rollout` times; returns the last one's log. pi_old is the decoder at its
-    first pass, not the sampler, which may be a bfloat16 copy."""
+    first pass, not the sampler, perhaps a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     groups = chunks(tokens, o.group_size)  # [P][G]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
@@ -185,8 +185,8 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
                 if o.beta:
                     ref[part], _ = prlm.token_logprobs(policy.reference, *asked, o.temperature)
             given = (old[part], advantages[batch], mask[part], ref[part])
-            how = (o.clip, o.clip_high, o.beta)
-            grpo_loss(logprobs, *given, *how, weights=weights[part]).backward()
+            how = dict(clip=o.clip, clip_high=o.clip_high, beta=o.beta, weights=weights[part])
+            grpo_loss(logprobs, *given, **how).backward()
         norm = optimizer_step(optimizer)
     return update_metrics(o, rows, advantages, mask, new, old, ref) | {"grad_norm": norm}
 
@@ -211,7 +211,7 @@ def optimizer_step(optimizer) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear to the peak over a tenth of the steps, at least one; then a cosine to a tenth."""
+    """Linear to the peak over a tenth of the steps, at least one; then a cosine to .1 of it."""
     rising = max(1, round(0.1 * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -232,9 +232,9 @@ def main(o: Options, judge=None):
     """The run that the options describe; `judge`, if given, in place of theirs."""
     with processes():
         if o.personalization and judge is None:
-            judge_model(o)
+            judge_model(o)  # only checks it; `run` makes it
         train, held = load_examples(o, "train"), load_examples(o, "dev")
-        policy = make_policy(o)  # what is faulty is said before anything is written
+        policy = make_policy(o)  # a fault is said before anything is written
         make_prompts(o, policy.tokenizer, train[:1])
         out = prlm.gather(scoring.run_directory(o) if prlm.world()[0] == 0 else None)[0]
         done = (out / "predictions.json").is_file()
@@ -247,7 +247,7 @@ def main(o: Options, judge=None):
 
 
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
-    """The stages; each is skipped if its result is in the run directory."""
+    """The stages; up to `train_policy`, one whose result is there already is skipped."""
     for name in ("predictions.json", "held_out/after.jsonl"):  # perhaps those of fewer steps
         (out / name).unlink(missing_ok=True)
     if o.warm_start:
@@ -270,7 +270,7 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held):
 
     def take(step: int, optimizer) -> dict:
         begun = time.perf_counter()
-        # After those of the warm start: RL is to meet records that it has not imitated.
+        # After those of the warm start: records that it has not imitated come first.
         start = 8 * o.warm_start + step * o.prompts_per_step
         chosen = choose(len(train), start, o.prompts_per_step, o.seed)
         asked = [prompts[n] for n in chosen]
@@ -361,13 +361,13 @@ def warm_start(o: Options, out: Path, policy: Policy, train):
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.gather()  # the others wait for the first process
-    # In place: else the caller would keep the first policy in memory.
+    # In place: else the caller's variable would keep the first policy alive.
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 
 def first_look(o: Options, out: Path, policy: Policy, train):
-    """One rollout of eight prompts stops a run that could not learn. The judge's stand-in gives
-    each different answer its own value."""
+    """One rollout of eight prompts, to stop a run that could not learn. Its stand-in for the judge
+    gives each different answer a value of its own."""
     shown = [train[n] for n in choose(len(train), 8 * o.warm_start, 8, o.seed)]
     prompts = make_prompts(o, policy.tokenizer, shown)
     rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
@@ -405,7 +405,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
     as in PEFT, and B, which is 0, so at first nothing changes. Returns the decoder without them, in
     the same memory."""
     decoder.requires_grad_(False)
-    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are not copied
+    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are shared
     for module in decoder.model.layers.modules():
         if isinstance(module, prlm.Linear):
             A = torch.nn.Linear(module.in_features, rank, False, module.weight.device).weight
@@ -418,7 +418,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None):
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
-    rounding is random, in proportion to the distance: to nearest would lose small steps."""
+    rounding is stochastic, so unbiased: rounding to nearest would lose small steps."""
     noise = torch.Generator(policy.decoder.head.device).manual_seed(seed or 0)
     for copied, weight in zip(policy.sampler.parameters(), policy.decoder.parameters()):
         if copied.dtype != weight.dtype and seed is not None:
@@ -451,7 +451,7 @@ METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's
     "grad_norm": "of the gradient, before it is clipped to 1",
     "kl": "k3 per token, in nats, to the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
-    "gap": "most that sampler and trainer differ on a token's log p: 1e-4; .1 to .3 in bfloat16",
+    "gap": "largest difference of sampler and trainer in a log p: 1e-4; in bfloat16 .1 to .3",
     "tokens_per_second": "of prompts and completions, over the whole step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
@@ -481,7 +481,7 @@ def update_metrics(o: Options, rows, advantages, mask, new, old, ref) -> dict[st
     gap = (old - sampled.view_as(old).to(old.device)).abs()[mask]
     gain, ratio = advantages[..., None], (new - old).exp()
     limited = ratio.clamp(1 - o.clip, 1 + (o.clip_high or o.clip))
-    clipped = limited * gain < ratio * gain  # where the minimum takes what has no gradient
+    clipped = limited * gain < ratio * gain  # where the minimum is the clipped one: no gradient
     how = (o.clip, o.clip_high, o.beta, o.normalizer, o.max_new_tokens)
     count = max(len(gap), 1)
     return {
@@ -518,7 +518,7 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 @contextmanager
 def stop_after_step():
     """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a function
-    that says which has come to any process, or 0."""
+    that gives the signal that any process has had, or 0."""
     came, numbers = [0], (signal.SIGINT, signal.SIGTERM)
 
     def ask(number, _frame):
