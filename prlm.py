@@ -315,15 +315,14 @@ def generate(
     never sampled. ValueError for what is empty or too low."""
     if min(group_size, max_new_tokens, *map(len, prompts)) < 1 or not (temperature or 1) >= COLDEST:
         raise ValueError(f"prompts and sizes must be at least 1, a temperature 0 or {COLDEST}")
-    P, G, head = len(prompts), group_size, decoder.head[: decoder.vocab_limit]
-    device = head.device
+    P, G, eos_ids = len(prompts), group_size, [*map(int, eos_ids)]
+    device, head = decoder.head.device, decoder.head[: decoder.vocab_limit]
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    eos, pace = torch.tensor([*eos_ids], dtype=torch.long, device=device), PACES[device.type]
+    eos, pace = torch.tensor(eos_ids, dtype=torch.long, device=device), PACES[device.type]
     laid = Ragged(prompts, device, pace.multiple)
     cache = Cache(decoder, laid, G, max_new_tokens)
     run_step = partial(decoder.run, attend=cache.read_next)
-    if pace.record:
-        run_step = Recorded(run_step, cache)
+    run_step = Recorded(run_step, cache) if pace.record else run_step
     hidden = decoder.run(laid.tokens, laid.positions, cache.read_prompts)  # [N, H]
     hidden = hidden[laid.ends].repeat_interleave(G, 0)  # [P*G, H]
     positions = laid.lengths.repeat_interleave(G)  # [P*G] of the next token
@@ -568,7 +567,8 @@ class Tokenizer:
             if self.format == "Llama 3":
                 text = self.dates * (role == "system") + text.strip()
             # A system message is ours, part of the form: its <think> is the token.
-            ours = role == "system" and "{}" not in text and not {*self.fill(text)} & self.hidden
+            spelled = {*map(self.control.get, self.added.findall(text))} & self.hidden
+            ours = role == "system" and "{}" not in text and not spelled
             ids += self.fill((text if ours else "{}").join(around[role]), text)
         return ids + self.fill(around["assistant"][0] + said)
 
@@ -802,7 +802,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     with faults_in(path):
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
-        if start > size:
+        if start > min(size, 100_000_008):  # the format's own limit
             raise ValueError("it ends within its header; is the download complete?")
         header = json.loads(bytes(data[8:start].tolist()).decode(), object_pairs_hook=unique)
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
@@ -815,7 +815,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int):
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    json.dumps(header, ensure_ascii=False).encode()  # an error for half of a surrogate pair
+    json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half surrogates
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")

@@ -151,7 +151,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -
         return []
     if retriever == "random":
         return random.Random(repr((seed, example.id))).sample(profile, min(k, len(profile)))
-    texts = [show(item, example.task) for item in profile]
+    texts = (show(item, example.task) for item in profile)
     if retriever == "recency":
         keys = [[*map(int, re.findall(r"\d+", str(item.get("date"))))] for item in profile]
         if not all(date and 999 < date[0] < 10000 for date in keys):
@@ -225,7 +225,7 @@ def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[lis
     return prompts
 
 
-load_once = cache(prlm.load_encoder)
+load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))
 
 
 def best_items(o: "PromptOptions", example: Example) -> list[dict]:
