@@ -771,8 +771,11 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory):
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are all that any of the checkpoint's settings name."""
     path, eos_ids, texts = Path(directory) / "tokenizer.json", set(), {}
+    for file in [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]:
+        with faults_in(file):
+            texts[file.name] = file.read_bytes().decode("utf-8-sig")
     with faults_in(path):
-        backend = Backend.from_str(path.read_text("utf-8-sig"))
+        backend = Backend.from_str(texts[path.name])
     for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
         settings = read_json(file)
         with faults_in(file):
@@ -781,9 +784,6 @@ def load_tokenizer(directory) -> Tokenizer:
             eos_ids |= {*(ids if isinstance(ids, list) else [ids]), backend.token_to_id(token)}
             if not all(type(i) is int for i in eos_ids - {None}):
                 raise ValueError(f"eos_token_id {ids!r} is no id, and no list of ids")
-    for file in filter(Path.is_file, map(path.with_name, (path.name, *SETTINGS, *OTHERS))):
-        with faults_in(file):
-            texts[file.name] = file.read_bytes().decode("utf-8-sig")
     with faults_in(directory):
         return Tokenizer(backend, eos_ids - {None}, texts)
 
@@ -804,7 +804,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
         start = 8 + int.from_bytes(data[:8].tolist(), "little")
         if start > min(size, 100_000_008):  # the format's own limit
             raise ValueError("it ends within its header; is the download complete?")
-        header = json.loads(bytes(data[8:start].tolist()).decode(), object_pairs_hook=unique)
+        header = json.loads(data[8:start].numpy().tobytes().decode(), object_pairs_hook=unique)
+        json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no surrogates
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
             flat = flat.clone() if (start + begin) % dtype.itemsize else flat  # not aligned
@@ -815,7 +816,6 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int):
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
-    json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half surrogates
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
@@ -839,7 +839,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     for name, x in pairs:
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=codes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
-    text = json.dumps(header).encode()
+    text = json.dumps(header, ensure_ascii=False).encode()
     check_header(header, end)
     text += b" " * (-len(text) % 8)
     with replacing(path) as temp, open(temp, "wb") as file:

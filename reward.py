@@ -334,9 +334,12 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if "swap_test" not in report:
         report["swap_test"] = swap_test(judge, held[:200])
         prlm.write_json(file, report)
-    said = ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
-    print(f"judge {o.judge} (.5 is chance): {said}")
+    print(f"judge {o.judge} (.5 is chance): {describe(report)}")
     return judge
+
+
+def describe(report: dict) -> str:
+    return ", ".join(f"{key} {round(x, 3)}" for key, x in report.items() if x is not None)
 
 
 @dataclass

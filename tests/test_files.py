@@ -445,7 +445,8 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("names, end", [(CHATML, 258), (LLAMA, 259)])
     def test_a_formats_own_end_of_turn_always_ends(self, tmp_path, names, end):
-        tokenizer = load_with(tmp_path, byte_tokenizer(names), config={"eos_token": names[0]})
+        settings = {"eos_token": names[0]}
+        tokenizer = load_with(tmp_path, byte_tokenizer(names), tokenizer_config=settings)
         assert tokenizer.eos_ids == {256, end} and tokenizer.end_id == end
 
     def test_decode_hides_special_tokens_but_not_the_reasoning_tags(self, tmp_path):

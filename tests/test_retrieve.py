@@ -277,10 +277,9 @@ class TestDense:
     def test_bert_and_a_profile_are_read_once(self, world, toy_tokenizer, monkeypatch):
         """And no profile passes for another: LaMP's item ids repeat, with other texts."""
         loaded, seen, load, encode = [], [], prlm.load_encoder, prlm.Tokenizer.encode_pair
+        encode_pair = lambda *a: seen.append(a[1]) or encode(*a)  # noqa: E731
         monkeypatch.setattr(prlm, "load_encoder", lambda *a: loaded.append(a) or load(*a))
-        monkeypatch.setattr(
-            prlm.Tokenizer, "encode_pair", lambda *a: seen.append(a[1]) or encode(*a)
-        )
+        monkeypatch.setattr(prlm.Tokenizer, "encode_pair", encode_pair)
         module.load_once.cache_clear()
         o = PromptOptions(task="LaMP-7", retriever="dense", encoder=str(world / "encoder"), k=3)
         one, other = (example("tennis", random_texts(6, 9, seed)) for seed in (1, 2))

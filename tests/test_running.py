@@ -232,8 +232,8 @@ class TestOptions:
 
     @pytest.mark.parametrize("changes, text", [
         ({"max_prompt_tokens": 5}, "instruction"),
-        ({"encoder": None}, "--encoder DIRECTORY"), ({"k": 0}, "--k 0 .* leaves no profile"),
-        ({"retriever": "none", "judge": "ratio"}, "--retriever none leaves no profile"),
+        ({"encoder": None}, "--encoder DIRECTORY"), ({"k": 0}, "--k 0 or --retriever none leaves"),
+        ({"retriever": "none", "judge": "ratio"}, "--k 0 or --retriever none leaves"),
         ({"model": "no/where"}, "hf download no/where"), ({"data": "no"}, "no"),
         ({"encoder": "no/bert"}, "hf download no/bert"), ({"reward_model": "no/judge"}, "no/judge"),
     ])  # fmt: skip

@@ -344,8 +344,7 @@ def training(samples: list[dict], o: Options, options: dict, report: dict, show)
     weights = {name: options[name] for name in reward.PARTS if options[name]}
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
     divided = "" if options["normalizer"] == "dr_grpo" else ", divided by the standard deviation"
-    found = [f"{key} {round(x, 3)}" for key, x in report.items() if x is not None]
-    said = clean(", ".join(found).replace("_", " "))
+    said = clean(reward.describe(report).replace("_", " "))
     judge = f"""<p>The judge {options["judge"]} (.5 is chance): {said}. Pair accuracy: of
 two answers, the one written with the profile scores higher. Swap test: a user's own text scores
 higher with the user's own profile than with another user's.</p>"""
