@@ -805,7 +805,6 @@ def read_safetensors(path) -> dict[str, Tensor]:
         if start > min(size, 100_000_008):  # the format's own limit
             raise ValueError("it ends within its header; is the download complete?")
         header = json.loads(data[8:start].numpy().tobytes().decode(), object_pairs_hook=unique)
-        json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no surrogates
         for name, (begin, end, dtype, shape) in check_header(header, size - start).items():
             flat = data[start + begin : start + end]
             flat = flat.clone() if (start + begin) % dtype.itemsize else flat  # not aligned
@@ -816,6 +815,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
 def check_header(header: dict, size: int):
     """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
     ranges, covered = {}, 0
+    json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half surrogates
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
@@ -839,7 +839,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     for name, x in pairs:
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=codes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
-    text = json.dumps(header, ensure_ascii=False).encode()
+    text = json.dumps(header).encode()
     check_header(header, end)
     text += b" " * (-len(text) % 8)
     with replacing(path) as temp, open(temp, "wb") as file:
