@@ -40,17 +40,17 @@ from tqdm import tqdm
 
 
 # ---- The decoder: with Hugging Face's names, its state dict is the checkpoint ----
-def rope_frequencies(c: SimpleNamespace):
+def rope_frequencies(c):
     """Radians per position of each channel pair, theta^(-2i/D), i = 0 .. D/2 - 1: [D/2]. llama3
     divides them by `factor` below `low` turns within the original context, keeps them above `high`,
     and blends linearly between."""
     exponents = torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim
-    frequencies = 1.0 / c.rope["rope_theta"] ** exponents
-    if c.rope["rope_type"] == "llama3":
-        factor, low, high, context = (c.rope[name] for name in LLAMA3_ROPE)
-        turns = context * frequencies / (2 * math.pi)
+    frequencies = 1.0 / c.rope_theta**exponents
+    if c.rope_type == "llama3":
+        low, high = c.low_freq_factor, c.high_freq_factor
+        turns = c.original_max_position_embeddings * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / factor
+        frequencies = keep * frequencies + (1 - keep) * frequencies / c.factor
     return frequencies
 
 
@@ -456,8 +456,6 @@ class Encoder(nn.Module):
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         segments = torch.zeros_like(tokens) if segments is None else segments
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        if (positions >= self.max_length).any():
-            raise ValueError(f"a text is longer than the encoder's {self.max_length} tokens")
         words, places, kinds, norm = self.embeddings.values()
         x = norm(words(tokens * mask) + places(positions) + kinds(segments * mask))
         x = F.dropout(x, self.config.hidden_dropout_prob, self.training)
@@ -658,7 +656,6 @@ class Recorded:
 
 
 # ---- Checkpoints ----
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = dict(BOOL=torch.bool, BF16=torch.bfloat16, I8=torch.int8, U8=torch.uint8)
 for kind in ("int", "uint", "float"):  # I16, U32, F64, ...
     DTYPES |= {f"{kind[0].upper()}{n}": getattr(torch, f"{kind}{n}") for n in (16, 32, 64)}
@@ -668,11 +665,11 @@ BERT = dict(  # its config.json's defaults; for the first four, all that is impl
     attention_probs_dropout_prob=0.1,
 )  # fmt: skip
 SETTINGS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
-OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
+SETTINGS += ("config.json", "chat_template.jinja")
 
 
 def parse_config(raw: dict) -> SimpleNamespace:
-    """config.json with Hugging Face's defaults and, as `rope`, its rotary settings: rope_scaling or
+    """config.json with Hugging Face's defaults and its rotary settings, from rope_scaling or
     transformers 5's rope_parameters. ValueError for what is not implemented."""
     given = {key: value for key, value in raw.items() if value is not None}
     rope = given.get("rope_scaling") or given.get("rope_parameters", {})  # as transformers 5 does
@@ -685,7 +682,6 @@ def parse_config(raw: dict) -> SimpleNamespace:
         rope_type=rope.get("type", "default"), partial_rotary_factor=1, layer_types=(),
     )  # fmt: skip
     c = SimpleNamespace(**defaults | given | rope)
-    c.rope = {"rope_theta": c.rope_theta, "rope_type": c.rope_type} | rope
     known = dict(
         model_type=family in ("qwen2", "qwen3", "llama"),
         hidden_act=c.hidden_act == "silu",
@@ -722,8 +718,6 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; hf download {folder} --local-dir X")
     with faults_in(folder):
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError("it holds a PEFT adapter: save PEFT's merge_and_unload() first")
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
         if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
             files = sorted({folder / Path(n).name for n in read_json(index)["weight_map"].values()})
@@ -771,19 +765,18 @@ def save_decoder(decoder: Decoder, tokenizer: Tokenizer, directory):
 def load_tokenizer(directory) -> Tokenizer:
     """tokenizer.json; its EOS ids are all that any of the checkpoint's settings name."""
     path, eos_ids, texts = Path(directory) / "tokenizer.json", set(), {}
-    for file in [path, *filter(Path.is_file, map(path.with_name, SETTINGS + OTHERS))]:
+    for file in [path, *filter(Path.is_file, map(path.with_name, SETTINGS))]:
         with faults_in(file):
-            texts[file.name] = file.read_bytes().decode("utf-8-sig")
-    with faults_in(path):
-        backend = Backend.from_str(texts[path.name])
-    for file in filter(Path.is_file, map(path.with_name, ("config.json", *SETTINGS))):
-        settings = read_json(file)
-        with faults_in(file):
-            ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
-            token = token if isinstance(token, str) else token["content"]
-            eos_ids |= {*(ids if isinstance(ids, list) else [ids]), backend.token_to_id(token)}
-            if not all(type(i) is int for i in eos_ids - {None}):
-                raise ValueError(f"eos_token_id {ids!r} is no id, and no list of ids")
+            texts[file.name] = text = file.read_bytes().decode("utf-8-sig")
+            if file == path:
+                backend = Backend.from_str(text)
+            elif file.suffix == ".json":
+                settings = json.loads(text)
+                ids, token = settings.get("eos_token_id"), settings.get("eos_token") or ""
+                token = token if isinstance(token, str) else token["content"]
+                eos_ids |= {*(ids if isinstance(ids, list) else [ids]), backend.token_to_id(token)}
+                if not all(type(i) is int for i in eos_ids - {None}):
+                    raise ValueError(f"eos_token_id {ids!r} is no id, and no list of ids")
     with faults_in(directory):
         return Tokenizer(backend, eos_ids - {None}, texts)
 
@@ -935,7 +928,6 @@ def progress(iterable=None, title=None, **more):  # on a terminal, by the first 
 
 # ---- Options ----
 SHIPPED = Path(__file__).resolve().parent / "toy"
-Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = {  # changes to the defaults, the toy's; a command takes those that it has
     "small": dict(  # models like SmolLM2-135M
         k=3, max_prompt_tokens=288, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24,
@@ -1028,14 +1020,20 @@ def load_policy(o, train: bool = False) -> tuple[Decoder, Tokenizer]:
 
 
 @dataclass
-class Options:
-    model: str = option(str(SHIPPED / "policy"), "checkpoint of the language model")
-    prompt: str = option("Hello.", "what the user says")
-    max_new_tokens: int = option(256, "longest completion, in tokens", 1)
-    temperature: float = option(0.7, "0 is greedy", 0)
-    seed: int = option(0, "of the sampling noise", 0)
+class ModelOptions:
+    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the policy")
+    max_new_tokens: int = option(128, "longest completion", 1)
+    seed: int = option(0, "of everything random", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")
-    precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of matrix products; auto: bfloat16 on CUDA"
+    )
+
+
+@dataclass
+class Options(ModelOptions):
+    prompt: str = option("Hello.", "what the user says")
+    temperature: float = option(0.7, "0 is greedy", 0)
 
 
 def main(o: Options):

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import prlm
-from prlm import SHIPPED, Encoder, Precision, Ragged, Tokenizer, option
+from prlm import SHIPPED, Encoder, ModelOptions, Ragged, Tokenizer, option
 
 
 # ---- Tasks and records ----
@@ -225,7 +225,7 @@ def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[lis
     return prompts
 
 
-load_once = cache(lambda directory, device: prlm.load_encoder(directory, device))
+load_once = cache(prlm.load_encoder)
 
 
 def best_items(o: "PromptOptions", example: Example) -> list[dict]:
@@ -299,8 +299,7 @@ def embed(encoder: Encoder, texts: tuple[str, ...]) -> np.ndarray:
 
 
 @dataclass
-class PromptOptions:
-    model: str = option(str(SHIPPED / "policy"), "checkpoint directory of the policy")
+class PromptOptions(ModelOptions):
     data: str = option(str(SHIPPED / "lamp"), "directory with LaMP's files")
     task: TaskName = option("LaMP-4", "an entry of TASKS in retrieve.py")
     preset: Literal["toy", "small", "paper"] = option("toy", "other defaults: PRESETS in prlm.py")
@@ -309,11 +308,7 @@ class PromptOptions:
     k: int = option(4, "profile items in the prompt", 0)
     encoder: str | None = option(str(SHIPPED / "encoder"), "BERT checkpoint: dense, and the judge")
     max_prompt_tokens: int = option(512, "longest prompt; a longer one has all fields cut", 1)
-    max_new_tokens: int = option(128, "longest completion", 1)
     reasoning: bool = option(True, "without it the prompt has an empty <think> block")
-    seed: int = option(0, "of everything random", 0)
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    precision: Precision = option("auto", "of matrix products; auto: bfloat16 on CUDA")
 
 
 @dataclass

@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import prlm
 from eval import PromptOptions, extract_answer, is_placeholder, make_records, rouge, run_directory
@@ -71,8 +70,8 @@ def rewards(
         elif judge:
             row["personalization"] = task_of(example.task).penalty
     if judge and judged:
-        values = judge([example for _, example in judged], [row["answer"] for row, _ in judged])
-        values = [float("nan" if x is None else x) for x in (() if values is None else values)]
+        asked, answers = [example for _, example in judged], [row["answer"] for row, _ in judged]
+        values = [*map(float, judge(asked, answers))]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
         for (row, _), value in zip(judged, values, strict=True):
@@ -156,10 +155,9 @@ def build_pairs(o: RewardOptions, decoder, tokenizer, examples: list[Example]) -
 
 
 def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
-    """Scores of the positives [B] and the negatives [B, N], -inf where a pair has fewer than N."""
+    """Scores of the positives [B] and of the N negatives that each has [B, N]."""
     rows = [(p["query"], text) for p in pairs for text in (p["positive"], *p["negatives"])]
-    by_pair = model.score(*zip(*rows)).split([1 + len(p["negatives"]) for p in pairs])
-    scores = pad_sequence(by_pair, batch_first=True, padding_value=-math.inf)  # [B, 1+N]
+    scores = model.score(*zip(*rows)).view(len(pairs), -1)  # [B, 1+N]
     return scores[:, 0], scores[:, 1:]
 
 
@@ -167,7 +165,7 @@ def score_pairs(model: RewardModel, pairs: list[dict]) -> tuple[Tensor, Tensor]:
 def pair_accuracy(model: RewardModel, pairs: list[dict]) -> float:
     """How often a positive scores above a negative of its pair, ties half; chance is 0.5."""
     scores = [score_pairs(model, part) for part in chunks(pairs, BATCH)]
-    margins = torch.cat([(own[:, None] - other)[other.isfinite()] for own, other in scores])
+    margins = torch.cat([own[:, None] - other for own, other in scores])
     return ((margins.sign() + 1) / 2).double().mean().item()
 
 

@@ -252,7 +252,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
         (out / name).unlink(missing_ok=True)
     if o.warm_start:
         warm_start(o, out, policy, train)
-    if o.steps and not (out / "look.json").is_file():
+    if o.steps and not (out / "metrics.jsonl").is_file():
         first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
@@ -380,7 +380,6 @@ def first_look(o: Options, out: Path, policy: Policy, train):
             "--overwrite, --warm-start 125 teaches the form; if many are truncated, raise "
             "--max-new-tokens; if most answer, --temperature. --force trains all the same"
         )
-    prlm.write_json(out / "look.json", {"said": said})
 
 
 # ==== Below: not the method ====

@@ -183,9 +183,10 @@ def read_safetensors(m, r):
 
 def rope_frequencies(m, r):
     low, context = 3 * r.random(), 2.0 ** r.randint(5, 13)
-    rope = dict(zip(m.LLAMA3_ROPE, [1 + 9 * r.random(), low, low + 0.1 + r.random(), context]))
+    rope = dict(factor=1 + 9 * r.random(), low_freq_factor=low, high_freq_factor=low + 0.7)
+    rope |= dict(original_max_position_embeddings=context, head_dim=2 * r.randint(1, 64))
     rope |= {"rope_theta": 10 ** (2 + 4 * r.random()), "rope_type": r.choice(["llama3", "default"])}
-    return m.rope_frequencies(types.SimpleNamespace(head_dim=2 * r.randint(1, 64), rope=rope))
+    return m.rope_frequencies(types.SimpleNamespace(**rope))
 
 
 def rotate(m, r):
@@ -304,9 +305,9 @@ def likelihood_ratio(m, r):
 def info_nce_backward(m, r):
     model = fill(r, m.RewardModel(prlm.load_encoder(encoder_directory())))
     o = m.RewardOptions(tokens_per_micro_batch=r.choice([1, 60, 9999]))
-    pairs = []
+    pairs, texts = [], r.randint(3, 5)
     for _ in range(r.randint(1, 5)):
-        query, own, *others = (phrase(r, "golf", "oslo", "no") for _ in range(r.randint(3, 5)))
+        query, own, *others = (phrase(r, "golf", "oslo", "no") for _ in range(texts))
         pairs.append({"query": query, "positive": own, "negatives": others})
     loss = m.info_nce_backward(o, model, pairs)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -298,15 +298,15 @@ EXERCISES = [
         ], """
         found = []
         for i in range(c.head_dim // 2):
-            frequency = c.rope["rope_theta"] ** (-2 * i / c.head_dim)
-            if c.rope["rope_type"] == "llama3":
-                factor, low, high, context = map(c.rope.get, LLAMA3_ROPE)
-                turns = context * frequency / (2 * math.pi)
+            frequency = c.rope_theta ** (-2 * i / c.head_dim)
+            if c.rope_type == "llama3":
+                low, high = c.low_freq_factor, c.high_freq_factor
+                turns = c.original_max_position_embeddings * frequency / (2 * math.pi)
                 if turns < low:
-                    frequency /= factor
+                    frequency /= c.factor
                 elif turns < high:
                     share = (turns - low) / (high - low)
-                    frequency *= share + (1 - share) / factor
+                    frequency *= share + (1 - share) / c.factor
             found.append(frequency)
         return torch.tensor(found)
         """),
@@ -606,8 +606,7 @@ EXERCISES = [
         rows, values = [], []
         if judge and any(real):
             asked = [[x for x, good in zip(all_of, real) if good] for all_of in (examples, answers)]
-            given = judge(*asked)
-            values = [math.nan if x is None else float(x) for x in ([] if given is None else given)]
+            values = [float(x) for x in judge(*asked)]
             if len(values) != sum(real) or not math.isfinite(sum(map(abs, values))):
                 raise ValueError(f"the judge gave {values}, not {sum(real)} finite numbers")
         for text, answer, example, good in zip(completions, answers, examples, real):

@@ -132,7 +132,7 @@ class TestRope:
                 kept = 1 if turns > high else 0 if turns < low else (turns - low) / (high - low)
                 expected[i] = kept * frequency + (1 - kept) * frequency / factor
         rope = {"rope_theta": theta, "rope_type": "llama3" if scaling else "default"} | scaling
-        found = prlm.rope_frequencies(SimpleNamespace(rope=rope, head_dim=size))
+        found = prlm.rope_frequencies(SimpleNamespace(**rope, head_dim=size))
         for i, pair in enumerate(zip(found, torch.tensor(expected), strict=True)):
             same(*pair, f"theta {theta:g}, D {size}, scaling {scaling}, pair {i}", 1e-4)
 

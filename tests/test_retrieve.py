@@ -276,9 +276,9 @@ class TestDense:
 
     def test_bert_and_a_profile_are_read_once(self, world, toy_tokenizer, monkeypatch):
         """And no profile passes for another: LaMP's item ids repeat, with other texts."""
-        loaded, seen, load, encode = [], [], prlm.load_encoder, prlm.Tokenizer.encode_pair
+        loaded, seen, load, encode = [], [], prlm.load_module, prlm.Tokenizer.encode_pair
         encode_pair = lambda *a: seen.append(a[1]) or encode(*a)  # noqa: E731
-        monkeypatch.setattr(prlm, "load_encoder", lambda *a: loaded.append(a) or load(*a))
+        monkeypatch.setattr(prlm, "load_module", lambda *a: loaded.append(a) or load(*a))
         monkeypatch.setattr(prlm.Tokenizer, "encode_pair", encode_pair)
         module.load_once.cache_clear()
         o = PromptOptions(task="LaMP-7", retriever="dense", encoder=str(world / "encoder"), k=3)
@@ -287,7 +287,7 @@ class TestDense:
         assert prompts[0] == prompts[1] == prompts[2] and prompts[0][0] != prompts[0][1]
         assert len(loaded) == 1 and len(seen) == 6 + 6 + 1  # profiles, and the query of both
         for e, prompt in zip((one, other), prompts[0], strict=True):
-            items = retrieve(e, 3, "dense", encoder=load(world / "encoder"))
+            items = retrieve(e, 3, "dense", encoder=prlm.load_encoder(world / "encoder"))
             assert prompt == toy_tokenizer.chat(build_messages(e, items, toy_tokenizer, 512))
         for lacks in (None, mock.Mock(tokenizer=None)):
             with pytest.raises(ValueError, match=r"--encoder DIRECTORY.*tokenizer\.json"):

@@ -39,7 +39,7 @@ def files_of(out):
 class TestRun:
     def test_leaves_what_the_readme_promises(self, world, finished):
         assert {path.name for path in finished.iterdir()} == {
-            "config.json", "look.json", "metrics.jsonl", "samples.jsonl", "scores.json",
+            "config.json", "metrics.jsonl", "samples.jsonl", "scores.json",
             "predictions.json", "trainer.pt", "checkpoint", "reward", "held_out",
         }  # fmt: skip
         metrics = prlm.read_lines(finished / "metrics.jsonl")
