@@ -1,4 +1,4 @@
-"""Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out users.
+"""Scores: ROUGE and BLEU, the answer in a completion, and a policy's score on held-out data.
 
 ROUGE is that of LaMP's evaluation, Google's rouge_score without stemming: it counts the n-grams of
 lowercased [a-z0-9]+ words that two texts share, a repeated one as often as both have it.
@@ -7,7 +7,7 @@ lowercased [a-z0-9]+ words that two texts share, a repeated one as often as both
   ROUGE-L = the same with the longest common subsequence as the matches
 
 A text in another script scores 0. The authors' numbers, by rouge_chinese, cannot be compared with
-these; BLEU is theirs: characters, 4-grams, NLTK's smoothing method 3.
+these; BLEU is theirs, with NLTK's smoothing method 3.
 
     python eval.py --run runs/toy  # a run's checkpoint, under the run's options"""
 
@@ -37,7 +37,7 @@ def f1(matches: int, predicted: int, wanted: int) -> float:
 
 
 def common(a: list, b: list, n: int) -> int:  # n-grams of both: each the smaller of its counts
-    ngrams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (a, b)]
+    ngrams = [Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 
 
@@ -133,7 +133,7 @@ def seed_of(*parts) -> int:  # one for each purpose: independent draws share no 
 
 def make_records(
     o: PromptOptions, decoder, tokenizer, examples, prompts: list[list[int]],
-    group_size: int = 1, temperature: float = 0.0, purpose=("evaluate",), batch: int = 64,
+    group_size: int, temperature: float, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and says, for each of P G completions: id, query, target, prompt
     and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length are
@@ -163,9 +163,9 @@ def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0) 
     prompts = make_prompts(o, tokenizer, examples)
     records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
+        texts = record["answer"], record["target"]
         if record["target"] is not None:
-            record |= rouge(record["answer"], record["target"])
-            record["bleu"] = bleu(record["answer"], record["target"])
+            record |= rouge(*texts) | {"bleu": bleu(*texts)}
     return records
 
 
@@ -182,7 +182,7 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
 
 
 # ==== Below: not the method ====
-# What may change when a run is resumed: length, place, and what costs time or memory.
+# What may change on --resume: length, place, and what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 

@@ -6,11 +6,10 @@
   Encoder          the BERT family, for the reward model and the dense retriever
   Tokenizer        tokenizer.json, chat formats, EOS ids
 
-`generate` and `token_logprobs` are twins: both run each prompt ONCE and let its G completions
-attend to its keys and values: for 400 tokens of prompt and 8 completions of 100, 1,200 tokens
-instead of 4,000. They differ only in where keys and values lie: `Decoder.run` loops over the
-layers, and each caller brings its own `attend`. Left out: sliding windows, rope types but default
-and llama3, quantised weights, top-k and top-p (GRPO needs the whole distribution).
+`generate` and `token_logprobs` both run each prompt ONCE, and its G completions attend to its keys
+and values: 1,200 tokens, not 4,000, for a prompt of 400 and 8 completions of 100. They differ in
+where keys and values lie, so each hands `Decoder.run` its own `attend`. Left out: sliding windows,
+rope types but default and llama3, quantised weights, top-k, top-p (GRPO needs all probabilities).
 
     python prlm.py --prompt "What is BM25?"  # the toy answers its own tasks only
 
@@ -77,7 +76,7 @@ class Linear(nn.Linear):
     [outputs, r]. Products are of the type `products`, or W's own if None."""
 
     products: torch.dtype | None = None
-    scale = 0.0  # alpha / r; 0: no adapter, or it is off
+    scale = 0.0  # alpha / r; 0: no adapter
 
     def forward(self, x):
         dtype = self.products or self.weight.dtype
@@ -134,7 +133,7 @@ class Decoder(nn.Module):
         self.config = c = parse_config(raw)
         self.vocab_limit = tokenizer.size if tokenizer else c.vocab_size  # later ids are no tokens
         self.model, V, H = nn.Module(), c.vocab_size, c.hidden_size
-        table = torch.empty(V, H)  # nn.Embedding(V, H) would fill it twice
+        table = torch.empty(V, H)  # nn.Embedding(V, H) would fill it first
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.model.norm = RMSNorm(H, c.rms_norm_eps)
@@ -162,8 +161,7 @@ class Decoder(nn.Module):
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         angles = torch.cat([-angles, angles], -1)  # [.., 1, D]; cos is even, sin is odd
         cos, sin = angles.cos().to(self.products), angles.sin().to(self.products)
-        x = self.model.embed_tokens(tokens).to(self.products)  # [.., H], rounded as in a copy
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = widen(self.model.embed_tokens(tokens).to(self.products))  # [.., H], as in the sampler
         for number, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
@@ -186,6 +184,10 @@ def start_random(module):
     for x in module.parameters():
         if x.dim() == 2 and not x.is_meta:
             nn.init.normal_(x, std=0.02)
+
+
+def widen(x):  # to float32 at least
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def multiply_in(module, dtype: torch.dtype):  # in place
@@ -240,15 +242,15 @@ class Cache:
       shared  per layer (keys, values), each [P, K, T, D]: what the prompts left, read-only
       own     per layer [2, P, K, G, C, D]: a slot for each completion token
       hide    [P, T + C]: 0 where a row may look, -inf at padding and slots not yet written
-    G comes after K: one product takes all G R queries of a group for a key-value head to the
-    prompt's keys. A step reads the first `window` slots: what is written, or a power of 2."""
+    G comes after K: the G R queries that share a key-value head meet the prompt's keys in one
+    product. A step reads the first `window` slots: what is written, or a power of 2."""
 
     def __init__(self, decoder: Decoder, prompts: Ragged, group_size: int, max_new_tokens: int):
         c, device = decoder.config, prompts.tokens.device
         self.prompts, self.shared = prompts, []
         rows = (2, prompts.shape[0], c.num_key_value_heads, group_size, max_new_tokens, c.head_dim)
         self.own = [*torch.zeros(c.num_hidden_layers, *rows, dtype=decoder.products, device=device)]
-        self.length = self.window = 0  # tokens written of each completion, slots a step reads
+        self.length = self.window = 0  # tokens written of each completion
         # Where the new token goes: a tensor, as a CUDA graph would freeze a Python number.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.hide = torch.where(F.pad(prompts.mask, (0, max_new_tokens)), 0.0, -math.inf)
@@ -259,7 +261,7 @@ class Cache:
         self.shared.append([x.transpose(1, 2).contiguous() for x in (k, v)])
         return self.prompts.flat(attention(q, k, v))
 
-    def next_slot(self, coarse: bool):  # coarse: windows of 128, 256, 512, ...
+    def next_slot(self, coarse: bool):
         self.slot.fill_(self.length)
         self.hide[:, self.prompts.shape[1] + self.length] = 0.0
         self.length += 1
@@ -357,8 +359,8 @@ def token_logprobs(decoder: Decoder, prompts, completions, temperature: float = 
     `completions` [P][G] are lists of ids; after each one's end mask and logprobs are 0. All tokens
     lie end to end; only attention sees grids, where a completion's queries meet [prompt keys, its
     own keys]. The temperature is the sampler's: else the loss would compare two policies. The
-    softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for what
-    `generate` refuses, for temperature 0, and for groups of unequal size."""
+    softmax is over ids below `decoder.vocab_limit`; others have -inf. ValueError for an
+    empty prompt, unequal groups, and a temperature below COLDEST."""
     fits = len(prompts) == len(completions) and len({*map(len, completions)}) <= 1
     if not (fits and temperature >= COLDEST and all(map(len, prompts))):
         raise ValueError(f"empty prompts, unequal groups, or a temperature below {COLDEST}")
@@ -397,13 +399,13 @@ def head_logprobs(decoder: Decoder, hidden, targets, temperature: float):
 
     def chunk(x, ids):
         logits = decoder.logits(x, head)  # casts the head here: its gradient sums in float32
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = widen(logits) / temperature
         return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
     size, head = max(128, PACES[hidden.device.type].logits // limit), decoder.head[:limit]
     run = partial(checkpoint, chunk, use_reentrant=False)
-    chunks = map(run, hidden.split(size), targets.clamp(max=limit - 1).split(size))
-    return torch.cat([*chunks]).masked_fill(targets >= limit, -math.inf)
+    parts = map(run, hidden.split(size), targets.clamp(max=limit - 1).split(size))
+    return torch.cat([*parts]).masked_fill(targets >= limit, -math.inf)
 
 
 # ---- The encoder ----
@@ -545,9 +547,9 @@ class Tokenizer:
         ids = [i for i in ids if i not in self.hidden]
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def chat(self, messages: list[dict], said=None):
-        """Ids of {"role", "content"} messages up to the assistant's turn, and of what is `said` in
-        it already (default: the template's opening). ValueError for an unknown template."""
+    def chat(self, messages: list[dict], said=""):
+        """Ids of {"role", "content"} messages, each between its marks of FORMATS, and of what is
+        `said` in the next turn (default: the template's opening). ValueError: unknown template."""
         turns, said = [(m["role"], m["content"]) for m in messages], said or self.opening
         if self.format is None:
             if self.template:
@@ -591,7 +593,7 @@ class Pace(NamedTuple):
     look: int  # steps between looks at who has finished: each waits for the GPU
     keep: float  # rows leave when at most this share stays: leaving copies the cache
     logits: int  # numbers in a chunk of logits
-    multiple: int  # a prompt batch's width is one of it: a GPU reads 16 bytes at a time
+    multiple: int  # divides a prompt batch's width: a GPU reads 16 bytes at a time
     record: bool  # a step is a CUDA graph, whose shapes must last: windows are powers of 2
 
 
@@ -621,7 +623,7 @@ def exact_products(q, k):
     """q k^T of [batch, n, D] and [batch, m, D], in float32: near 300, bfloat16 has steps of 2."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32)  # CUDA only
-    return torch.bmm(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k.mT)))
+    return torch.bmm(widen(q), widen(k.mT))
 
 
 class Recorded:
@@ -672,7 +674,7 @@ def parse_config(raw: dict) -> SimpleNamespace:
     """config.json with Hugging Face's defaults and its rotary settings, from rope_scaling or
     transformers 5's rope_parameters. ValueError for what is not implemented."""
     given = {key: value for key, value in raw.items() if value is not None}
-    rope = given.get("rope_scaling") or given.get("rope_parameters", {})  # as transformers 5 does
+    rope = given.get("rope_scaling") or given.get("rope_parameters", {})
     family, heads = given.get("model_type"), raw["num_attention_heads"]
     defaults = dict(
         head_dim=128 if family == "qwen3" else raw["hidden_size"] // heads,
@@ -707,7 +709,7 @@ def load_decoder(directory, device="cpu", dtype=torch.float32) -> Decoder:
 def load_encoder(directory, device="cpu", dtype=torch.float32) -> Encoder:
     """A BERT checkpoint, with or without `bert.` prefix, gamma/beta names, pooler, other heads."""
     names = {r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"}
-    names[r"^(cls|classifier|qa_outputs)\..*"] = ""  # other heads
+    names[r"^(cls|classifier|qa_outputs)\..*"] = ""
     return load_module(directory, Encoder, names, device, dtype)
 
 
@@ -906,7 +908,7 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 # ---- Several processes, by torchrun. `make_records` splits sampling and gathers it; gradients are
 # split by `micro_batches` and summed in `optimizer_step`, logs in `warm_start`, `update_metrics`.
-# All the rest every process does whole; only the first one's files stay.
+# All the rest every process does whole; only the first one's files and bert judge stay.
 def world():  # (this process's number from 0, how many there are)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -942,7 +944,7 @@ PRESETS = {  # changes to the defaults, the toy's; a command takes those that it
 }  # fmt: skip
 
 
-def option(default, help: str, least=None):  # `least`: the least value allowed
+def option(default, help: str, least=None):
     return field(default=default, metadata=dict(help=help, least=least))
 
 
@@ -975,7 +977,7 @@ def resolve(options: type, given: dict):
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
         raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
-    # Never taken from a run, whose temperature is for rollouts.
+    # Not from run or preset, whose temperature is for rollouts.
     own = {"out", "overwrite", "force", "" if "steps" in names else "temperature"}
     chosen = names & (base.keys() - own | given.keys())
     o = options(**{name: (base | given)[name] for name in chosen})
@@ -1025,9 +1027,7 @@ class ModelOptions:
     max_new_tokens: int = option(128, "longest completion", 1)
     seed: int = option(0, "of everything random", 0)
     device: str = option("auto", "auto, cuda, mps or cpu")
-    precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of matrix products; auto: bfloat16 on CUDA"
-    )
+    precision: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 on CUDA")
 
 
 @dataclass

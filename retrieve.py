@@ -54,7 +54,7 @@ class Task:
         return [*self.fields.values()][-1]
 
 
-TASKS = {  # to add a task, add an entry
+TASKS = {
     "LaMP-4": Task(
         "Generate a headline for the following article: ",
         {"text": "text", "title": "title"},
@@ -100,7 +100,7 @@ class Example:  # one LaMP record
 
 # ---- The paper's retrieval ----
 class BM25:
-    """Okapi BM25 over tokenised documents; each profile gets an index of its own."""
+    """BM25 over tokenised documents; each profile gets an index of its own."""
 
     def __init__(self, corpus: list[list[str]], k1=1.5, b=0.75, idf: str = "okapi"):
         """Makes what `scores` reads: k1; counts, word -> {document: f(w, d)}; idf, word -> weight;
@@ -163,7 +163,7 @@ def retrieve(example: Example, k: int, retriever="bm25", seed=0, encoder=None) -
     else:
         idf = "okapi" if retriever == "bm25" else "lucene"
         keys = BM25([text.split() for text in texts], idf=idf).scores(example.query.split())
-    order = sorted(range(len(profile)), key=lambda n: keys[n], reverse=True)  # ties keep theirs
+    order = sorted(range(len(profile)), key=lambda n: keys[n], reverse=True)
     return [profile[n] for n in order[:k]]
 
 
@@ -209,7 +209,7 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
         return messages(None, items)
     if not fits(0, []):
         raise ValueError(f"the bare instruction is over --max-prompt-tokens {max_prompt_tokens}")
-    # By bisection: the most items that fit with one token a field, then the most tokens.
+    # By bisection: first how many items, then how many tokens.
     counts = range(1, len(items) + 1), range(1, max_prompt_tokens + 1)
     items = items[: bisect(counts[0], False, key=lambda n: not fits(1, items[:n]))]
     return messages(bisect(counts[1], False, key=lambda n: not fits(n, items)), items)
@@ -217,8 +217,8 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
 
 def make_prompts(o: "PromptOptions", tokenizer: Tokenizer, examples) -> list[list[int]]:
     """Ids of `build_messages` by `Tokenizer.chat`; without reasoning CLOSED is appended."""
-    said, prompts = None if o.reasoning else CLOSED, []
-    budget = o.max_prompt_tokens - len(tokenizer.fill(said or ""))
+    said, prompts = "" if o.reasoning else CLOSED, []
+    budget = o.max_prompt_tokens - len(tokenizer.fill(said))
     for example in prlm.progress(examples, "prompts", delay=1):
         messages = build_messages(example, best_items(o, example), tokenizer, budget)
         prompts.append(tokenizer.chat(messages, said))
@@ -279,7 +279,7 @@ def load_examples(o, split: str) -> list[Example]:
     if not examples:
         raise ValueError(f"{o.data}: the {split} split of {o.task} has no records")
     if not any(re.search("[a-z0-9]", e.target or "x", re.I) for e in examples):
-        print("warning: ROUGE counts words of a-z and 0-9; no target has any, all scores are 0")
+        print("warning: ROUGE counts words of a-z and 0-9; no target has any: it will be 0")
     return examples
 
 

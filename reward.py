@@ -5,7 +5,7 @@ An answer a to a query q whose user really wrote y earns
   1.0 · accuracy + 0.1 · format + 0.1 · personalization
   accuracy        = ROUGE-1 + ROUGE-2 + ROUGE-L of a against y, 0 to 3
   format          = 1 if the reasoning block is closed, else 0
-  personalization = sigmoid(s), s a judge's score: worth .1 at most, beside a ROUGE of up to 3
+  personalization = sigmoid(s) of a judge's score s: it adds .1 at most
 
 An empty LaMP-4 answer has -10 for sigmoid(s), as in the authors' code: that dominates its group's
 std. --judge bert is the paper's, a BERT cross-encoder s(q, a). It learns, without labels, to tell
@@ -14,10 +14,10 @@ an answer given WITH the user's profile d (a+) from ones given without (a1- .. a
   InfoNCE = -log  exp(s+ / t) / (exp(s+ / t) + sum_i exp(s_i- / t))
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
-can learn what personal answers have in common, not whose style one has. It is trained once, before
-RL: the further the policy moves, the less it knows such answers. InfoNCE fixes scores up to a
-constant for each query: sigmoid(s) is no probability, but GRPO compares answers to one query.
---judge ratio is ours: see `likelihood_ratio`.
+can learn what personal answers have in common, not whose style one has. Trained once, before RL, it
+knows less and less of what the policy writes. InfoNCE fixes s up to a constant for each query, so
+sigmoid(s) is no probability, but GRPO compares answers to one query. --judge ratio is ours: see
+`likelihood_ratio`.
 
     python reward.py --judge bert --out runs/reward"""
 
@@ -26,8 +26,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby
-from pathlib import Path
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -42,7 +41,7 @@ from retrieve import Example, answer_block, load_examples, make_prompts, one_lin
 
 # ---- The paper's reward: its three parts ----
 PARTS = ("accuracy", "format", "personalization")
-BATCH = 64  # pairs in an optimizer step, as the authors have, and pairs scored at once
+BATCH = 64  # pairs in an optimizer step, as the authors have, and scored at once
 Judge = Callable[[list[Example], list[str]], list[float]]  # one for each; an array will do
 
 
@@ -55,8 +54,8 @@ def rewards(
     completions: list[str], examples: list[Example], judge: Judge | None = None,
     accuracy: float = 1.0, format: float = 0.1, personalization: float = 0.1,
 ) -> list[dict]:  # fmt: skip
-    """Each completion's answer, three parts, and their sum by the last arguments, the weights: the
-    "reward". An empty answer or a placeholder earns no accuracy and, in place of the judge's value,
+    """Each completion's answer, three parts, and "reward", their sum with the last arguments as
+    weights. An empty answer or a placeholder earns no accuracy and, in place of the judge's value,
     the task's penalty. ValueError unless those values are finite numbers."""
     rows, judged = [], []  # `judged`: what the judge will see, (row, example)
     for completion, example in zip(completions, examples, strict=True):
@@ -74,7 +73,7 @@ def rewards(
         values = [*map(float, judge(asked, answers))]
         if len(values) != len(judged) or not all(map(math.isfinite, values)):
             raise ValueError(f"the judge gave {values}, not {len(judged)} finite numbers")
-        for (row, _), value in zip(judged, values, strict=True):
+        for (row, _), value in zip(judged, values):
             row["personalization"] = value
     for row in rows:
         row["reward"] = accuracy * row["accuracy"] + format * row["format"]
@@ -103,7 +102,7 @@ class RewardModel(nn.Module):
         if encoder.pooler is None:
             encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
         # float32: in bfloat16, scores that differ by less than .4 % would tie.
-        self.classifier = prlm.Linear(len(like), 1).to(like.device)
+        self.classifier = nn.Linear(len(like), 1).to(like.device)
         prlm.start_random(self.classifier)
         nn.init.zeros_(self.classifier.bias)
         self.limit = min(512, encoder.max_length)  # tokens of a pair
@@ -111,7 +110,7 @@ class RewardModel(nn.Module):
 
     def score(self, queries: list[str], answers: list[str]) -> Tensor:
         """Raw scores [B], differentiable; a pair, cut to `limit` tokens, scores the same alone and
-        in a padded batch. The classifier reads tanh(pooler(hidden state of [CLS]))."""
+        in a padded batch."""
         pairs = zip(queries, answers, strict=True)
         rows = [self.tokenizer.encode_pair(q.strip(), a.strip(), self.limit) for q, a in pairs]
         ids, types = (Ragged(part, self.classifier.weight.device) for part in zip(*rows))
@@ -119,7 +118,7 @@ class RewardModel(nn.Module):
         hidden = self.bert(ids.grid(ids.tokens), ids.mask, segments)  # [B, T, H]
         pooled = torch.tanh(self.bert.pooler.dense(hidden[:, 0]))
         pooled = F.dropout(pooled, self.bert.config.hidden_dropout_prob, self.training)
-        return F.linear(pooled.float(), self.classifier.weight, self.classifier.bias)[:, 0]
+        return self.classifier(pooled.float())[:, 0]
 
     @torch.no_grad()
     def judge(self, examples: list[Example], answers: list[str]) -> list[float]:
@@ -183,9 +182,10 @@ def split_pairs(pairs: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 def info_nce_backward(o: RewardOptions, model: RewardModel, pairs: list[dict]) -> float:
     """Adds the gradient of the pairs' mean InfoNCE to the parameters' grad; returns that mean. As
     many pairs are scored at a time as o.tokens_per_micro_batch allows, padding counted."""
-    texts = [[p["query"] + text for text in (p["positive"], *p["negatives"])] for p in pairs]
-    widest = min(model.limit, max(map(len, chain(*texts))))  # a token has at least one character
-    count, total = max(1, o.tokens_per_micro_batch // (widest * max(map(len, texts)))), 0.0
+    texts = [p["query"] + text for p in pairs for text in (p["positive"], *p["negatives"])]
+    widest = min(model.limit, max(map(len, texts)))  # hardly more tokens than characters
+    count = max(1, o.tokens_per_micro_batch * len(pairs) // (widest * len(texts)))
+    total = 0.0
     for part in chunks(pairs, count):
         loss = info_nce(*score_pairs(model, part)) * len(part) / len(pairs)
         loss.backward()
@@ -264,10 +264,11 @@ def swap_test(judge: Judge, examples: list[Example]) -> float | None:
         if other := next((x for x in others if not items[id(e)] & items[id(x)]), None):
             asked.append(e)
             swapped.append(replace(e, profile=other.profile))
+    if not asked:
+        return None
     texts = [e.target for e in asked]
-    values = [*zip(judge(asked, texts), judge(swapped, texts), strict=True)] if asked else []
-    wins = [(own > other) + 0.5 * (own == other) for own, other in values]
-    return sum(wins) / len(wins) if wins else None
+    values = zip(judge(asked, texts), judge(swapped, texts), strict=True)
+    return sum((own > other) + 0.5 * (own == other) for own, other in values) / len(asked)
 
 
 # ==== Below: not the method ====
@@ -313,9 +314,9 @@ def judge_model(o: RewardOptions, device="cpu") -> RewardModel | None:
 
 
 def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> Judge:
-    """The judge that the options name: bert samples its pairs from the frozen decoder, ratio keeps
-    it. Pairs, or a model with its report, that `directory` has are reused."""
-    pairs, file = Path(directory) / "pairs.json", Path(directory) / "report.json"
+    """`RewardModel.judge` for --judge bert, whose pairs the frozen decoder samples; `ratio_judge`,
+    which keeps that decoder, for ratio. Pairs, model and report in `directory` are reused."""
+    pairs, file = directory / "pairs.json", directory / "report.json"
     report = prlm.read_json(file) if file.is_file() else {}
     device, dtype = prlm.device_and_dtype(o)
     trained = o.reward_model or (directory if report else None)
@@ -326,7 +327,7 @@ def make_judge(o: RewardOptions, decoder, tokenizer, train, held, directory) -> 
     if model and not trained:
         if not pairs.is_file():
             prlm.write_json(pairs, build_pairs(o, decoder, tokenizer, train))
-        prlm.gather()  # the others wait for the first process
+        prlm.gather()
         report = train_reward_model(o, model, prlm.read_json(pairs, list))
         save_reward_model(model, directory)
     if "swap_test" not in report:
@@ -347,7 +348,7 @@ class Options(RewardOptions):
 
 
 def main(o: Options):
-    judge_model(o)  # what is faulty is said before anything is written
+    judge_model(o)  # only checks it
     train, held = load_examples(o, "train"), load_examples(o, "dev")
     decoder, tokenizer = prlm.load_policy(o)
     out = run_directory(o, record="options.json")  # config.json will be the model's

@@ -11,8 +11,8 @@ One step, for P prompts with G completions each:
 
 With one update per rollout and no KL the "grpo" loss is 0: the ratio is 1, a group's advantages sum
 to 0. Its gradient is not: that of ratio A is A grad log pi there, so the step is REINFORCE with the
-group's mean as baseline. Watch the reward instead. The policy is trained on the very ids that it
-sampled. Every random choice is a function of (seed, purpose, step), so no generator is saved.
+group's mean as baseline. The policy is trained on the very ids that it sampled. Every random choice
+is a function of (seed, purpose, step), so no generator is saved.
 Left out: a value network (the group's mean takes its place); a correction for sampler and trainer
 rounding differently (`gap` watches it); length penalties; new samples for groups of equal rewards.
 
@@ -55,7 +55,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     largest), gets exact zeros. In float32 at least. ValueError: another scale."""
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r} is neither std nor none")
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    rewards = prlm.widen(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
     rounding = 8 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(1, keepdim=True)
     centred = centred.masked_fill(centred.abs().amax(1, keepdim=True) <= rounding, 0.0)
@@ -94,7 +94,8 @@ def grpo_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
     `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts.
-    `weights`: the `token_weights` of a part of a step. ValueError: beta without ref_logprobs."""
+    `weights`: the `token_weights` of a part of a step, as in `update`, which minimises nothing
+    else and decays no weight. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs, old_logprobs = (x.masked_fill(outside, 0.0) for x in (logprobs, old_logprobs))
@@ -164,8 +165,8 @@ def roll_out(o: Options, policy: Policy, judge, examples, prompts, step) -> list
 
 
 def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> dict[str, float]:
-    """Step 4, `updates_per_rollout` times; returns the last one's log. pi_old is the decoder at its
-    first pass, not the sampler, perhaps a bfloat16 copy."""
+    """Step 4, `updates_per_rollout` times; returns the last one's log. `old` is pi_old: the decoder
+    at its first pass; the sampler may be a bfloat16 copy."""
     device, tokens = policy.decoder.head.device, [row["tokens"] for row in rows]
     groups = chunks(tokens, o.group_size)  # [P][G]
     advantages = by_group(o, rows, "advantage").to(device)  # [P, G]
@@ -184,9 +185,11 @@ def update(o: Options, policy: Policy, optimizer, prompts, rows: list[dict]) -> 
                 old[part] = new[part]
                 if o.beta:
                     ref[part], _ = prlm.token_logprobs(policy.reference, *asked, o.temperature)
-            given = (old[part], advantages[batch], mask[part], ref[part])
-            how = dict(clip=o.clip, clip_high=o.clip_high, beta=o.beta, weights=weights[part])
-            grpo_loss(logprobs, *given, **how).backward()
+            loss = grpo_loss(
+                logprobs, old[part], advantages[batch], mask[part], ref[part],
+                o.clip, o.clip_high, o.beta, weights=weights[part],
+            )  # fmt: skip
+            loss.backward()
         norm = optimizer_step(optimizer)
     return update_metrics(o, rows, advantages, mask, new, old, ref) | {"grad_norm": norm}
 
@@ -215,7 +218,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     rising = max(1, round(0.1 * steps))
     if step < rising:
         return peak * (step + 1) / rising
-    passed = min(1.0, (step - rising) / max(1, steps - 1 - rising))
+    passed = (step - rising) / max(1, steps - 1 - rising)
     return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
@@ -252,7 +255,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
         (out / name).unlink(missing_ok=True)
     if o.warm_start:
         warm_start(o, out, policy, train)
-    if o.steps and not (out / "metrics.jsonl").is_file():
+    if o.steps:
         first_look(o, out, policy, train)
     if judge is None and o.personalization and o.steps:
         judge = make_judge(o, policy.reference, policy.tokenizer, train, held, out / "reward")
@@ -278,8 +281,8 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held):
         rolled = time.perf_counter()
         log = update(o, policy, optimizer, asked, rows)
         refresh(policy, seed_of(o.seed, "rounding", step))
-        seconds = {"rollout": rolled - begun, "update": time.perf_counter() - rolled}
-        log = rollout_metrics(o, asked, rows, seconds) | log
+        seconds = rolled - begun, time.perf_counter() - rolled
+        log = rollout_metrics(o, asked, rows, *seconds) | log
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             scores, _ = scoring.evaluate(policy.sampler, policy.tokenizer, held[:64], o)
             log |= {f"eval_{name}": value for name, value in scores.items()}
@@ -360,7 +363,7 @@ def warm_start(o: Options, out: Path, policy: Policy, train):
 
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
-        prlm.gather()  # the others wait for the first process
+        prlm.gather()
     # In place: else the caller's variable would keep the first policy alive.
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
@@ -368,12 +371,13 @@ def warm_start(o: Options, out: Path, policy: Policy, train):
 def first_look(o: Options, out: Path, policy: Policy, train):
     """One rollout of eight prompts, to stop a run that could not learn. Its stand-in for the judge
     gives each different answer a value of its own."""
+    if (out / "metrics.jsonl").is_file():
+        return  # RL has begun
     shown = [train[n] for n in choose(len(train), 8 * o.warm_start, 8, o.seed)]
     prompts = make_prompts(o, policy.tokenizer, shown)
     rows = roll_out(o, policy, lambda _, said: [*map(said.index, said)], shown, prompts, "look")
     spread = by_group(o, rows, "advantage").any(1).float().mean().item()
-    said = f"a first look: {scoring.shares(rows, o.task)}, rewards differ in {spread:.0%} of groups"
-    print(said)
+    print(f"a first look: {scoring.shares(rows, o.task)}, rewards differ in {spread:.0%} of groups")
     if spread <= 0.1 and not o.force:
         raise ValueError(
             "in nearly all groups all completions earn the same: GRPO would learn nothing. With "
@@ -404,7 +408,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
     as in PEFT, and B, which is 0, so at first nothing changes. Returns the decoder without them, in
     the same memory."""
     decoder.requires_grad_(False)
-    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})  # these are shared
+    plain = copy.deepcopy(decoder, {id(x): x for x in decoder.parameters()})
     for module in decoder.model.layers.modules():
         if isinstance(module, prlm.Linear):
             A = torch.nn.Linear(module.in_features, rank, False, module.weight.device).weight
@@ -446,7 +450,7 @@ METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's
     "truncated": "share cut off at --max-new-tokens; if high, raise that",
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 nothing is explored",
-    "loss": "about 0 with grpo, one update per rollout and no KL: watch the reward",
+    "loss": "about 0 with grpo, one update per rollout and no KL",
     "grad_norm": "of the gradient, before it is clipped to 1",
     "kl": "k3 per token, in nats, to the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
@@ -458,7 +462,7 @@ METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's
 }
 
 
-def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dict[str, float]:
+def rollout_metrics(o: Options, prompts, rows: list[dict], rolling, updating) -> dict[str, float]:
     means = {name: by_group(o, rows, name).mean().item() for name in ("reward", *PARTS)}
     count = sum(len(row["tokens"]) for row in rows)
     return means | {
@@ -467,8 +471,9 @@ def rollout_metrics(o: Options, prompts, rows: list[dict], seconds: dict) -> dic
         "truncated": sum(not row["finished"] for row in rows) / len(rows),
         "completion_tokens": count / len(rows),
         "entropy": -sum(sum(row["logprobs"]) for row in rows) / count,
-        "tokens_per_second": (count + sum(map(len, prompts))) / sum(seconds.values()),
-        **{f"seconds_{name}": value for name, value in seconds.items()},
+        "tokens_per_second": (count + sum(map(len, prompts))) / (rolling + updating),
+        "seconds_rollout": rolling,
+        "seconds_update": updating,
     }
 
 

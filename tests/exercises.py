@@ -594,7 +594,7 @@ EXERCISES = [
             Mutant("format is not weighted", "Completions close their thoughts, no more.",
                    "format * row[\"format\"]", "row[\"format\"]"),
             Mutant("values go astray", "Behind an empty answer all earn what others should.",
-                   "(row, _), value in zip(judged, values, strict=True)",
+                   "(row, _), value in zip(judged, values)",
                    "row, value in zip(rows, values, strict=False)"),
             Mutant("the placeholder earns", "The policy learns to answer 'generated title'.",
                    "if not is_placeholder(answer, example.task):", "if answer:"),
@@ -665,7 +665,7 @@ EXERCISES = [
             Mutant("each part counts in full", "A smaller budget acts like a larger learning rate.",
                    " * len(part) / len(pairs)", ""),
             Mutant("the texts' length is not counted", "Long texts fill the GPU's memory.",
-                   "(widest * max(map(len, texts)))", "max(map(len, texts))"),
+                   "(widest * len(texts))", "len(texts)"),
             Mutant("only the last part counts", "A small budget teaches from a few pairs only.",
                    "        loss.backward()", "        model.zero_grad()\n        loss.backward()"),
         ], """

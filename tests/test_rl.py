@@ -378,7 +378,7 @@ class TestStep:
         rows = [dict(zip(keys, row)) for row in table]
         for row in rows:
             row["logprobs"] = [-0.5 * token for token in row["tokens"]]
-        found = rl.rollout_metrics(o, [[1, 2], [3]], rows, {"rollout": 0.5, "update": 1.5})
+        found = rl.rollout_metrics(o, [[1, 2], [3]], rows, 0.5, 1.5)
         expected = {"reward": 1.25, "accuracy": 0.2, "format": 0.5, "personalization": -2.35,
                     "spread": math.sqrt(0.5) / 2, "zero_spread_groups": 0.5, "truncated": 0.25,
                     "completion_tokens": 1.5, "entropy": 0.5 * 40 / 6, "tokens_per_second": 4.5,
