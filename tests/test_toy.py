@@ -228,7 +228,7 @@ class TestPage:
         out = tmp_path_factory.mktemp("runs") / "toy"
         small = dict(prompts_per_step=3, group_size=4, limit=3, max_new_tokens=12, eval_every=1)
         small |= dict(max_prompt_tokens=400, judge="ratio", k=2, steps=2, accuracy=2.0, force=True)
-        rl.main(rl.Options(str(world / "policy"), str(TOY / "lamp"), out=str(out), **small))
+        rl.main(rl.Options(model=str(world / "policy"), out=str(out), **small))
         return out
 
     @pytest.fixture
