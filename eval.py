@@ -136,8 +136,8 @@ def make_records(
     group_size: int, temperature: float, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and says, for each of P G completions: id, query, target, prompt
-    and completion (text), answer, tokens (ids), logprobs, finished. `batch` of like length are
-    sampled together; `purpose` and their position seed their noise."""
+    and completion (text), answer, tokens (ids), logprobs, finished. `batch` are sampled
+    at once, in order of their prompts' lengths; `purpose` and the place in it seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)

@@ -588,7 +588,7 @@ class Tokenizer:
 
 # ==== Below: not the method ====
 # ---- Faster: rows that leave the batch, CUDA graphs ----
-# For CUDA alone, too: in attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
+# Lines for CUDA elsewhere: attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished: each waits for the GPU
     keep: float  # rows leave when at most this share stays: leaving copies the cache
@@ -908,7 +908,7 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 # ---- Several processes, by torchrun. `make_records` splits sampling and gathers it; gradients are
 # split by `micro_batches` and summed in `optimizer_step`, logs in `warm_start`, `update_metrics`.
-# All the rest every process does whole; only the first one's files and bert judge stay.
+# All the rest every process does whole; files and the bert judge are the first process's.
 def world():  # (this process's number from 0, how many there are)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -977,7 +977,7 @@ def resolve(options: type, given: dict):
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
         raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
-    # Not from run or preset, whose temperature is for rollouts.
+    # These are never inherited: a run's temperature is for rollouts.
     own = {"out", "overwrite", "force", "" if "steps" in names else "temperature"}
     chosen = names & (base.keys() - own | given.keys())
     o = options(**{name: (base | given)[name] for name in chosen})

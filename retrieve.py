@@ -209,7 +209,7 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
         return messages(None, items)
     if not fits(0, []):
         raise ValueError(f"the bare instruction is over --max-prompt-tokens {max_prompt_tokens}")
-    # By bisection: first how many items, then how many tokens.
+    # bisect counts what fits: first items, then tokens of a field.
     counts = range(1, len(items) + 1), range(1, max_prompt_tokens + 1)
     items = items[: bisect(counts[0], False, key=lambda n: not fits(1, items[:n]))]
     return messages(bisect(counts[1], False, key=lambda n: not fits(n, items)), items)

@@ -15,8 +15,8 @@ an answer given WITH the user's profile d (a+) from ones given without (a1- .. a
 
 which for N = 1 and t = 1, as in the paper, is -log sigmoid(s+ - s-). It never sees the profile: it
 can learn what personal answers have in common, not whose style one has. Trained once, before RL, it
-knows less and less of what the policy writes. InfoNCE fixes s up to a constant for each query, so
-sigmoid(s) is no probability, but GRPO compares answers to one query. --judge ratio is ours: see
+knows less and less of what the policy writes. InfoNCE leaves a constant per query free in s: within
+a group sigmoid(s) orders the answers, but is no probability. --judge ratio is ours: see
 `likelihood_ratio`.
 
     python reward.py --judge bert --out runs/reward"""
@@ -238,9 +238,9 @@ def likelihood_ratio(decoder, with_profile, without, answers, tokens_per_batch=8
 
 def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list[float]:
     """sigmoid(log-ratio) = pi(a | q, d) / (pi(a | q, d) + pi(a | q)), of a frozen policy without
-    reasoning: the probability, at even odds, that a was written with the profile. What the query
-    explains cancels out, so without accuracy beside it an answer on another topic is worth as much:
-    keep the policy near its beginning with --beta."""
+    reasoning: the probability, at even odds, that a was written with the profile. The query's
+    share cancels, so an answer off the topic may earn as much: accuracy beside it prevents that, or
+    --beta, which keeps the policy near its beginning."""
     # An example's answers stand together and share its two prompts. Its record id would not do:
     # the swap test asks with the same ids and other profiles.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]

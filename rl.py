@@ -94,8 +94,8 @@ def grpo_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
     `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts.
-    `weights`: the `token_weights` of a part of a step, as in `update`, which minimises nothing
-    else and decays no weight. ValueError: beta without ref_logprobs."""
+    `weights`: `token_weights` of a part of a step. `update` minimises this alone, without weight
+    decay. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
     logprobs, old_logprobs = (x.masked_fill(outside, 0.0) for x in (logprobs, old_logprobs))
@@ -250,7 +250,7 @@ def main(o: Options, judge=None):
 
 
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
-    """The stages; up to `train_policy`, one whose result is there already is skipped."""
+    """The stages; before `train_policy`, those with a result are skipped."""
     for name in ("predictions.json", "held_out/after.jsonl"):  # perhaps those of fewer steps
         (out / name).unlink(missing_ok=True)
     if o.warm_start:
@@ -325,9 +325,9 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # tokens: of a title, or how a tweet be
 
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
-    """The ids to imitate for each record, EOS last: what the user really wrote, and before it, with
-    o.reasoning, a line EVIDENCE for each of the best items, at most o.k and EVIDENCE_ITEMS: the
-    last field, cut to EVIDENCE_TOKENS; an empty line for none. No <think> if the prompt has it."""
+    """The ids to imitate for each record, EOS last: what the user really wrote. Before it, with
+    o.reasoning, stands a line EVIDENCE for each of the best o.k items, at most EVIDENCE_ITEMS: its
+    last field, cut to EVIDENCE_TOKENS. An empty line for none; no <think> if the prompt has it."""
     (*_, last_field), targets = task_of(o.task).fields, []
     for example in examples:
         form, quoted = answer_block(o.task), []
