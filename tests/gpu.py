@@ -477,6 +477,7 @@ def main() -> None:
     if o.dry_run:
         HERE.dry, HERE.tiny, HERE.device = True, TINY, "cpu"
         torch.set_num_threads(1)
+        gc.freeze()  # what is imported is not looked through each time
     for part in o.only:
         if o.dry_run or len(o.only) == 1:
             HERE.part = part
