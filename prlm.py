@@ -536,9 +536,10 @@ class Tokenizer:
         return self.backend.encode(as_text(text), add_special_tokens=False).ids
 
     def fill(self, form: str, *texts: str):
-        """Ids of a form whose {} are filled by the texts; control tokens are the form's alone."""
+        """Ids of a form whose {} are filled by texts. Added tokens (<|im_end|>) of the form get
+        their ids, those in a text stay text."""
         ids, texts = [], iter(texts)
-        for n, piece in enumerate(self.added.split(form)):  # at odd places its added tokens
+        for n, piece in enumerate(self.added.split(form)):  # odd: added tokens
             text = re.sub(r"\{\}", lambda _: next(texts), piece)
             ids += [self.backend.token_to_id(text)] if n % 2 else self.encode(text)
         return ids

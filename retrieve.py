@@ -1,8 +1,8 @@
 """LaMP records, retrieval from a user's own profile, and the personalized prompt.
 
-A LaMP record asks for one text (a headline, a title, a tweet) and brings the user's profile: what
-the same user wrote before. Retrieval ranks it by the query; the best k items stand before the
-question. A prompt of the toy with k = 2, shortened at … (SYSTEM is its first part):
+A LaMP record asks for one text (a headline, a tweet) and brings the user's profile: what the same
+user wrote before. Retrieval ranks it by the query; the best k items stand before the question. A
+prompt of the toy with k = 2, shortened at … (SYSTEM is its first part):
 
     <|im_start|>system
     You infer the user's preferences from the historical records … Reply in exactly this form:

@@ -232,7 +232,7 @@ def choose(count: int, start: int, size: int, seed: int) -> list[int]:
 
 # ---- A run ----
 def main(o: Options, judge=None):
-    """The run that the options describe; `judge`, if given, in place of theirs."""
+    """The run that `o` describes; `judge`, if any, replaces the one it names."""
     with processes():
         if o.personalization and judge is None:
             judge_model(o)  # only checks it; `run` makes it
