@@ -48,7 +48,8 @@ ARMS = {
     "closed": ("GRPO without reasoning", {"reasoning": False} | ACCURACY),
     "no_gold": ("ratio and KL, no gold texts", {"personalization": 1.0} | RATIO | NO_GOLD),
 }
-FIRST = ("warm", "none")  # they bring their own warm start
+# They bring their own warm start: after another, `closed` opens <think> again.
+FIRST = ("warm", "none", "closed")
 SIDES = ("with", "without")  # the profile
 
 
