@@ -272,7 +272,8 @@ def toy() -> dict:
         out, begun = HERE.out / f"toy_{device}", time.perf_counter()
         line = [sys.executable, "rl.py", "--device", device, "--overwrite", "--out", out]
         line += few.split() * HERE.dry
-        how = dict(cwd=prlm.SHIPPED.parent, env=env, timeout=LIMITS["toy"] - 20, check=True)
+        limit = None if HERE.dry else LIMITS["toy"] - 20
+        how = dict(cwd=prlm.SHIPPED.parent, env=env, timeout=limit, check=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             with open(f"{out}.log", "w") as log:
                 subprocess.run(line, stdout=log, stderr=log, **how)
