@@ -137,7 +137,7 @@ def make_records(
 ) -> list[dict]:  # fmt: skip
     """What the policy was asked and says, for each of P G completions: id, query, target, prompt
     and completion (text), answer, tokens (ids), logprobs, finished. `batch` are sampled
-    at once, in order of their prompts' lengths; `purpose` and the place in it seed the noise."""
+    at once, in order of their prompts' lengths; `purpose` and place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     starts = range(0, len(order), max(1, batch // group_size))
     how = (group_size, o.max_new_tokens, temperature, tokenizer.eos_ids)
@@ -163,8 +163,8 @@ def answer_all(o: PromptOptions, decoder, tokenizer, examples, temperature=0.0) 
     prompts = make_prompts(o, tokenizer, examples)
     records = make_records(o, decoder, tokenizer, examples, prompts, 1, temperature)
     for record in records:
-        texts = record["answer"], record["target"]
         if record["target"] is not None:
+            texts = record["answer"], record["target"]
             record |= rouge(*texts) | {"bleu": bleu(*texts)}
     return records
 

@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         angles = positions[..., None, None] * self.frequencies  # [.., 1, D/2]
         angles = torch.cat([-angles, angles], -1)  # [.., 1, D]; cos is even, sin is odd
         cos, sin = angles.cos().to(self.products), angles.sin().to(self.products)
-        x = widen(self.model.embed_tokens(tokens).to(self.products))  # [.., H], as in the sampler
+        x = widen(self.model.embed_tokens(tokens).to(self.products))  # rounded as in the sampler
         for number, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
@@ -748,9 +748,9 @@ def save_checkpoint(state: dict[str, Tensor], raw: dict, tokenizer: Tokenizer, d
     """The tokenizer's files, config.json, and last the weights: if they exist, all is there."""
     widest = max(state.values(), key=Tensor.element_size).dtype
     raw = raw | {"dtype" if "dtype" in raw else "torch_dtype": str(widest).removeprefix("torch.")}
-    for file, content in tokenizer.files.items():
+    files = tokenizer.files | {"config.json": json.dumps(raw, indent=1) + "\n"}
+    for file, content in files.items():
         write_text(f"{directory}/{file}", content)
-    write_json(f"{directory}/config.json", raw)
     write_safetensors(f"{directory}/model.safetensors", state)
 
 

@@ -281,8 +281,7 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held):
         rolled = time.perf_counter()
         log = update(o, policy, optimizer, asked, rows)
         refresh(policy, seed_of(o.seed, "rounding", step))
-        seconds = rolled - begun, time.perf_counter() - rolled
-        log = rollout_metrics(o, asked, rows, *seconds) | log
+        log = rollout_metrics(o, asked, rows, rolled - begun, time.perf_counter() - rolled) | log
         if o.eval_every and ((step + 1) % o.eval_every == 0 or step + 1 == o.steps):
             scores, _ = scoring.evaluate(policy.sampler, policy.tokenizer, held[:64], o)
             log |= {f"eval_{name}": value for name, value in scores.items()}
@@ -326,8 +325,8 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # tokens: of a title, or how a tweet be
 
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The ids to imitate for each record, EOS last: what the user really wrote. Before it, with
-    o.reasoning, stands a line EVIDENCE for each of the best o.k items, at most EVIDENCE_ITEMS: its
-    last field, cut to EVIDENCE_TOKENS. An empty line for none; no <think> if the prompt has it."""
+    o.reasoning, a line EVIDENCE quotes each of the best o.k items, at most EVIDENCE_ITEMS: its last
+    field, cut to EVIDENCE_TOKENS. No items: an empty line. No <think> if the prompt has it."""
     (*_, last_field), targets = task_of(o.task).fields, []
     for example in examples:
         form, quoted = answer_block(o.task), []

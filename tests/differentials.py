@@ -182,8 +182,8 @@ def read_safetensors(m, r):
 
 
 def rope_frequencies(m, r):
-    low, context = 3 * r.random(), 2.0 ** r.randint(5, 13)
-    rope = dict(factor=1 + 9 * r.random(), low_freq_factor=low, high_freq_factor=low + 0.7)
+    low, wide, context = 3 * r.random(), 0.1 + r.random(), 2.0 ** r.randint(5, 13)
+    rope = dict(factor=1 + 9 * r.random(), low_freq_factor=low, high_freq_factor=low + wide)
     rope |= dict(original_max_position_embeddings=context, head_dim=2 * r.randint(1, 64))
     rope |= {"rope_theta": 10 ** (2 + 4 * r.random()), "rope_type": r.choice(["llama3", "default"])}
     return m.rope_frequencies(types.SimpleNamespace(**rope))
