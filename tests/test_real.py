@@ -88,12 +88,26 @@ def test_the_share_is_the_mean_of_authors_with_minus_without(options, jobs):
     )
     assert not choose.rows.keys() & report.rows.keys()
     assert choose.rows.keys() | report.rows.keys() == everyone.rows.keys()
-    run, means = real.place(options, "prlm", 1), []
-    for file in ("held_out/after.jsonl", "other_side/samples.jsonl"):  # with, without
-        means.append(np.mean([row["rouge-1"] for row in prlm.read_lines(run / file)]))
-    share = real.share(real.collect(options, everyone), "prlm", "rouge-1")
-    assert share.shape == (2, 4)  # an author has one record here
-    assert share[1].mean() == pytest.approx(means[0] - means[1])
+    run, found = real.place(options, "prlm", 1), real.collect(options, everyone)["prlm"]["rouge-1"]
+    for file, side in (("held_out/after.jsonl", "with"), ("other_side/samples.jsonl", "without")):
+        mean = np.mean([row["rouge-1"] for row in prlm.read_lines(run / file)])
+        assert found[side].shape == (2, 4)  # an author has one record here
+        assert found[side][1].mean() == pytest.approx(mean)
+
+
+def test_what_is_compared(options, monkeypatch):
+    means = {"warm": (0.5, 0.4), "none": (0.3, 0.2), "prlm": (0.9, 0.6)}
+    sides = {a: dict(zip(real.SIDES, np.array(m)[:, None, None])) for a, m in means.items()}
+    found = {
+        arm: dict.fromkeys(("rouge-1", "form", "rouge-l", "kind", "prefix"), s)
+        for arm, s in sides.items()
+    }
+    monkeypatch.setattr(real, "collect", lambda *_: found)
+    monkeypatch.setattr(real, "shares_picture", lambda *_: "")
+    _, shares, scores, *_ = real.report(options).split("minus that of *")
+    assert "| warm start | -0.200 |" in shares and "| GRPO, accuracy alone |" not in shares
+    for row in ("warm start | +0.300", "trained without profiles | +0.100", "alone | +0.700"):
+        assert f"{row} |" in scores
 
 
 def test_authors_without_a_prefix_do_not_count_for_it(options):

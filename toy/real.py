@@ -11,8 +11,9 @@ The tables go to --out.
     python toy/real.py ... --task LaMP-7 --limit 500 --arms warm,prlm
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
-the same policy scores without, answering at once. Held-out authors are in two halves. Recipes are
-chosen on one; the other is looked at once, at the end, with --half report."""
+the same policy scores without, answering at once. Beside it, minus what a policy scores that was
+trained without profiles, whose form this is. Held-out authors are in two halves. Recipes are chosen
+on one; the other is looked at once, at the end, with --half report."""
 
 import shlex
 import sys
@@ -186,13 +187,13 @@ def scores_table(o: Options, authors: Authors, found: dict) -> str:
     return common.markdown(["with / without profile", *metrics], rows)
 
 
-def shares_table(o: Options, found: dict, metric: str, base: str | None = None) -> str:
-    """Each arm's share of the profile, or by how much it is above that of the arm `base`."""
+def differences(ours: dict, theirs: dict) -> str:
+    """Table of {arm: [seeds, authors]}: by how much each arm's are above those of the same name."""
     rows = []
-    for arm in (arm for arm in found if arm != base):
-        ours, theirs = share(found, arm, metric), share(found, base, metric) if base else 0.0
-        by_seed = [common.mean([row]) for row in ours - theirs]
-        rows.append([ARMS[arm][0], *common.against(ours, theirs), " ".join(by_seed)])
+    for arm in (arm for arm in ours if ours[arm] is not theirs[arm]):
+        by_seed = [common.mean([row]) for row in ours[arm] - theirs[arm]]
+        cells = common.against(ours[arm], theirs[arm])
+        rows.append([ARMS[arm][0], *cells, " ".join(by_seed)])
     return common.markdown(["", *common.AGAINST, "by seed"], rows)
 
 
@@ -246,10 +247,14 @@ fixed. The share is the score with the profile minus that of the same policy wit
     metrics = ("rouge-1", "form" if o.task == "commits" else "rouge-l")
     text += shares_picture(found, Path(o.out) / o.task / f"shares_{o.half}.png", metrics)
     for metric in metrics:
-        text += f"\n## The profile's share of {metric}\n\n{shares_table(o, found, metric)}"
-        if "prlm" in found:
-            text += f"\n… above that of {ARMS['prlm'][0]}\n\n"
-            text += shares_table(o, found, metric, "prlm")
+        shown, hidden = ({arm: found[arm][metric][side] for arm in found} for side in SIDES)
+        shares = {arm: share(found, arm, metric) for arm in found}
+        text += f"\n## The profile's share of {metric}\n\n{differences(shown, hidden)}"
+        for name, ours, base in (("prlm", shares, shares), ("none", shown, hidden)):
+            if name in found:
+                what = "That share" if ours is shares else "The score with the profile"
+                text += f"\n{what}, minus that of *{ARMS[name][0]}*\n\n"
+                text += differences(ours, dict.fromkeys(found, base[name]))
     return text + f"\n## The judges (.5 is chance)\n\n{judges_table(o, found)}"
 
 
