@@ -135,7 +135,7 @@ def make_records(
     o: PromptOptions, decoder, tokenizer, examples, prompts: list[list[int]],
     group_size: int, temperature: float, purpose=("evaluate",), batch: int = 64,
 ) -> list[dict]:  # fmt: skip
-    """What the policy was asked and says, for each of P G completions: id, query, target, prompt
+    """What the policy is asked and says, for each of P G completions: id, query, target, prompt
     and completion (text), answer, tokens (ids), logprobs, finished. `batch` are sampled
     at once, in order of their prompts' lengths; `purpose` and place seed the noise."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))

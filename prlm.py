@@ -550,7 +550,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], said=""):
         """Ids of {"role", "content"} messages, each between its marks of FORMATS, and of what is
-        `said` in the next turn (default: the template's opening). ValueError: unknown template."""
+        `said` in the next turn (default: the template's <think>). ValueError: unknown template."""
         turns, said = [(m["role"], m["content"]) for m in messages], said or self.opening
         if self.format is None:
             if self.template:
@@ -589,7 +589,7 @@ class Tokenizer:
 
 # ==== Below: not the method ====
 # ---- Faster: rows that leave the batch, CUDA graphs ----
-# Lines for CUDA elsewhere: attention, sample, device_and_dtype; rl.py: processes, make_optimizer.
+# CUDA elsewhere: attention, sample, generate, device_and_dtype; rl.py: processes, make_optimizer.
 class Pace(NamedTuple):
     look: int  # steps between looks at who has finished: each waits for the GPU
     keep: float  # rows leave when at most this share stays: leaving copies the cache
@@ -909,7 +909,7 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 # ---- Several processes, by torchrun. `make_records` splits sampling and gathers it; gradients are
 # split by `micro_batches` and summed in `optimizer_step`, logs in `warm_start`, `update_metrics`.
-# All the rest every process does whole; files and the bert judge are the first process's.
+# All the rest every process does whole; files and the bert judge's weights are the first's.
 def world():  # (this process's number from 0, how many there are)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

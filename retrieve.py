@@ -44,7 +44,7 @@ from prlm import SHIPPED, Encoder, ModelOptions, Ragged, Tokenizer, option
 # ---- Tasks and records ----
 @dataclass(frozen=True)
 class Task:
-    prefix: str  # the instruction that begins every input; not part of the query
+    prefix: str  # LaMP's words that begin each input; not part of the query
     fields: dict[str, str]  # a profile item's keys in their order -> the names shown
     request: str  # behind WITH_PROFILE, if there is one
     penalty: float = 0.0  # personalization reward of an answer that is empty or the placeholder

@@ -94,7 +94,7 @@ def grpo_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of step 4, a scalar: log-probabilities and mask [P, G, C], advantages [P, G].
     `clip_high`, if any, is the clip above 1 (DAPO). What lies outside the mask never counts.
-    `weights`: `token_weights` of a part of a step. `update` minimises this alone, without weight
+    `weights`: `token_weights` of a part of a step. `update` minimises the loss, without weight
     decay. ValueError: beta without ref_logprobs."""
     weights = token_weights(mask, normalizer, max_new_tokens) if weights is None else weights
     outside = ~mask.bool()
@@ -250,7 +250,7 @@ def main(o: Options, judge=None):
 
 
 def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
-    """The stages; before `train_policy`, those with a result are skipped."""
+    """The stages. Those before `train_policy` reuse a result that exists."""
     for name in ("predictions.json", "held_out/after.jsonl"):  # perhaps those of fewer steps
         (out / name).unlink(missing_ok=True)
     if o.warm_start:
@@ -506,7 +506,7 @@ def save_state(folder: Path, step: int, policy: Policy, optimizer):
 
 
 def load_state(folder: Path, policy: Policy, optimizer) -> int:
-    """Restores a saved state, logs cut to their sizes then; returns the steps done."""
+    """Restores a saved state, cuts the logs to its sizes, returns the steps done."""
     path, state = folder / "trainer.pt", {"step": 0, "logs": {}}
     with prlm.faults_in(path):
         if path.is_file():
@@ -557,7 +557,7 @@ def processes():  # torchrun's, if there are any; only the first one prints
 
 
 def score_held_out(o: Options, out: Path, name: str, policy: Policy, held) -> list[dict]:
-    """Scores, greedy and sampled at .7, into scores.json; returns held_out/{name}.jsonl, greedy."""
+    """Scores, greedy and sampled at .7, into scores.json; returns the greedy records."""
     file, lines = out / "scores.json", out / "held_out" / f"{name}.jsonl"
     if lines.is_file():
         return prlm.read_lines(lines)
