@@ -197,6 +197,14 @@ def tiny(world, out, **changes):
     return rl.Options(**settings | changes)
 
 
+@pytest.fixture(scope="session")
+def finished(world, tmp_path_factory):
+    """One undisturbed run with a judge."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    rl.main(tiny(world, out, beta=0.1, accuracy=2.0))
+    return out
+
+
 def without_clock(path):
     return [{k: v for k, v in line.items() if "second" not in k} for line in prlm.read_lines(path)]
 

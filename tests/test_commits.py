@@ -2,9 +2,9 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import commits as module
 import pytest
@@ -12,7 +12,6 @@ from conftest import same
 
 import retrieve
 
-ROOT = Path(__file__).parent.parent
 BODY = "Nobody has called it for a year and the test that names it tests nothing at all."
 
 
@@ -213,8 +212,9 @@ class TestCommand:
                 convert(out, alone, *flags)
         assert not out.exists()
 
-    def test_mistakes_are_one_line(self, tmp_path):
-        run = [sys.executable, str(ROOT / "toy/commits.py"), str(tmp_path / "none")]
-        done = subprocess.run(run, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1 and "none" in done.stderr
+    def test_mistakes_are_one_line(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["commits.py", str(tmp_path / "none")])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(module.__file__, run_name="__main__")
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "none" in said

@@ -181,13 +181,6 @@ def test_long_completions_take_no_longer_than_they_are_long():
             assert time.process_time() - begun < 1  # seconds; a quadratic search takes minutes
 
 
-@pytest.fixture
-def policy(world):
-    """(decoder, tokenizer, held-out examples)"""
-    decoder, tokenizer = prlm.load_decoder(world / "policy"), prlm.load_tokenizer(world / "policy")
-    return decoder, tokenizer, load_lamp(world / "lamp", "LaMP-4", "dev")
-
-
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_every_completion_goes_to_its_prompt(monkeypatch, size):
     """However prompts are batched; no two batches, and no two purposes, share their noise."""
@@ -214,8 +207,10 @@ def test_every_completion_goes_to_its_prompt(monkeypatch, size):
 
 
 class TestEvaluate:
-    def test_scores_are_the_means_of_each_record(self, policy):
-        o, examples = PromptOptions(k=2, max_new_tokens=12), policy[2]
+    def test_scores_are_the_means_of_each_record(self, world):
+        o, path = PromptOptions(k=2, max_new_tokens=12), world / "policy"
+        examples = load_lamp(world / "lamp", "LaMP-4", "dev")
+        policy = prlm.load_decoder(path), prlm.load_tokenizer(path), examples
         scores, answers = evaluate(*policy, o, 0.7)
         with_profile, without = (module.answer_all(replace(o, k=k), *policy, 0.7) for k in (2, 0))
         assert list(answers.items()) == [(r["id"], r["answer"]) for r in with_profile]
@@ -231,6 +226,7 @@ class TestEvaluate:
         assert mean_scores(records) == mean_scores([]) == {}
 
 
-def test_doctests():
-    result = doctest.testmod(module)
+@pytest.mark.parametrize("chapter", [module, prlm])
+def test_doctests(chapter):
+    result = doctest.testmod(chapter)
     assert result.attempted and not result.failed

@@ -116,9 +116,6 @@ def test_a_wrong_number_is_refused(tmp_path, monkeypatch, capsys):
             error = capsys.readouterr().err
             assert error.startswith("error: ") and error.count("\n") == 1 and said in error
         (copy / "exercise.json").unlink(missing_ok=True)
-    text = module.with_body(reference(LCS), LCS.function, LCS.solution)
-    (copy / LCS.file).write_text(text, encoding="utf-8")
-    assert command(monkeypatch, "check", LCS.number, copy, "--json") == 0
 
 
 @each

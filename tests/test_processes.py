@@ -26,16 +26,6 @@ def torchrun(function, *arguments):
     return [found[rank] for rank in range(2)]
 
 
-def noise_by_prompt(real):
-    """`generate` with noise by prompt alone: any number of processes samples the same."""
-
-    def generate(decoder, prompts, group_size, longest, temperature, eos_ids, seed):
-        rest = group_size, longest, temperature, eos_ids
-        return [real(decoder, [prompt], *rest, sum(prompt))[0] for prompt in prompts]
-
-    return generate
-
-
 def updates():
     """(weights, log) after two updates for each normalizer; of 3 prompts, one process has 2."""
     found = []
@@ -66,7 +56,12 @@ def test_more_processes_than_prompts(world, tmp_path):
 
 def test_stopped_and_resumed_they_end_like_one_process(world, tmp_path, monkeypatch, capfd):
     """One process is asked to stop; all stop after the same step, and only the first writes."""
-    monkeypatch.setattr(prlm, "generate", noise_by_prompt(prlm.generate))
+    sample = prlm.generate
+
+    def by_prompt(decoder, prompts, *how):  # any number of processes samples the same
+        return [sample(decoder, [prompt], *how[:-1], sum(prompt))[0] for prompt in prompts]
+
+    monkeypatch.setattr(prlm, "generate", by_prompt)
     how = dict(prompts_per_step=3, normalizer="dapo", save_every=10, warm_start=2, force=True)
     one, two = tmp_path / "one", tmp_path / "two"
     o = tiny(world, two, **how)

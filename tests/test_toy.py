@@ -1,11 +1,10 @@
 """The toy world is what its README says; the experiments' statistics and the page are right."""
 
 import json
-import os
 import random
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -150,13 +149,13 @@ class TestExperiments:
         assert found["bm25"][2] == prlm.read_json(run / "scores.json")["after"]["rouge-l"]
 
 
-def test_the_tour_runs_as_it_is():
+def test_the_tour_runs_as_it_is(monkeypatch, capsys):
     """At ratio 1 the loss is 0, and its step makes likelier what had the better rewards."""
-    run = [sys.executable, str(TOY / "tour.py")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
-    assert abs(float(re.search(r"^loss (\S+), norm", done.stdout, re.M)[1])) < 1e-6
-    assert float(done.stdout.rpartition("advantage and change: ")[2]) > 0.5
+    monkeypatch.setattr(sys, "path", [str(TOY), *sys.path])
+    runpy.run_path(str(TOY / "tour.py"))
+    said = capsys.readouterr().out
+    assert abs(float(re.search(r"^loss (\S+), norm", said, re.M)[1])) < 1e-6
+    assert float(said.rpartition("advantage and change: ")[2]) > 0.5
 
 
 class TestTRL:
@@ -221,16 +220,6 @@ HOSTILE = '</b></style><script>alert(1)</script>\x00\x1b[31m\u202e\ud800 & " onf
 
 
 class TestPage:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def finished(cls, world, tmp_path_factory):
-        """A run of two steps: three held-out records, the same three to train on in each step."""
-        out = tmp_path_factory.mktemp("runs") / "toy"
-        small = dict(prompts_per_step=3, group_size=4, limit=3, max_new_tokens=12, eval_every=1)
-        small |= dict(max_prompt_tokens=400, judge="ratio", k=2, steps=2, accuracy=2.0, force=True)
-        rl.main(rl.Options(model=str(world / "policy"), out=str(out), **small))
-        return out
-
     @pytest.fixture
     def run(self, finished, tmp_path):
         return Path(shutil.copytree(finished, tmp_path / "run"))
@@ -244,15 +233,11 @@ class TestPage:
         page.main(page.Options(run=str(run), **options))
         return (run / "report.html").read_text()
 
-    def test_is_whole_alone(self, run):
-        """Nothing is fetched."""
+    def test_is_whole_alone_and_data_cannot_break_out(self, run, world):
         html = self.page(run)
-        tags = {tag for tag, _ in Html(html).tags}
-        assert {"script", "img", "link", "iframe", "a"}.isdisjoint(tags)
+        plain = {tag for tag, _ in Html(html).tags}
+        assert {"script", "img", "link", "iframe", "a"}.isdisjoint(plain)  # nothing is fetched
         assert not re.search(r"(src|href|url|@import)\s*[=(]?[\"' ]", html)
-
-    def test_data_cannot_break_out(self, run, world):
-        plain = {tag for tag, _ in Html(self.page(run)).tags}
         ids = prlm.load_tokenizer(world / "policy").encode(HOSTILE)
         texts = ("id", "query", "target", "prompt", "answer")
         for path in (run / "samples.jsonl", *run.glob("held_out/*.jsonl")):
@@ -270,7 +255,7 @@ class TestPage:
 
     def test_parts_add_up_to_the_reward(self, run):
         self.edit(run / "samples.jsonl", lambda n, line: {"completion": str(n)})  # all are shown
-        html = self.page(run)
+        html = self.page(run, prompts=4)
         cards = [card for card in html.split('<article class="card">') if "advantage <b" in card]
         rewards = []
         for card in cards:
@@ -290,10 +275,10 @@ class TestPage:
         lines, scores = prlm.read_lines(run / "metrics.jsonl"), prlm.read_json(run / "scores.json")
         (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n{half a li")
         prlm.write_json(run / "scores.json", {k: scores[k] for k in ("no_profile", "before")})
-        assert "1 of 2 steps are done, no answers after RL." in Html(self.page(run)).text
+        assert "1 of 4 steps are done, no answers after RL." in Html(self.page(run)).text
         for name in ("samples.jsonl", "metrics.jsonl", "held_out/before.jsonl"):
             (run / name).unlink()
-        assert "0 of 2 steps" in Html(self.page(run)).text
+        assert "0 of 4 steps" in Html(self.page(run)).text
         with pytest.raises(ValueError, match=r"was not written by rl\.py or eval\.py"):
             self.page(world / "policy")
 
