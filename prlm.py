@@ -893,7 +893,7 @@ def read_json(path, kind: type = dict):  # the top level must be a `kind`
         return value
 
 
-def read_lines(path) -> list[dict]:  # without the half line that a killed process may leave
+def read_lines(path) -> list[dict]:  # without the half line of a killed process
     with faults_in(path):
         return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
 
@@ -933,8 +933,8 @@ def progress(iterable=None, title=None, **more):  # on a terminal, by the first 
 SHIPPED = Path(__file__).resolve().parent / "toy"
 PRESETS = {  # changes to the defaults, the toy's; a command takes those that it has
     "small": dict(  # models like SmolLM2-135M
-        k=3, max_prompt_tokens=288, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24,
-        prompts_per_step=4, temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
+        k=3, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24, prompts_per_step=4,
+        temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
         tokens_per_micro_batch=4096,
     ),
     "paper": dict(  # what the paper and the authors' code say

@@ -190,19 +190,22 @@ def question(task: str, query: str) -> str:  # an item up to its answer: 'text':
 
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
     """SYSTEM, then one user message of lines: `show` of each item, `instruction`, `question`. With
-    a tokenizer, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: every field, of items
-    and query, is cut to the same number of tokens, the largest that fits; where one token of each
-    is too much, the last items are left out. ValueError if the bare instruction is too long."""
+    a tokenizer, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: each field of an item
+    is cut to n tokens, the query to as many as they have together; n is the largest that fits, and
+    where 1 is too much, the last items go. ValueError if the bare instruction is too long."""
     task, fields = example.task, TASKS[example.task].fields
 
-    def messages(most: int | None, items) -> list[dict]:
-        cut = str.strip if most is None else lambda text: tokenizer.cut(text.strip(), most)
+    def messages(most: int | None, items):
+        def cut(text: str, n: int = 1) -> str:
+            return text.strip() if most is None else tokenizer.cut(text.strip(), n * most)
+
         lines = [show({key: cut(item[key]) for key in fields}, task) for item in items]
-        lines += [instruction(task, bool(items)), question(task, cut(example.query))]
+        query = cut(example.query, len(items) * len(fields) or 1)
+        lines += [instruction(task, bool(items)), question(task, query)]
         user = {"role": "user", "content": "\n".join(lines)}
         return [{"role": "system", "content": SYSTEM}, user]
 
-    def fits(most: int | None, items) -> bool:
+    def fits(most, items) -> bool:
         return len(tokenizer.chat(messages(most, items))) <= max_prompt_tokens
 
     if tokenizer is None or max_prompt_tokens is None or fits(None, items):

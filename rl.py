@@ -363,7 +363,7 @@ def warm_start(o: Options, out: Path, policy: Policy, train):
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.gather()
-    # In place: else the caller's variable would keep the first policy alive.
+    # In place: else the caller would keep the first policy alive.
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 

@@ -172,7 +172,7 @@ EXERCISES = [
         "TestPrompt",
         {"": "`show`, `instruction` and `question` make the lines. Are there items to speak of?",
          "budget": "Count the tokens of the chat as it is sent. Would one more for each field fit?",
-         "long": "The query is cut to the same number of tokens as any other field."}, [
+         "long": "The query may have as many tokens as all fields of the items together."}, [
             Mutant("the chat format is not counted", "Prompts are a few tokens over the budget.",
                    "len(tokenizer.chat(messages(most, items)))",
                    "sum(len(tokenizer.encode(m[\"content\"])) for m in messages(most, items))"),
@@ -180,19 +180,22 @@ EXERCISES = [
                    "bool(items)", "True"),
             Mutant("what short fields leave is lost", "A short item makes the whole prompt short.",
                    "max_prompt_tokens + 1)", "max_prompt_tokens // (1 + 2 * len(items)) + 1)"),
+            Mutant("items crowd the query out", "Of a long abstract a fifth is left.",
+                   "len(items) * len(fields) or 1", "1"),
             Mutant("the first items are left out", "On a small budget the best items are missing.",
                    "items = items[: bisect(", "items = items[::-1][: bisect("),
         ], """
         keys = TASKS[example.task].fields
 
         def chat(most: int, count: int) -> list[dict]:
-            def cut(text: str) -> str:
-                return text.strip() if most < 0 else tokenizer.cut(text.strip(), most)
+            def cut(text: str, n: int) -> str:
+                return text.strip() if most < 0 else tokenizer.cut(text.strip(), n)
 
-            shown = [{key: cut(item[key]) for key in keys} for item in items[:count]]
+            shown = [{key: cut(item[key], most) for key in keys} for item in items[:count]]
             lines = [show(item, example.task) for item in shown]
             lines += [instruction(example.task, count > 0)]
-            text = "\\n".join([*lines, question(example.task, cut(example.query))])
+            query = cut(example.query, most * max(1, sum(map(len, shown))))
+            text = "\\n".join([*lines, question(example.task, query)])
             return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
         def fits(most: int, count: int) -> bool:
