@@ -909,7 +909,7 @@ def printable(text: str) -> str:  # on a terminal or a page, where nothing in it
 
 # ---- Several processes, by torchrun. `make_records` splits sampling and gathers it; gradients are
 # split by `micro_batches` and summed in `optimizer_step`, logs in `warm_start`, `update_metrics`.
-# All the rest every process does whole; files and the bert judge's weights are the first's.
+# Every process does all the rest; files and the bert judge's weights are the first's.
 def world():  # (this process's number from 0, how many there are)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

@@ -81,7 +81,7 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
         real.main(replace(options, more=f"{SMALL} --lr 1e-3"))
 
 
-def test_the_share_is_the_mean_of_authors_with_minus_without(options, jobs):
+def test_each_side_is_the_mean_of_its_authors(options, jobs):
     real.main(options)
     choose, report, everyone = (
         real.Authors(replace(options, half=half)) for half in ("choose", "report", "all")
@@ -98,15 +98,12 @@ def test_the_share_is_the_mean_of_authors_with_minus_without(options, jobs):
 def test_what_is_compared(options, monkeypatch):
     means = {"warm": (0.5, 0.4), "none": (0.3, 0.2), "prlm": (0.9, 0.6)}
     sides = {a: dict(zip(real.SIDES, np.array(m)[:, None, None])) for a, m in means.items()}
-    found = {
-        arm: dict.fromkeys(("rouge-1", "form", "rouge-l", "kind", "prefix"), s)
-        for arm, s in sides.items()
-    }
+    found = {a: dict.fromkeys(real.metrics_of("commits"), both) for a, both in sides.items()}
     monkeypatch.setattr(real, "collect", lambda *_: found)
     monkeypatch.setattr(real, "shares_picture", lambda *_: "")
     _, shares, scores, *_ = real.report(options).split("minus that of *")
     assert "| warm start | -0.200 |" in shares and "| GRPO, accuracy alone |" not in shares
-    for row in ("warm start | +0.300", "trained without profiles | +0.100", "alone | +0.700"):
+    for row in ("warm start | +0.300", "GRPO without profiles | +0.100", "alone | +0.700"):
         assert f"{row} |" in scores
 
 

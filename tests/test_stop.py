@@ -170,3 +170,19 @@ def test_some_signals_end_it_at_once(world, tmp_path, monkeypatch, slow, asked, 
         time.sleep(1)
     process.join(20)
     assert process.exitcode == status and "Traceback" not in log.read_text()
+
+
+def test_a_signal_during_the_last_save_is_obeyed(world, tmp_path, monkeypatch):
+    def signalled(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    save, out = rl.save_state, tmp_path / "run"
+    o = whole(world, out, steps=2, warm_start=0, personalization=0.0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(rl, "save_state", signalled)
+        rl.main(o)
+    assert steps(out) == 2 and not (out / "checkpoint").exists()
+    rl.main(o)
+    assert (out / "predictions.json").is_file()

@@ -11,9 +11,9 @@ The tables go to --out.
     python toy/real.py ... --task LaMP-7 --limit 500 --arms warm,prlm
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
-the same policy scores without, answering at once. Beside it, minus what a policy scores that was
-trained without profiles, whose form this is. Held-out authors are in two halves. Recipes are chosen
-on one; the other is looked at once, at the end, with --half report."""
+the same policy scores without, answering at once. Beside it: the first score minus that of a policy
+trained without profiles, to which this is usual. Held-out authors are in two halves. Recipes are
+chosen on one; the other is looked at once, at the end, with --half report."""
 
 import shlex
 import sys
@@ -40,7 +40,7 @@ ACCURACY, RATIO = {"personalization": 0.0}, {"judge": "ratio"}
 NO_GOLD = {"accuracy": 0.0, "beta": 0.3}
 ARMS = {
     "warm": ("warm start", {"steps": 0} | ACCURACY),
-    "none": ("trained without profiles", {"k": 0} | ACCURACY),
+    "none": ("GRPO without profiles", {"k": 0} | ACCURACY),
     "prlm": ("GRPO, accuracy alone", ACCURACY),
     "bert": ("… with the paper's judge, .1", {"personalization": 0.1, "pairs_per_query": 1}),
     "ratio.1": ("… with the ratio judge, .1", {"personalization": 0.1} | RATIO),
@@ -250,9 +250,9 @@ fixed. The share is the score with the profile minus that of the same policy wit
         shown, hidden = ({arm: found[arm][metric][side] for arm in found} for side in SIDES)
         shares = {arm: share(found, arm, metric) for arm in found}
         text += f"\n## The profile's share of {metric}\n\n{differences(shown, hidden)}"
-        for name, ours, base in (("prlm", shares, shares), ("none", shown, hidden)):
+        bases = {"prlm": ("That share", shares, shares), "none": ("The first score", shown, hidden)}
+        for name, (what, ours, base) in bases.items():
             if name in found:
-                what = "That share" if ours is shares else "The score with the profile"
                 text += f"\n{what}, minus that of *{ARMS[name][0]}*\n\n"
                 text += differences(ours, dict.fromkeys(found, base[name]))
     return text + f"\n## The judges (.5 is chance)\n\n{judges_table(o, found)}"
