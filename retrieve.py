@@ -190,9 +190,9 @@ def question(task: str, query: str) -> str:  # an item up to its answer: 'text':
 
 def build_messages(example: Example, items: list[dict], tokenizer=None, max_prompt_tokens=None):
     """SYSTEM, then one user message of lines: `show` of each item, `instruction`, `question`. With
-    a tokenizer, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: each of the items'
-    F fields is cut to n tokens, the query to F n (n if F = 0). n is the largest that fits; where 1
-    is too much, the last items go. ValueError if the bare instruction is too long."""
+    a tokenizer, `tokenizer.chat` of both has at most `max_prompt_tokens` ids: all items have F
+    fields together; each is cut to n tokens, the query to F n (n if F = 0). n is the largest that
+    fits; where 1 is too much, the last items go. ValueError if the bare instruction is too long."""
     task, fields = example.task, TASKS[example.task].fields
 
     def messages(most: int | None, items):
