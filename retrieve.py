@@ -196,8 +196,8 @@ def build_messages(example: Example, items: list[dict], tokenizer=None, max_prom
     task, fields = example.task, TASKS[example.task].fields
 
     def messages(most: int | None, items):
-        def cut(text: str, n: int = 1) -> str:
-            return text.strip() if most is None else tokenizer.cut(text.strip(), n * most)
+        def cut(text: str, F: int = 1) -> str:
+            return text.strip() if most is None else tokenizer.cut(text.strip(), F * most)
 
         lines = [show({key: cut(item[key]) for key in fields}, task) for item in items]
         query = cut(example.query, len(items) * len(fields) or 1)

@@ -456,6 +456,16 @@ class TestMakeJudge:
         again = reward.make_judge(o, None, None, [], users(), tmp_path / "a/b")(*asked)
         assert again == first and calls[2:] == ["train"]  # the same model comes out
 
+    def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
+        o, held = (
+            reward.RewardOptions(judge="ratio"),
+            load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev"),
+        )
+        judge = reward.make_judge(o, *toy, [], held[:20], tmp_path / "new")
+        report, said = prlm.read_json(tmp_path / "new/report.json"), capsys.readouterr().out
+        assert report["swap_test"] > 0.8 and all(0 < v < 1 for v in judge(held[:1], ["why"]))
+        assert f"judge ratio (.5 is chance): swap_test {report['swap_test']}" in said
+
     @pytest.mark.parametrize(("text", "changes"), [
         ("2 pairs of 1 queries are too few", {}), ("policy", {"encoder": "policy"}),
         ("encoder", {"reward_model": "encoder"}), ("--encoder", {"encoder": None}),

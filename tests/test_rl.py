@@ -319,15 +319,17 @@ class TestStep:
                 same(log, expected_log, f"the log, {how}, budget {budget}", 1e-4, 1e-6)
             assert log["gap"] > 0.05 and (log["clip_fraction"] > 0) == (updates > 1)
 
-    def test_half_precision_is_close_and_the_weights_stay_whole(self):
+    def test_checkpointing_and_half_precision_are_close_and_the_weights_stay_whole(self):
         found = []
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, checkpointing in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
             o, policy, *rest = small_step(beta=0.1, updates_per_rollout=2, clip=0.2)
             start = trained(policy)
+            policy.decoder.checkpointing = bool(checkpointing)
             prlm.multiply_in(policy.decoder, dtype)
             rl.update(o, policy, *rest)
             found.append(trained(policy) - start)
-        whole, half = found
+        whole, again, half, half_again = found
+        assert torch.equal(whole, again) and torch.equal(half, half_again)
         assert half.dtype == torch.float32 and 0 < (half - whole).norm() < 0.1 * whole.norm()
 
     def test_a_gradient_that_is_no_number_is_not_applied(self):

@@ -62,16 +62,18 @@ class TestRun:
         for one, two in (("samples.jsonl", "held_out/after.jsonl"), ("predictions.json",) * 2):
             assert (tmp_path / "eval" / one).read_bytes() == (finished / two).read_bytes()
 
-    def test_no_steps_no_judge(self, world, tmp_path):
-        """The scores are those of the warm start."""
+    @pytest.mark.parametrize("warm_start", [0, 1])
+    def test_no_steps_no_judge(self, world, tmp_path, warm_start):
+        """The scores are those of the warm start, or of the model that was given."""
         out = tmp_path / "run"
-        rl.main(tiny(world, out, steps=0, warm_start=1))
+        rl.main(tiny(world, out, steps=0, warm_start=warm_start))
         assert not (out / "reward").exists() and not steps(out)
         scores = prlm.read_json(out / "scores.json")
         assert scores["after"] == scores["before"]
-        one, two = (prlm.load_decoder(out / name) for name in ("warm_start", "checkpoint"))
+        start = out / "warm_start" if warm_start else world / "policy"
+        one, two = (prlm.load_decoder(path) for path in (start, out / "checkpoint"))
         assert torch.equal(one.head, two.head)
-        rl.main(tiny(world, out, steps=1, warm_start=1, resume=True, force=True))
+        rl.main(tiny(world, out, steps=1, warm_start=warm_start, resume=True, force=True))
         assert steps(out) == 1 and (out / "reward").is_dir()
 
     def test_a_judge_of_ones_own(self, world, tmp_path):

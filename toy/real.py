@@ -11,9 +11,9 @@ The tables go to --out.
     python toy/real.py ... --task LaMP-7 --limit 500 --arms warm,prlm
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
-the same policy scores without, answering at once. Beside it: the first score minus that of a policy
-trained without profiles, to which this is usual. Held-out authors are in two halves. Recipes are
-chosen on one; the other is looked at once, at the end, with --half report."""
+the same policy scores without, answering at once. Beside it: the score with the profile minus
+that of a policy trained without profiles. Held-out authors are in two halves. Recipes are chosen on
+one; the other is looked at once, at the end, with --half report."""
 
 import shlex
 import sys
@@ -250,7 +250,7 @@ fixed. The share is the score with the profile minus that of the same policy wit
         shown, hidden = ({arm: found[arm][metric][side] for arm in found} for side in SIDES)
         shares = {arm: share(found, arm, metric) for arm in found}
         text += f"\n## The profile's share of {metric}\n\n{differences(shown, hidden)}"
-        bases = {"prlm": ("That share", shares, shares), "none": ("The first score", shown, hidden)}
+        bases = {"prlm": ("That share", shares, shares), "none": ("The score", shown, hidden)}
         for name, (what, ours, base) in bases.items():
             if name in found:
                 text += f"\n{what}, minus that of *{ARMS[name][0]}*\n\n"
