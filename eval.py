@@ -36,7 +36,8 @@ def f1(matches: int, predicted: int, wanted: int) -> float:
     return 2 * precision * recall / (precision + recall) if matches else 0.0
 
 
-def common(a: list, b: list, n: int) -> int:  # n-grams of both: each the smaller of its counts
+def common(a: list, b: list, n: int) -> int:
+    """How many n-grams both have: each counts as often as where it is rarer."""
     ngrams = [Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 
@@ -127,7 +128,7 @@ def is_placeholder(answer: str, task: str) -> bool:  # or empty
 
 
 # ---- A policy on a data set ----
-def seed_of(*parts) -> int:  # one for each purpose: independent draws share no noise
+def seed_of(*parts) -> int:  # one for each purpose: no shared noise
     return random.Random(repr(parts)).getrandbits(63)
 
 
@@ -182,7 +183,7 @@ def evaluate(decoder, tokenizer, examples, options=None, temperature=0.0) -> tup
 
 
 # ==== Below: not the method ====
-# What may change on --resume: length, place, and what costs time or memory.
+# May change on --resume: length, place, what costs time or memory.
 FREE = {"steps", "device", "save_every", "eval_every", "tokens_per_micro_batch", "checkpointing"}
 FREE |= {"out", "resume", "overwrite", "force", "preset"}
 

@@ -719,7 +719,8 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32):
     what to replace in their names; one that becomes empty is left out."""
     folder, weights = Path(directory), {}
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such directory; hf download {folder} --local-dir X")
+        said = "no such directory (a run makes it last); hf download"
+        raise FileNotFoundError(f"{folder}: {said} {folder} --local-dir X")
     with faults_in(folder):
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]
         if not files[0].is_file() and (index := folder / "model.safetensors.index.json").is_file():
@@ -977,7 +978,7 @@ def resolve(options: type, given: dict):
     elif given.get("resume") and path.is_file():
         base = read_json(path)
     elif "preset" in names - given.keys() and not shipped:
-        raise ValueError("--model is not the toy's: say --preset small (135 M) or paper (1.5 B)")
+        raise ValueError("--model is not the toy's: --preset toy, small (135 M) or paper (1.5 B)?")
     # These are never inherited: a run's temperature is for rollouts.
     own = {"out", "overwrite", "force", "" if "steps" in names else "temperature"}
     chosen = names & (base.keys() - own | given.keys())

@@ -101,7 +101,7 @@ class RewardModel(nn.Module):
         like = encoder.embeddings.LayerNorm.weight  # [H]
         if encoder.pooler is None:
             encoder.pooler = nn.ModuleDict({"dense": prlm.Linear(len(like), len(like)).to(like)})
-        # float32: in bfloat16, scores that differ by less than .4 % would tie.
+        # float32: in bfloat16, scores closer than .4 % would tie.
         self.classifier = nn.Linear(len(like), 1).to(like.device)
         prlm.start_random(self.classifier)
         nn.init.zeros_(self.classifier.bias)
@@ -241,8 +241,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
     reasoning: the probability, at even odds, that a was written with the profile. The query's
     share cancels, so an answer off the topic may earn as much: accuracy beside it prevents that, or
     --beta, which keeps the policy near its beginning."""
-    # An example's answers stand together and share its two prompts. Its record id would not do:
-    # the swap test asks with the same ids and other profiles.
+    # An example's answers share two prompts. Not by id: the swap test changes profiles.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
     asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
     sides = (replace(o, reasoning=False, k=k) for k in (o.k, 0))

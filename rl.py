@@ -326,7 +326,8 @@ EVIDENCE_ITEMS, EVIDENCE_TOKENS = 3, 14  # tokens: of a title, or how a tweet be
 def warm_start_targets(o: Options, tokenizer: Tokenizer, examples) -> list[list[int]]:
     """The ids to imitate for each record, EOS last: what the user really wrote. Before it, with
     o.reasoning, a line EVIDENCE quotes each of the best o.k items, at most EVIDENCE_ITEMS: its last
-    field, cut to EVIDENCE_TOKENS. No items: an empty line. No <think> if the prompt has it."""
+    field, cut to EVIDENCE_TOKENS (a tight prompt may show less of it). No items: an empty line. No
+    <think> if the prompt has it."""
     (*_, last_field), targets = task_of(o.task).fields, []
     for example in examples:
         form, quoted = answer_block(o.task), []
@@ -363,7 +364,7 @@ def warm_start(o: Options, out: Path, policy: Policy, train):
         keep_training(o, folder, "warm start", o.warm_start, o.warm_start_lr, policy, take)
         prlm.save_decoder(policy.decoder, policy.tokenizer, folder)
         prlm.gather()
-    # In place: else the caller would keep the first policy alive.
+    # In place: else the first policy would stay alive.
     vars(policy).update(vars(make_policy(replace(o, model=str(folder)))))
 
 
@@ -420,7 +421,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None):
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
-    rounding is stochastic, so unbiased: rounding to nearest would lose small steps."""
+    rounding is stochastic, so unbiased: to nearest would lose small steps."""
     noise = torch.Generator(policy.decoder.head.device).manual_seed(seed or 0)
     for copied, weight in zip(policy.sampler.parameters(), policy.decoder.parameters()):
         if copied.dtype != weight.dtype and seed is not None:
@@ -432,7 +433,7 @@ def refresh(policy: Policy, seed: int | None = None):
 
 def make_optimizer(policy: Policy, lr: float) -> torch.optim.Optimizer:
     parameters = [p for p in policy.decoder.parameters() if p.requires_grad]
-    # Fused, on CUDA, it makes no copy of its second moments during a step.
+    # Fused, on CUDA, it copies no second moments during a step.
     return torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
@@ -501,7 +502,8 @@ def save_state(folder: Path, step: int, policy: Policy, optimizer):
     sizes = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
     state = {"step": step, "model": trained, "optimizer": optimizer.state_dict(), "logs": sizes}
     if prlm.world()[0] == 0:
-        with prlm.replacing(folder / "trainer.pt") as temporary:
+        path = folder / "trainer.pt"
+        with prlm.faults_in(f"{path} (a full disk?)"), prlm.replacing(path) as temporary:
             torch.save(state, temporary)
 
 
@@ -521,7 +523,7 @@ def load_state(folder: Path, policy: Policy, optimizer) -> int:
 @contextmanager
 def stop_after_step():
     """Ctrl-C and SIGTERM wait for the end of the step, a second one does not. Yields a function
-    that gives the signal that any process has had, or 0."""
+    that gives any process's signal, or 0."""
     came, numbers = [0], (signal.SIGINT, signal.SIGTERM)
 
     def ask(number, _frame):
@@ -544,7 +546,7 @@ def say(text: str):
 
 
 @contextmanager
-def processes():  # torchrun's, if there are any; only the first one prints
+def processes():  # torchrun's, if any; only the first prints
     if dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -943,7 +943,7 @@ def start(e: Exercise, target: Path, text: str, **more) -> None:
 def submitted(e: Exercise, directory: Path) -> tuple[dict[str, str], dict]:
     """(the modules that a directory holds, what `start` or `bug` has noted there or {})."""
     paths = [directory / name for name in (*MODULES, MADE) if (directory / name).is_file()]
-    found = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    found = {path.name: path.read_text(encoding="utf-8-sig", errors="replace") for path in paths}
     if e.file not in found:
         problem = f"holds no {e.file}" if directory.is_dir() else "does not exist"
         raise ValueError(f"{directory} {problem}: exercise {e.number} is about {e.file}")

@@ -1,5 +1,6 @@
 """Copies differ in one body, grades are earned, bugs are found; `selftest` does the rest."""
 
+import ast
 import json
 from collections import Counter
 
@@ -36,6 +37,7 @@ def test_every_grader_is_there_and_every_hint_has_its_case(e):
     files = [(module.ROOT / name.partition("::")[0]).read_text() for name in e.tests]
     for name, text in zip(e.tests, files):
         assert all(f" {part}" in text for part in name.split("::")[1:])
+    assert any(map(ast.get_docstring, module.path_to(reference(e), e.function)))  # the task
     written = {*e.hints} - {"nan", "reasoning False"}  # what the cases' names are made of
     assert all(any(key in text for text in files) for key in written)
 
@@ -90,7 +92,7 @@ def test_a_grade(tmp_path, monkeypatch, capsys, body, tests, said):
     if "while" in body:
         monkeypatch.setattr(module, "LIMIT", 1)
     text = module.with_body(reference(LCS), LCS.function, body)
-    (tmp_path / LCS.file).write_text(text, encoding="utf-8")
+    (tmp_path / LCS.file).write_text(text, encoding="utf-8-sig")  # as some editors do
     assert command(monkeypatch, "check", LCS.number, tmp_path, "--json") == (said != "")
     results = json.loads(capsys.readouterr().out)
     first, *others = results["tests"]

@@ -1,4 +1,5 @@
 """The prompts and the reward of this project in TRL's own trainer, for those who outgrow rl.py.
+TRL tokenizes the prompts anew: control tokens that a profile spells act, a BOS may come twice.
 
 pip install trl datasets
 python reward.py --out runs/reward
@@ -16,12 +17,13 @@ from prlm import option
 from reward import Judge, RewardOptions, judge_model, make_judge, rewards
 
 
-def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, **weights: float):
-    """`rewards` as a reward function of GRPOTrainer, whose data set needs a column "id"."""
+def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, begun="", **weights):
+    """`rewards` as a reward function of GRPOTrainer, whose data set needs a column "id"; `begun` is
+    what the prompt has opened of the completion."""
     by_id = {example.id: example for example in examples}
 
     def prlm_reward(completions, id, **_) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [begun + (c if isinstance(c, str) else c[-1]["content"]) for c in completions]
         asked = [by_id[one] for one in id]
         return [part["reward"] for part in rewards(texts, asked, judge, **weights)]
 
@@ -51,7 +53,8 @@ def main(o: Options) -> None:
     judge = make_judge(o, policy, tokenizer, train, held, Path(o.out) / "reward")
     data = Dataset.from_dict(columns(o, tokenizer, train))
     how = GRPOConfig(o.out, max_steps=o.steps, max_completion_length=o.max_new_tokens, seed=o.seed)
-    GRPOTrainer(o.model, trl_reward(train, judge), how, data).train()
+    begun = tokenizer.opening if o.reasoning else retrieve.CLOSED
+    GRPOTrainer(o.model, trl_reward(train, judge, begun), how, data).train()
 
 
 if __name__ == "__main__":
