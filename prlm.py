@@ -934,7 +934,7 @@ def progress(iterable=None, title=None, **more):  # on a terminal, by the first 
 SHIPPED = Path(__file__).resolve().parent / "toy"
 PRESETS = {  # changes to the defaults, the toy's; a command takes those that it has
     "small": dict(  # models like SmolLM2-135M
-        k=3, encoder=None, reward_lr=5e-5, warm_start_lr=3e-4, steps=24, prompts_per_step=4,
+        k=3, encoder=None, reward_lr=2e-4, warm_start_lr=3e-4, steps=24, prompts_per_step=4,
         temperature=0.7, lr=6e-5, personalization=0.0, save_every=5,
         tokens_per_micro_batch=4096,
     ),

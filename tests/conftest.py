@@ -85,8 +85,7 @@ def byte_tokenizer(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
 
 @pytest.fixture
 def toy_tokenizer():
-    backend = byte_tokenizer()
-    return prlm.Tokenizer(backend, {256})
+    return prlm.Tokenizer(byte_tokenizer(), {256})
 
 
 def write_lamp(folder, task="LaMP-4", users=6, split="train", seed=0):

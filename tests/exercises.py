@@ -441,8 +441,7 @@ EXERCISES = [
         """),
     Exercise(15, "Sampling groups of completions", "prlm.py", "generate", 6,
         "TestTwins::test_sampler_and_trainer_agree "
-        "TestTwins::test_completions_without_an_end_are_as_long_as_they_may_be "
-        "TestTwins::test_greedy_reports_log_probabilities_at_temperature_one "
+        "TestDecoder::test_greedy_generate_equals_transformers "
         "TestTwins::test_ids_beyond_the_tokenizer_are_never_sampled "
         "TestTwins::test_samples_follow_the_distribution "
         "TestTwins::test_rows_are_independent_and_seeds_repeat "

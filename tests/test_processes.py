@@ -84,9 +84,8 @@ def test_stopped_and_resumed_they_end_like_one_process(world, tmp_path, monkeypa
     assert capfd.readouterr().out.count("is complete") == 1
     logs = [without_clock(out / "metrics.jsonl") for out in (one, two)]
     same(logs[1], logs[0], "metrics.jsonl", 1e-3, 1e-5)
-    for mine, other in zip(
-        *(prlm.read_lines(out / "samples.jsonl") for out in (one, two)), strict=True
-    ):
+    samples = (prlm.read_lines(out / "samples.jsonl") for out in (one, two))
+    for mine, other in zip(*samples, strict=True):
         for key in ("step", "id", "completion", "reward", "finished", "prompt"):
             assert mine[key] == other[key]
     assert prlm.read_json(one / "scores.json") == prlm.read_json(two / "scores.json")

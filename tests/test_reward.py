@@ -68,16 +68,6 @@ class TestInfoNCE:
         close(loss, torch.tensor(3e4))
 
 
-@pytest.fixture(scope="session")
-def pair(request, tmp_path_factory):
-    """(a random model of transformers, the same as ours)"""
-    from test_prlm import reference
-
-    model = reference(request.param)
-    model.save_pretrained(directory := tmp_path_factory.mktemp("model"))
-    return model, prlm.load_decoder(directory)
-
-
 def ratio_problem(prompts=4, group=3, longest=9):
     """Two prompts a query and the answers that follow either; one answer is empty."""
     rng = random.Random(0)
@@ -92,9 +82,11 @@ def ratio_problem(prompts=4, group=3, longest=9):
 
 
 class TestLikelihoodRatio:
-    @pytest.mark.parametrize("pair", ["qwen2", "llama"], indirect=True)
-    def test_equals_a_plain_computation_with_transformers(self, pair):
-        theirs, decoder = pair
+    @pytest.mark.parametrize("name", ["qwen2", "llama"])
+    def test_equals_a_plain_computation_with_transformers(self, name, tmp_path):
+        theirs = __import__("test_prlm").reference(name)  # skips without transformers
+        theirs.save_pretrained(tmp_path)
+        decoder = prlm.load_decoder(tmp_path)
         with_profile, without, answers = ratio_problem()
 
         @torch.no_grad()
@@ -115,10 +107,9 @@ class TestLikelihoodRatio:
         same(twice, torch.zeros(4, 3), "the same prompt on both sides")
         same(reward.likelihood_ratio(decoder, [], [], []), torch.zeros(0, 0), "no prompts")
 
-    @pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
-    def test_a_prompt_runs_once_within_the_budget_and_without_gradient(self, pair, monkeypatch):
+    def test_a_prompt_runs_once_within_the_budget_and_without_gradient(self, toy, monkeypatch):
         """And neither batches, nor groups, nor neighbours change a ratio."""
-        asked, real, decoder = [], prlm.token_logprobs, pair[1]
+        asked, real, decoder = [], prlm.token_logprobs, toy[0]
         with_profile, without, answers = ratio_problem()
         whole = reward.likelihood_ratio(decoder, with_profile, without, answers)
         alone = [
@@ -150,9 +141,8 @@ class TestRewardModel:
         queries[0], answers[1] = " ".join(WORDS * 20), " ".join(WORDS * 9)  # beyond 64 tokens
         model.bert.raw = model.bert.raw | {"dtype": "float16", "torch_dtype": "float16"}
         reward.save_reward_model(model, tmp_path)
-        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tmp_path, dtype="auto"
-        ).eval()
+        kind = transformers.AutoModelForSequenceClassification
+        theirs = kind.from_pretrained(tmp_path, dtype="auto").eval()
         assert {p.dtype for p in theirs.parameters()} == {torch.float32}
         file = str(tmp_path / "tokenizer.json")
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, pad_token="[PAD]")
@@ -220,13 +210,11 @@ class TestRewards:
             assert (row["accuracy"], row["personalization"]) == (0.0, 1.0)
 
     def test_the_weights(self):
-        """By default 1, a tenth and a tenth; the parts in the rows are not multiplied by them."""
+        """One of them is 0; the parts in the rows are not multiplied by them."""
         completion = "hm\n</think>\n{'title': 'tennis wins'}"
         parts = {"accuracy": 3, "format": 1, "personalization": 0.75}
-        expected = {"": 3.175, "accuracy": 0.175, "format": 3.075, "personalization": 3.1}
-        for name, total in expected.items():
-            weights = {name: 0.0} if name else {}
-            (row,) = reward.rewards([completion], [example()], lambda *_: [0.75], **weights)
+        for name, total in {"accuracy": 0.175, "format": 3.075, "personalization": 3.1}.items():
+            (row,) = reward.rewards([completion], [example()], lambda *_: [0.75], **{name: 0.0})
             assert {key: row[key] for key in parts} == pytest.approx(parts)
             assert row["reward"] == pytest.approx(total)
 
@@ -317,9 +305,7 @@ class TestPairs:
     def test_training_learns_a_contrast_and_repeats(self, world):
         """Dropout follows the option's seed alone, whatever was drawn before."""
         start, pairs, reports, models = make_model(world / "encoder", 0), contrast(), [], []
-        swapped = [
-            {**p, "positive": p["negatives"][0], "negatives": [p["positive"]]} for p in pairs
-        ]
+        swapped = [p | {"positive": p["negatives"][0], "negatives": [p["positive"]]} for p in pairs]
         for seed, given in ((0, pairs), (0, pairs), (1, pairs), (0, swapped)):
             torch.rand(len(reports))
             models.append(copy.deepcopy(start))
@@ -457,10 +443,8 @@ class TestMakeJudge:
         assert again == first and calls[2:] == ["train"]  # the same model comes out
 
     def test_ratio_knows_the_user_and_reports_it(self, toy, tmp_path, capsys):
-        o, held = (
-            reward.RewardOptions(judge="ratio"),
-            load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev"),
-        )
+        o = reward.RewardOptions(judge="ratio")
+        held = load_lamp(prlm.SHIPPED / "lamp", "LaMP-4", "dev")
         judge = reward.make_judge(o, *toy, [], held[:20], tmp_path / "new")
         report, said = prlm.read_json(tmp_path / "new/report.json"), capsys.readouterr().out
         assert report["swap_test"] > 0.8 and all(0 < v < 1 for v in judge(held[:1], ["why"]))

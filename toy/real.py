@@ -1,8 +1,8 @@
 """Does the policy use the profile, and does a judge make it use it more? Asked of real text.
 
-Every training is a run of rl.py, every further score one of eval.py or reward.py; the commands are
-printed. What is there already is not made again: stopped at any moment, the same command goes on.
-The tables go to --out.
+Every training is a run of rl.py, every further score one of eval.py; the commands are printed. What
+is there already is not made again: stopped at any moment, the same command goes on. The tables go
+to --out. What a judge knows, and which way it would push, judges.py tells in minutes.
 
     python tests/smollm2.py models/smollm2
     python toy/commits.py REPO [REPO ...] --out data
@@ -17,7 +17,7 @@ one; the other is looked at once, at the end, with --half report."""
 
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters 
 import eval as scoring
 import prlm
 import retrieve
-import reward
 import rl
 from prlm import option
 from toy import common
@@ -100,21 +99,16 @@ def options_of(o: Options, arm: str, seed: int) -> dict:
 
 
 def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
-    """The commands of an arm and seed, each with the file that shows it is done: the training, the
-    score of the side that rl.py does not ask, the ratio's swap test under the trained policy."""
+    """The commands of an arm and seed, each with the file that shows it is done: the training, and
+    the score of the side that rl.py does not ask."""
     out, options, (k, own) = place(o, arm, seed), options_of(o, arm, seed), items_of(o, arm)
     other = {"run": out, "k": 0 if own else k, "limit": o.limit, "device": o.device}
     other |= {"temperature": 0.0, "overwrite": True, "out": out / "other_side"}
     # Without a profile it answers at once: having learned to quote, it would invent quotations.
     other |= {"reasoning": not own and options.get("reasoning", True)}
-    known = {field.name for field in fields(reward.Options)}
-    swap = {name: value for name, value in options.items() if name in known}
-    swap |= {"model": out / "checkpoint", "judge": "ratio", "k": k}
-    swap |= {"overwrite": True, "out": out / "swap_test"}
     return [
         common.training(out, options),
         (common.command("eval.py", other), out / "other_side" / "scores.json"),
-        (common.command("reward.py", swap), out / "swap_test" / "report.json"),
     ]
 
 
@@ -218,22 +212,6 @@ def shares_picture(found: dict, path: Path, metrics) -> str:
     return common.picture(path, (10, 1 + 0.4 * len(found)), draw)
 
 
-def judges_table(o: Options, found: dict) -> str:
-    """What the judges know: pair accuracy and swap test before RL, and the ratio's after it."""
-    columns = {
-        "pair accuracy of the arm's judge": ("reward", "pair_accuracy"),
-        "its swap test": ("reward", "swap_test"),
-        "the ratio's swap test under the trained policy": ("swap_test", "swap_test"),
-    }
-    rows = [[ARMS[arm][0]] for arm in found]
-    for arm, row in zip(found, rows):
-        for folder, key in columns.values():
-            files = [place(o, arm, seed) / folder / "report.json" for seed in range(o.seeds)]
-            values = [prlm.read_json(file).get(key) for file in files if file.is_file()]
-            row.append(common.mean([value for value in values if value is not None]))
-    return common.markdown(["", *columns], rows)
-
-
 def report(o: Options) -> str:
     authors = Authors(o)
     found = collect(o, authors)
@@ -255,7 +233,7 @@ fixed. The share is the score with the profile minus that of the same policy wit
             if name in found:
                 text += f"\n{what}, minus that of *{ARMS[name][0]}*\n\n"
                 text += differences(ours, dict.fromkeys(found, base[name]))
-    return text + f"\n## The judges (.5 is chance)\n\n{judges_table(o, found)}"
+    return text
 
 
 def main(o: Options) -> None:

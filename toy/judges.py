@@ -1,0 +1,92 @@
+"""Which way would a reward push? Asked of a policy before hours of GRPO.
+
+GRPO makes likelier what earns more than its group's mean. So the policy answers each held-out
+record several times, and of each reward the table shows how much it differs within a group, and by
+how much its favourite is above the group's mean: in ROUGE-1 and, for commits, in manner.
+
+    python toy/judges.py                                          # the toy's policy
+    python toy/judges.py --preset small --model runs/warm/checkpoint --data data --task commits \\
+        --limit 400 --reward-model runs/reward"""
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters lie beside toy/
+
+import eval as scoring
+import prlm
+import retrieve
+import reward
+from prlm import option
+from toy import common
+from toy.commits import TASK, same_manner
+
+
+@dataclass
+class Options(reward.RewardOptions):
+    samples: int = option(8, "answers to a record, at T = 0.7", 2)
+    out: str = option("runs/judges", "directory of the answers, the judges and the table")
+    overwrite: bool = option(False, "delete the result that is there")
+
+
+def manner_judge(o: reward.RewardOptions, examples, answers: list[str]) -> list[float]:
+    """By rule, for commits: the share of the items shown whose form the answer has."""
+    shown = [[i["subject"] for i in retrieve.best_items(o, example)] for example in examples]
+    return [np.mean([same_manner(a, s)["form"] for s in own]) for a, own in zip(answers, shown)]
+
+
+def metrics(task: str, record: dict) -> dict[str, float | None]:
+    """What an answer has in common with the user's text; None where that has no such thing."""
+    texts = record["answer"], record["target"]
+    manner = same_manner(*texts) if task == TASK else {}
+    return {"rouge-1": scoring.rouge(*texts)["rouge-1"], **manner}
+
+
+def row(name: str, earned: np.ndarray, found: dict[str, np.ndarray]) -> list[str]:
+    """A line of the table: what answers earn and what they have in common with the users' texts,
+    all [records, samples]. Equal favourites count equally."""
+    best = earned == earned.max(1, keepdims=True)
+    gains = ((best * x).sum(1) / best.sum(1) - x.mean(1) for x in found.values())
+    cells = (common.against(gain, 0 * gain) for gain in gains)
+    said = (f"{gain} ({over_users})" for gain, over_users, *_ in cells)
+    return [name, f"{earned.std(1, ddof=1).mean():.3f}", *said]
+
+
+def main(o: Options) -> None:
+    train, held = (retrieve.load_examples(o, split) for split in ("train", "dev"))
+    decoder, tokenizer = prlm.load_policy(o)
+    out, prompts = (
+        scoring.run_directory(o, "options.json"),
+        retrieve.make_prompts(o, tokenizer, held),
+    )
+    records = scoring.make_records(o, decoder, tokenizer, held, prompts, o.samples, 0.7)
+    prlm.append(out / "samples.jsonl", records)
+    judges = {"accuracy": None}
+    for name in ("bert", "ratio") if o.encoder or o.reward_model else ("ratio",):
+        ours = (replace(o, judge=name), decoder, tokenizer, train, held, out / name)
+        judges[name] = reward.make_judge(*ours)
+    judges |= {"manner": partial(manner_judge, o)} if o.task == TASK else {}
+
+    def grid(rows: list[dict], key: str) -> np.ndarray:
+        return np.array([row[key] for row in rows], float).reshape(-1, o.samples)
+
+    found = [metrics(o.task, record) for record in records]
+    found = {name: grid(found, name) for name in found[0]}
+    rows = [["the mean of a group", "", *(common.mean([x.mean(1)]) for x in found.values())]]
+    said, asked = [r["completion"] for r in records], [e for e in held for _ in range(o.samples)]
+    for name, judge in judges.items():
+        earned = reward.rewards(said, asked, judge, personalization=1.0)
+        rows.append(row(name, grid(earned, "personalization" if judge else "accuracy"), found))
+        if judge:
+            rows.append(row(f"accuracy + {name}", grid(earned, "reward"), found))
+    text = common.markdown(["the favourite of", "spread", *found], rows)
+    prlm.write_text(out / "table.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    prlm.command(main, Options, __doc__)
