@@ -2,7 +2,8 @@
 
 GRPO makes likelier what earns more than its group's mean. So the policy answers each held-out
 record several times, and of each reward the table shows how much it differs within a group, and by
-how much its favourite is above the group's mean: in ROUGE-1 and, for commits, in manner.
+how much its favourite is above the group's mean: in ROUGE-1 and, for commits, in manner. The weights
+are 1, .1 for the format, and 1 for a judge, which is trained first if it has to be.
 
     python toy/judges.py                                          # the toy's policy
     python toy/judges.py --preset small --model runs/warm/checkpoint --data data --task commits \\
