@@ -37,7 +37,7 @@ def f1(matches: int, predicted: int, wanted: int) -> float:
 
 
 def common(a: list, b: list, n: int) -> int:
-    """How many n-grams both have: each counts as often as where it is rarer."""
+    """How many n-grams both have, a repeated one as often as the text with fewer of it."""
     ngrams = [Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (a, b)]
     return (ngrams[0] & ngrams[1]).total()
 

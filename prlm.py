@@ -719,7 +719,7 @@ def load_module(directory, kind, names: dict, device, dtype=torch.float32):
     what to replace in their names; one that becomes empty is left out."""
     folder, weights = Path(directory), {}
     if not folder.is_dir():
-        said = "no such directory (a run makes it last); hf download"
+        said = "no such directory (a run writes it last); hf download"
         raise FileNotFoundError(f"{folder}: {said} {folder} --local-dir X")
     with faults_in(folder):
         raw, files = read_json(folder / "config.json"), [folder / "model.safetensors"]

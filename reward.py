@@ -241,7 +241,7 @@ def ratio_judge(o: RewardOptions, decoder, tokenizer, examples, answers) -> list
     reasoning: the probability, at even odds, that a was written with the profile. The query's
     share cancels, so an answer off the topic may earn as much: accuracy beside it prevents that, or
     --beta, which keeps the policy near its beginning."""
-    # An example's answers share two prompts. Not by id: the swap test changes profiles.
+    # An example's answers stand together and share its two prompts.
     runs = [[*run] for _, run in groupby(range(len(answers)), lambda n: id(examples[n]))]
     asked, width = [examples[run[0]] for run in runs], max(map(len, runs), default=0)
     sides = (replace(o, reasoning=False, k=k) for k in (o.k, 0))

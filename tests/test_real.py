@@ -14,8 +14,10 @@ import pytest
 import real
 from conftest import write_lamp, write_policy
 
+import eval as scoring
 import prlm
 import retrieve
+import reward
 import rl
 from toy import common
 
@@ -144,21 +146,40 @@ def test_other_tasks_and_judges():
         assert words in " ".join(real.chain(o, arm, 0)[1][0])  # rl.py scores the other side
 
 
-def test_which_way_a_reward_would_push(options, tmp_path):
-    """Equal favourites count equally; a judge by rule needs no user's text."""
-    found = {"form": np.array([[0, 1, 0], [1, 0, 0.0]])}  # 1/2 - 1/3 and 1 - 1/3
-    _, spread, gain = judges.row("x", np.array([[0, 1, 1], [2, 0, 0.0]]), found)
-    assert (spread, gain.split()[0]) == ("0.866", "+0.417")
-    given = {"model": options.model, "data": options.data, "task": "commits", "preset": "small"}
-    given |= {"max_new_tokens": 12, "max_prompt_tokens": 400, "out": str(tmp_path / "out")}
-    judges.main(o := prlm.resolve(judges.Options, given | {"samples": 3}))
-    text = (tmp_path / "out" / "table.md").read_text()
-    for line in ("accuracy |", "ratio |", "accuracy + ratio |", "accuracy + manner |"):
-        assert f"| {line} 0" in text
-    assert "| prefix |" in text and len(prlm.read_lines(tmp_path / "out/samples.jsonl")) == 12
-    items = [{"body": "b", "subject": s, "date": "2020-01-01"} for s in ("http: a", "url: b", "C.")]
-    asked = [replace(retrieve.load_lamp(options.data, "commits", "dev")[0], profile=items)] * 3
-    assert judges.manner_judge(replace(o, k=3), asked, ["x: y", "D.", ""]) == [2 / 3, 1 / 3, 0]
+def test_which_way_a_reward_would_push(options, tmp_path, monkeypatch):
+    """Equal favourites count equally; the rule reads the k items shown, and no target."""
+    targets, said = ("http: golf", "Golf."), ["http: golf", "golf", "", "golf", "Golf.", "Oslo."]
+    shown = [{"body": "b", "subject": s} for s in ("http: a", "url: b", "C.", "D.", "E.", "f")]
+    profiles = shown[:3], shown[3:]
+    held = [retrieve.Example(t, t, "commits", "q", p, t) for t, p in zip(targets, profiles)]
+
+    def answer(*given, make_records=scoring.make_records):
+        assert given[-2:] == (3, 0.7)
+        texts = ({"answer": text, "completion": f"'subject': '{text}'"} for text in said)
+        return [record | text for record, text in zip(make_records(*given), texts, strict=True)]
+
+    def make_judge(o, *_):
+        return lambda _, answers: [5 * (o.judge == "bert") * (text == "golf") for text in answers]
+
+    monkeypatch.setattr(retrieve, "load_examples", lambda o, split: held[: 2 * (split == "dev")])
+    monkeypatch.setattr(scoring, "make_records", answer)
+    monkeypatch.setattr(reward, "make_judge", make_judge)
+    given = {"model": options.model, "task": "commits", "preset": "small", "samples": 3, "k": 2}
+    given |= {"encoder": str(prlm.SHIPPED / "encoder"), "out": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="leaves no profile"):
+        judges.main(prlm.resolve(judges.Options, given | {"k": 0}))
+    judges.main(prlm.resolve(judges.Options, given | {"max_new_tokens": 12}))
+    lines = (tmp_path / "out/table.md").read_text().splitlines()[2:]
+    assert [re.sub(r" \(.*?\)", "", line).strip("| ") for line in lines] == [
+        "the mean of a group |  | 0.611 | 0.500 | 0.667 | 0.333",
+        "accuracy | 1.329 | +0.389 | +0.250 | +0.333 | +0.667",
+        "bert | 2.887 | +0.222 | -0.500 | -0.167 | -0.333",
+        "accuracy + bert | 3.387 | +0.222 | -0.500 | -0.167 | -0.333",
+        "ratio | 0.000 | +0.000 | +0.000 | +0.000 | +0.000",
+        "accuracy + ratio | 1.329 | +0.389 | +0.250 | +0.333 | +0.667",
+        "manner | 0.577 | +0.139 | +0.500 | +0.333 | +0.667",
+        "accuracy + manner | 1.518 | +0.389 | +0.500 | +0.333 | +0.667",
+    ]
 
 
 def test_sigterm_ends_the_commands_and_starts_no_more(jobs, monkeypatch, tmp_path):

@@ -193,7 +193,7 @@ class TestTRL:
         pay = trl_example.trl_reward(examples[::-1], format=0.5)
         found = pay([good, [{"role": "assistant", "content": good}]], id=["0", "1"], prompt=["p"])
         assert found == [part["reward"] for part in rewards([good, good], examples, format=0.5)]
-        begun = trl_example.trl_reward(examples, None, "<think>\n")  # as R1's prompt does
+        begun = trl_example.trl_reward(examples, None, "<think>\n")  # as by R1's prompt
         assert begun(["so\n'title': 'golf'\nbut"], id=["0"]) == [0]
 
 

@@ -1,13 +1,14 @@
-"""Which way would a reward push? Asked of a policy before hours of GRPO.
+"""Which way would a reward push? It shows before hours of GRPO.
 
 GRPO makes likelier what earns more than its group's mean. So the policy answers each held-out
-record several times, and of each reward the table shows how much it differs within a group, and by
-how much its favourite is above the group's mean: in ROUGE-1 and, for commits, in manner. The weights
-are 1, .1 for the format, and 1 for a judge, which is trained first if it has to be.
+record several times, and for each reward the table shows how much it varies within a group, and
+how far its favourite is above the group's mean in ROUGE-1 and, for commits, in manner (in brackets
+95 % and p over records: take one of each user). In "accuracy + x" x weighs 1, and the format .1.
+The paper's judge is trained first, unless --reward-model names one; --judge ratio leaves it out.
 
-    python toy/judges.py                                          # the toy's policy
+    python toy/judges.py                                          # the toy's policy, a minute
     python toy/judges.py --preset small --model runs/warm/checkpoint --data data --task commits \\
-        --limit 400 --reward-model runs/reward"""
+        --limit 160 --max-new-tokens 96 --reward-model runs/reward"""
 
 import sys
 from dataclasses import dataclass, replace
@@ -37,43 +38,45 @@ class Options(reward.RewardOptions):
 def manner_judge(o: reward.RewardOptions, examples, answers: list[str]) -> list[float]:
     """By rule, for commits: the share of the items shown whose form the answer has."""
     shown = [[i["subject"] for i in retrieve.best_items(o, example)] for example in examples]
-    return [np.mean([same_manner(a, s)["form"] for s in own]) for a, own in zip(answers, shown)]
+    same = ([same_manner(a, s)["form"] for s in own] for a, own in zip(answers, shown))
+    return [sum(found) / max(len(found), 1) for found in same]
 
 
 def metrics(task: str, record: dict) -> dict[str, float | None]:
-    """What an answer has in common with the user's text; None where that has no such thing."""
+    """What an answer has in common with the user's text; None: that text has no prefix."""
     texts = record["answer"], record["target"]
     manner = same_manner(*texts) if task == TASK else {}
     return {"rouge-1": scoring.rouge(*texts)["rouge-1"], **manner}
 
 
 def row(name: str, earned: np.ndarray, found: dict[str, np.ndarray]) -> list[str]:
-    """A line of the table: what answers earn and what they have in common with the users' texts,
-    all [records, samples]. Equal favourites count equally."""
+    """A line of the table, from what answers earn and what they share with the users' texts, each
+    [records, samples]. Equal favourites count equally."""
     best = earned == earned.max(1, keepdims=True)
     gains = ((best * x).sum(1) / best.sum(1) - x.mean(1) for x in found.values())
-    cells = (common.against(gain, 0 * gain) for gain in gains)
+    cells = (common.against(gain, 0) for gain in gains)
     said = (f"{gain} ({over_users})" for gain, over_users, *_ in cells)
     return [name, f"{earned.std(1, ddof=1).mean():.3f}", *said]
 
 
 def main(o: Options) -> None:
+    names = ["bert"] * (o.judge == "bert" and bool(o.encoder or o.reward_model)) + ["ratio"]
+    for name in names:
+        reward.judge_model(replace(o, judge=name))  # only checks it
     train, held = (retrieve.load_examples(o, split) for split in ("train", "dev"))
     decoder, tokenizer = prlm.load_policy(o)
-    out, prompts = (
-        scoring.run_directory(o, "options.json"),
-        retrieve.make_prompts(o, tokenizer, held),
-    )
+    out = scoring.run_directory(o, "options.json")
+    prompts = retrieve.make_prompts(o, tokenizer, held)
     records = scoring.make_records(o, decoder, tokenizer, held, prompts, o.samples, 0.7)
     prlm.append(out / "samples.jsonl", records)
     judges = {"accuracy": None}
-    for name in ("bert", "ratio") if o.encoder or o.reward_model else ("ratio",):
-        ours = (replace(o, judge=name), decoder, tokenizer, train, held, out / name)
+    for name in names:
+        ours = replace(o, judge=name), decoder, tokenizer, train, held, out / name
         judges[name] = reward.make_judge(*ours)
     judges |= {"manner": partial(manner_judge, o)} if o.task == TASK else {}
 
-    def grid(rows: list[dict], key: str) -> np.ndarray:
-        return np.array([row[key] for row in rows], float).reshape(-1, o.samples)
+    def grid(lines: list[dict], key: str) -> np.ndarray:
+        return np.array([line[key] for line in lines], float).reshape(-1, o.samples)
 
     found = [metrics(o.task, record) for record in records]
     found = {name: grid(found, name) for name in found[0]}

@@ -1,5 +1,5 @@
 """The prompts and the reward of this project in TRL's own trainer, for those who outgrow rl.py.
-TRL tokenizes the prompts anew: control tokens that a profile spells act, a BOS may come twice.
+TRL tokenizes the prompts anew: control tokens spelled in a profile act, and a BOS may come twice.
 
 pip install trl datasets
 python reward.py --out runs/reward
@@ -18,8 +18,8 @@ from reward import Judge, RewardOptions, judge_model, make_judge, rewards
 
 
 def trl_reward(examples: list[retrieve.Example], judge: Judge | None = None, begun="", **weights):
-    """`rewards` as a reward function of GRPOTrainer, whose data set needs a column "id"; `begun` is
-    what the prompt has opened of the completion."""
+    """`rewards` as a reward function of GRPOTrainer, whose data set needs a column "id"; `begun`:
+    the beginning of each completion that its prompt already holds."""
     by_id = {example.id: example for example in examples}
 
     def prlm_reward(completions, id, **_) -> list[float]:
