@@ -421,7 +421,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float) -> Decoder:
 @torch.no_grad()
 def refresh(policy: Policy, seed: int | None = None):
     """Copies the decoder's weights into the sampler, if that is a bfloat16 copy. With a seed,
-    rounding is stochastic, so unbiased: to nearest would lose small steps."""
+    rounding is stochastic, so unbiased: rounding to nearest would lose small steps."""
     noise = torch.Generator(policy.decoder.head.device).manual_seed(seed or 0)
     for copied, weight in zip(policy.sampler.parameters(), policy.decoder.parameters()):
         if copied.dtype != weight.dtype and seed is not None:

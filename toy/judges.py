@@ -26,6 +26,7 @@ import reward
 from prlm import option
 from toy import common
 from toy.commits import TASK, same_manner
+from toy.real import measure, metrics_of
 
 
 @dataclass
@@ -42,13 +43,6 @@ def manner_judge(o: reward.RewardOptions, examples, answers: list[str]) -> list[
     return [sum(found) / max(len(found), 1) for found in same]
 
 
-def metrics(task: str, record: dict) -> dict[str, float | None]:
-    """What an answer has in common with the user's text; None: that text has no prefix."""
-    texts = record["answer"], record["target"]
-    manner = same_manner(*texts) if task == TASK else {}
-    return {"rouge-1": scoring.rouge(*texts)["rouge-1"], **manner}
-
-
 def row(name: str, earned: np.ndarray, found: dict[str, np.ndarray]) -> list[str]:
     """A line of the table, from what answers earn and what they share with the users' texts, each
     [records, samples]. Equal favourites count equally."""
@@ -60,7 +54,7 @@ def row(name: str, earned: np.ndarray, found: dict[str, np.ndarray]) -> list[str
 
 
 def main(o: Options) -> None:
-    names = ["bert"] * (o.judge == "bert" and bool(o.encoder or o.reward_model)) + ["ratio"]
+    names = dict.fromkeys((o.judge, "ratio"))
     for name in names:
         reward.judge_model(replace(o, judge=name))  # only checks it
     train, held = (retrieve.load_examples(o, split) for split in ("train", "dev"))
@@ -70,16 +64,15 @@ def main(o: Options) -> None:
     records = scoring.make_records(o, decoder, tokenizer, held, prompts, o.samples, 0.7)
     prlm.append(out / "samples.jsonl", records)
     judges = {"accuracy": None}
-    for name in names:
-        ours = replace(o, judge=name), decoder, tokenizer, train, held, out / name
-        judges[name] = reward.make_judge(*ours)
+    ours = (decoder, tokenizer, train, held)
+    judges |= {n: reward.make_judge(replace(o, judge=n), *ours, out / n) for n in names}
     judges |= {"manner": partial(manner_judge, o)} if o.task == TASK else {}
 
     def grid(lines: list[dict], key: str) -> np.ndarray:
         return np.array([line[key] for line in lines], float).reshape(-1, o.samples)
 
-    found = [metrics(o.task, record) for record in records]
-    found = {name: grid(found, name) for name in found[0]}
+    found = [measure(record["answer"], record["target"]) for record in records]
+    found = {name: grid(found, name) for name in metrics_of(o.task) if name != "rouge-l"}
     rows = [["the mean of a group", "", *(common.mean([x.mean(1)]) for x in found.values())]]
     said, asked = [r["completion"] for r in records], [e for e in held for _ in range(o.samples)]
     for name, judge in judges.items():

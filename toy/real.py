@@ -120,6 +120,11 @@ def metrics_of(task: str) -> tuple[str, ...]:
     return ("rouge-1", "rouge-l", *(("form", "kind", "prefix") if task == "commits" else ()))
 
 
+def measure(answer: str, target: str) -> dict[str, float | bool | None]:
+    """ROUGE and manner; None where the target has no such thing."""
+    return scoring.rouge(answer, target) | same_manner(answer, target)
+
+
 class Authors:
     """The held-out authors of one half, and how records become one number for each."""
 
@@ -134,8 +139,7 @@ class Authors:
         values = [[] for _ in self.rows]
         for e in self.examples if answers else ():
             if e.user_id in self.rows:
-                said = answers[e.id], e.target
-                value = (scoring.rouge(*said) | same_manner(*said))[metric]
+                value = measure(answers[e.id], e.target)[metric]
                 values[self.rows[e.user_id]] += [] if value is None else [float(value)]
         return np.array([np.mean(found) if found else np.nan for found in values])
 
