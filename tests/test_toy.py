@@ -82,15 +82,6 @@ class TestStatistics:
         assert common.mean([[1.0, np.nan, 3.0], [4.0, np.nan, 4.0]]) == "3.000 ± 1.414"
         assert common.mean([0.5]) == "0.500" and common.mean([]) == "–"
 
-    def test_correlation_within_groups_leaves_the_prompts_out(self, tmp_path):
-        """Between prompts the two rise together, within a prompt they go against each other."""
-        values = [(p, 0.1 * p + 0.01 * n + 0.1, p - 0.1 * n) for p in range(5) for n in range(4)]
-        values.append((9, -10, 3.0))  # an answer that no judge saw
-        rows = [{"step": 1, "id": p, "personalization": x, "accuracy": y} for p, x, y in values]
-        prlm.append(tmp_path / "samples.jsonl", rows)
-        total, within = experiments.correlation(tmp_path / "samples.jsonl")
-        assert total > 0.9 and within == pytest.approx(-1.0)
-
 
 class TestExperiments:
     """One task, one seed, a step an arm, a handful of users, their own prompts and rollouts."""
@@ -101,7 +92,6 @@ class TestExperiments:
         out = tmp_path_factory.mktemp("experiments")
         users = [make.make_user(random.Random(n)) for n in range(14)]
         make.write_lamp("LaMP-4", {"train": users[:8], "dev": users[8:]}, out / "lamp")
-        make.write_probe("LaMP-4", users[8:], out / "lamp")
         small = {"prompts_per_step": 2, "group_size": 2, "pairs_per_query": 1, "max_new_tokens": 64}
         arms = {arm: (name, o | small) for arm, (name, o) in experiments.ARMS.items()}
         with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +104,9 @@ class TestExperiments:
     def run(work, *_):
         for words, result in (command for job in work.values() for command in job):
             if not result.is_file():
-                rl.main(prlm.resolve(rl.Options, prlm.parse_flags(rl.Options, "", words[2:])))
+                chapter = {"rl.py": rl, "eval.py": scoring}[words[1]]
+                given = prlm.parse_flags(chapter.Options, "", words[2:])
+                chapter.main(prlm.resolve(chapter.Options, given))
 
     def test_the_main_table(self, o):
         o = replace(o, quick=True)
@@ -130,23 +122,23 @@ class TestExperiments:
         with pytest.raises(ValueError, match="was made with"):
             experiments.main(replace(o, steps=2))
 
-    def test_judges_are_compared(self, o):
-        """Trained, untrained, and the ratio: only the last sees whose profile it is."""
-        arms, found = ("prlm", "untrained", "ratio"), {}
-        self.run({arm: experiments.chain(o, "LaMP-4", arm, 0)[:1] for arm in arms})
-        found = {arm: experiments.examine(o, arm, 0) for arm in arms}
-        shares = ["pair_accuracy", "swap_test", "own_over_other", "own_over_plain", "rouge-l"]
-        assert all(0 <= line[share] <= 1 for line in found.values() for share in shares)
-        *blind, ratio = (line["swap_test"] for line in found.values())
+    def test_everything(self, o, monkeypatch):
+        """Judges, trained, untrained and the ratio: only the last sees whose profile it is. The
+        grid's cell of k and retriever as in training is the run's own score."""
+        monkeypatch.setattr(experiments, "GRID", [("bm25", 4), ("random", 4)])
+        monkeypatch.setattr(experiments, "RETRIEVERS", ["bm25", "random"])
+        monkeypatch.setattr(experiments, "ITEMS", [4])
+        experiments.main(o)
+        text = (Path(o.out) / "report.md").read_text()
+        line = r"(?m)^\| (PrLM|reward.*|ratio judge) \| ([.\d–]+) \| ([.\d]+) \|$"
+        found = re.findall(line, text)
+        assert [name for name, *_ in found] == ["PrLM", "reward model untrained", "ratio judge"]
+        assert [pairs == "–" for _, pairs, _ in found] == [False, False, True]
+        *blind, ratio = (float(swaps) for *_, swaps in found)
         assert blind == [0.5, 0.5] and ratio > 0.6
-
-    def test_the_grid_asks_with_other_prompts(self, o):
-        self.run({"base": experiments.chain(o, "LaMP-4", "base", 0)[:1]})
         run = experiments.place(o, "LaMP-4", "base", 0)
-        experiments.answer_grid(run)
-        found = prlm.read_json(run / "grid.json")
-        assert [*found] == experiments.RETRIEVERS and all(len(row) == 4 for row in found.values())
-        assert found["bm25"][2] == prlm.read_json(run / "scores.json")["after"]["rouge-l"]
+        scores = [prlm.read_json(run / f"{place}scores.json") for place in ("", "bm25_4/")]
+        assert scores[0]["after"]["rouge-l"] == scores[1]["rouge-l"]
 
 
 def test_the_tour_runs_as_it_is(monkeypatch, capsys):
@@ -310,7 +302,7 @@ class TestShipped:
         """But for the weights, which take a quarter of an hour."""
         make.main(make.Options(out=str(tmp_path), pretrain_steps=1, encoder_steps=1))
         files = [*tmp_path.rglob("token*.json"), *(tmp_path / "lamp").rglob("*.json")]
-        assert len(files) == 4 + 3 * 5
+        assert len(files) == 4 + 3 * 4
         for file in files:
             assert file.read_bytes() == (TOY / file.relative_to(tmp_path)).read_bytes(), file
 

@@ -45,35 +45,24 @@ def training(out: Path, options: dict) -> tuple[list[str], Path]:
 def start(words: list[str], log: Path) -> subprocess.Popen:
     """The command as a process of one thread, which Ctrl-C does not reach; its output is logged."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     words = [sys.executable, str(ROOT / words[1]), *words[2:]]
     with open(log, "a") as file:
-        how = {"stdout": file, "stderr": file, "env": os.environ | threads}
+        how = {"stdout": file, "stderr": file, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
         return subprocess.Popen(words, start_new_session=True, **how)
 
 
-def run_jobs(work: dict, jobs: int, logs: Path, needs: dict | None = None) -> list[str]:
+def run_jobs(work: dict, jobs: int, logs: Path) -> None:
     """Runs {job: [(command, the file that it leaves)]}, `jobs` jobs at a time; a job's commands
     one after the other, those left out whose file is there. A finished run's saved state, three
-    times as large as the model, is deleted. `needs` names the job further up that must be done
-    before. Returns what failed, a sentence each; ValueError after Ctrl-C or SIGTERM."""
-    running, stopped, futures = {}, [], {}
-
-    def stop(*_) -> None:
-        stopped.append(True)
-        for process in [*running.values()]:
-            process.terminate()
+    times as large as the model, is deleted. ValueError for what failed, a line each, and after
+    Ctrl-C or SIGTERM, which end the processes: rl.py saves first."""
+    running = {}
 
     def run(job) -> str:
         """What failed, or ""."""
-        first = (needs or {}).get(job)
-        if first and futures[first].result():
-            return f"{job}: {first} is missing"
         for words, result in work[job]:
             if result.is_file():
                 continue
-            if stopped:
-                return "stopped"
             tqdm.write(shlex.join(words))
             log = logs / f"{job.replace(' ', '_')}.txt"
             running[job] = process = start(words, log)
@@ -84,18 +73,18 @@ def run_jobs(work: dict, jobs: int, logs: Path, needs: dict | None = None) -> li
                 file.unlink()
         return ""
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            for job in work:  # one by one, since a job looks for the future that it needs
-                futures[job] = pool.submit(run, job)
-            said = [future.result() for future in tqdm(futures.values(), "jobs", disable=None)]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stopped:
-        raise ValueError("stopped; the same command goes on")
-    return [text for text in said if text]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run, job) for job in work]
+        try:
+            said = [future.result() for future in tqdm(futures, "jobs", disable=None)]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running.values():
+                process.terminate()
+            raise ValueError("stopped; the same command goes on") from None
+    if failed := [text for text in said if text]:
+        raise ValueError("\n".join(failed))
 
 
 # ---- Tables, and how sure a difference is ----------------------------------------------------
@@ -129,8 +118,7 @@ def markdown(columns: list[str], rows: list[list]) -> str:
 
 def mean(seeds) -> str:
     """The mean of seeds, each a number or one for each user (NaN: none), ± their deviation."""
-    rows = [np.ravel(row) for row in seeds]
-    means = [row[~np.isnan(row)].mean() for row in rows if not np.isnan(row).all()]
+    means = [np.nanmean(row) for row in seeds if not np.isnan(row).all()]
     deviation = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
     return f"{np.mean(means):.3f}{deviation}" if means else "–"
 
@@ -150,10 +138,9 @@ AGAINST = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 
 
 
 def against(ours, theirs) -> list[str]:
-    """The cells of these columns of a table; NaN is a seed or a user that does not count."""
+    """The cells of these columns of a table; a user without a value (NaN) does not count."""
     difference = np.atleast_2d(ours) - np.atleast_2d(theirs)
-    difference = difference[:, ~np.isnan(difference).all(0)]
-    difference = difference[~np.isnan(difference).any(1)]
+    difference = difference[:, ~np.isnan(difference).any(0)]
     if difference.size == 0:
         return ["–"] * 4
     found = bootstrap(difference, 0)

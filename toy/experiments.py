@@ -12,7 +12,7 @@ so the same command goes on after a stop. The report states, it does not judge.
     python toy/experiments.py                # everything, three seeds: an hour on two cores"""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the chapters 
 
 import eval as scoring
 import prlm
-import retrieve
-import reward
 import rl
 from prlm import SHIPPED, option
 from toy import common
@@ -50,6 +48,7 @@ WITHOUT_GOLD = [arm for arm in ARMS if "no_gold" in arm]
 ABLATIONS = [arm for arm in ARMS if arm not in ("base", "sft")]
 ROBUST = ["base", "no_reasoning", "prlm"]  # what is asked with other prompts than in training
 RETRIEVERS, ITEMS = ["random", "recency", "bm25", "dense"], [1, 2, 4, 8]
+GRID = [(name, k) for name in RETRIEVERS for k in ITEMS]
 TASKS = ["LaMP-4", "LaMP-5", "LaMP-7"]
 TASK = TASKS[0]  # of everything but the main table
 
@@ -65,7 +64,6 @@ class Options:
     encoder: str = option(str(SHIPPED / "encoder"), "BERT checkpoint")
     data: str = option(str(SHIPPED / "lamp"), "directory with LaMP's files")
     out: str = option("runs/experiments", "what is there already is not made again")
-    grid: str | None = option(None, "a run to ask with other prompts; for the jobs of this script")
 
 
 def place(o: Options, task: str, arm: str, seed: int) -> Path:
@@ -81,28 +79,15 @@ def chain(o: Options, task: str, arm: str, seed: int) -> list[tuple[list[str], P
     same = {"model": o.model, "encoder": o.encoder, "data": o.data, "preset": "toy"}
     same |= {"task": task, "seed": seed, "steps": o.steps, "lr": o.lr, "device": "cpu"}
     same["eval_every"] = 5 if task == TASK else 0  # for the curves
-    if arm in ("bert_no_gold", "bert_no_gold_kl"):  # the very judge of PrLM, to save time
-        same["reward_model"] = str(place(o, task, "prlm", seed) / "reward")
     if arm == "sft":  # as many records as RL has prompts: 8 a step instead of 16
         same |= {"warm_start": 2 * o.steps, "warm_start_lr": 1e-3}
     out = place(o, task, arm, seed)
     commands = [common.training(out, same | ARMS[arm][1])]
-    if task == TASK and arm in ROBUST and not o.quick:
-        grid = common.command("toy/experiments.py", {"grid": out})
-        commands.append((grid, out / "grid.json"))
+    for name, k in GRID if task == TASK and arm in ROBUST and not o.quick else ():
+        cell = out / f"{name}_{k}"
+        other = {"run": out, "retriever": name, "k": k, "out": cell, "overwrite": True}
+        commands.append((common.command("eval.py", other), cell / "scores.json"))
     return commands
-
-
-def answer_grid(run: Path) -> None:
-    """{retriever: [mean ROUGE-L at each k of ITEMS]} of a run's policy, into its grid.json."""
-    o = prlm.resolve(scoring.Options, {"run": str(run), "device": "cpu"})
-    held, (decoder, tokenizer) = retrieve.load_examples(o, "dev"), prlm.load_policy(o)
-    found = {}
-    for name in RETRIEVERS:
-        hows = (replace(o, retriever=name, k=k) for k in ITEMS)
-        answers = [scoring.answer_all(how, decoder, tokenizer, held) for how in hows]
-        found[name] = [scoring.mean_scores(records)["rouge-l"] for records in answers]
-    prlm.write_json(run / "grid.json", found)
 
 
 # ---- What the report says -------------------------------------------------------------------
@@ -124,64 +109,25 @@ def compare(o: Options, task: str, rows: dict[str, tuple[str, str]]) -> str:
     return common.markdown(["", *scoring.METRICS, *common.AGAINST], lines)
 
 
-def correlation(path: Path) -> tuple[float, float]:
-    """Pearson's r of the judge's values and ROUGE of a run's samples: of all, and within groups."""
-    samples = [line for line in prlm.read_lines(path) if line["personalization"] > 0]
-    pairs = np.array([[line["personalization"], line["accuracy"]] for line in samples])
-    groups = np.unique([f"{line['step']} {line['id']}" for line in samples], return_inverse=True)[1]
-    sums = np.stack([np.bincount(groups, column) for column in pairs.T], 1)
-    within = pairs - (sums / np.bincount(groups)[:, None])[groups]  # all that advantages see
-    return tuple(float(np.corrcoef(x.T)[0, 1]) if x.std(0).all() else 0.0 for x in (pairs, within))
-
-
-def prefers(judge, examples, better, worse) -> float:
-    """How often the judge values the better answer higher; ties are a half."""
-    pairs = zip(judge(examples, better), judge(examples, worse), strict=True)
-    return float(np.mean([(np.sign(a - b) + 1) / 2 for a, b in pairs]))
-
-
-def examine(o: Options, arm: str, seed: int) -> dict[str, float]:
-    """What an arm's judge knows, of its held-out pairs or else PrLM's, and its policy's score."""
-    run = place(o, TASK, arm, seed)
-    how = prlm.resolve(rl.Options, {"resume": True, "out": str(run)})
-    decoder, tokenizer = prlm.load_decoder(o.model), prlm.load_tokenizer(o.model)
-    judge = reward.make_judge(how, decoder, tokenizer, [], [], run / "reward")
-    found = prlm.read_json(run / "reward" / "report.json")
-    if arm == "ratio":
-        pairs = prlm.read_json(place(o, TASK, "prlm", seed) / "reward" / "pairs.json", list)
-        examples = {example.id: example for example in retrieve.load_examples(how, "train")}
-        pairs = reward.split_pairs(pairs, seed)[1]
-        rows = [(examples[p["id"]], p["positive"], bad) for p in pairs for bad in p["negatives"]]
-        found["pair_accuracy"] = prefers(judge, *zip(*rows))
-    probe = prlm.read_json(Path(o.data) / TASK.replace("-", "_") / "probe.json", list)
-    rivals = {row["query"]: row for row in probe}
-    held = [e for e in retrieve.load_examples(how, "dev") if e.query in rivals]
-    for rival in ("other", "plain"):
-        texts = ([rivals[e.query][key] for e in held] for key in ("own", rival))
-        found[f"own_over_{rival}"] = prefers(judge, held, *texts)
-    found["r"], found["r_group"] = correlation(run / "samples.jsonl")
-    return found | {"rouge-l": prlm.read_json(run / "scores.json")["after"]["rouge-l"]}
-
-
 def judges(o: Options) -> str:
-    keys = {
-        "pair_accuracy": "pair accuracy", "swap_test": "swap test",
-        "own_over_other": "own over another user's style", "own_over_plain": "own over a plain one",
-        "r": "r with ROUGE", "r_group": "r within a group", "rouge-l": "ROUGE-L after RL",
-    }  # fmt: skip
+    """What each arm's judge knows of held-out pairs and users; the ratio is trained on no pairs."""
     rows = []
     for arm in ("prlm", "untrained", "ratio"):  # whose judges differ
-        found = [examine(o, arm, seed) for seed in seeds_of(o, arm)]
-        rows.append([ARMS[arm][0], *(common.mean([line[key] for line in found]) for key in keys)])
-    return common.markdown(["", *keys.values()], rows)
+        files = [place(o, TASK, arm, s) / "reward" / "report.json" for s in seeds_of(o, arm)]
+        found = [prlm.read_json(file) for file in files]
+        cells = ([x[key] for x in found if key in x] for key in ("pair_accuracy", "swap_test"))
+        rows.append([ARMS[arm][0], *map(common.mean, cells)])
+    return common.markdown(["", "pair accuracy", "swap test"], rows)
 
 
 def grids(o: Options) -> str:
     """A table of ROUGE-L by retriever and k for each policy, the mean over seeds."""
     text = ""
     for arm in ROBUST:
-        files = [place(o, TASK, arm, seed) / "grid.json" for seed in seeds_of(o, arm)]
-        table = np.mean([[*prlm.read_json(file).values()] for file in files], 0)
+        runs = [place(o, TASK, arm, seed) for seed in seeds_of(o, arm)]
+        files = [[run / f"{name}_{k}" / "scores.json" for name, k in GRID] for run in runs]
+        found = [[prlm.read_json(file)["rouge-l"] for file in row] for row in files]
+        table = np.mean(found, 0).reshape(len(RETRIEVERS), -1)
         cells = [[f"{x:.3f} ({x - table.max():+.3f})" for x in row] for row in table]
         lines = [[retriever, *row] for retriever, row in zip(RETRIEVERS, cells, strict=True)]
         text += f"\n{ARMS[arm][0]} (in brackets: from its best cell)\n\n"
@@ -237,8 +183,6 @@ trained policies stay (paired bootstrap); over seeds, the users stay (Student's 
 
 
 def main(o: Options) -> None:
-    if o.grid:
-        return answer_grid(Path(o.grid))
     work = {}
     for seed in range(o.seeds):  # a whole seed first: an early look at all rows
         for task in TASKS:
@@ -246,9 +190,7 @@ def main(o: Options) -> None:
             for arm in dict.fromkeys(["base", *MAIN, *more]):
                 if seed in seeds_of(o, arm):
                     work[f"{task} {arm} seed {seed}"] = chain(o, task, arm, seed)
-    needs = {job: f"{TASK} prlm seed {job.split()[-1]}" for job in work if "bert_no_gold" in job}
-    if failed := common.run_jobs(work, o.jobs, Path(o.out) / "log", needs):
-        raise ValueError("\n".join(failed))
+    common.run_jobs(work, o.jobs, Path(o.out) / "log")
     prlm.write_text(Path(o.out) / "report.md", report(o))
     print(f"{o.out}/report.md")
 

@@ -154,17 +154,6 @@ def write_lamp(task: str, users: dict[str, list[User]], directory: Path) -> None
             prlm.write_text(path, json.dumps(content) + "\n")
 
 
-def write_probe(task: str, users: list[User], directory: Path) -> None:
-    """For each query the target, that with another user's motto and sign-off, and a plain one."""
-    rng, rows = random.Random(f"{task} probe"), []
-    for query, asked in ((user.query, user.example(task).query) for user in users):
-        other = rng.choice([u.query for u in users if u.query.motto != query.motto] or [query])
-        styled = replace(query, motto=other.motto, sign_off=other.sign_off).headline
-        plain = replace(query, plain=True).headline
-        rows.append({"query": asked, "own": query.headline, "other": styled, "plain": plain})
-    prlm.write_json(directory / task.replace("-", "_") / "probe.json", rows)
-
-
 # ---- The policy's tokenizer -----------------------------------------------------------------
 
 # What the policy says in its reasoning: what the query is about, then evidence or an excuse.
@@ -489,7 +478,6 @@ def main(o: Options) -> None:
         counts = {"train": -(-o.train_users // share), "dev": -(-o.dev_users // share)}
         users = {split: [make_user(rng) for _ in range(n)] for split, n in counts.items()}
         write_lamp(task, users, out / "lamp")
-        write_probe(task, users["dev"], out / "lamp")
         authors += users["train"]
         print(f"{out / 'lamp'}: {task}, {counts['train']} training, {counts['dev']} held-out users")
     encoder = train_encoder(o.seed, authors, o.encoder_steps)
