@@ -810,9 +810,9 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
 
 def check_header(header: dict, size: int):
-    """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes; else an error."""
+    """name -> (begin, end, dtype, shape), if the ranges tile `size` bytes."""
     ranges, covered = {}, 0
-    json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half surrogates
+    json.dumps(header, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half surrogate
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("__metadata__ is not a map of strings")
@@ -831,7 +831,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     """Writes `tensors` (any strides, any device) as a .safetensors file, atomically."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
-    # Large elements first: so each tensor begins at a multiple of its element's size.
+    # Large elements first: each tensor begins at a multiple of its element's size.
     pairs = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
     for name, x in pairs:
         begin, end = end, end + x.nbytes
@@ -839,13 +839,14 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
     text = json.dumps(header).encode()
     check_header(header, end)
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temp, open(temp, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, x in pairs:
-            file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    if world()[0] == 0:
+        with replacing(path) as temp, open(temp, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, x in pairs:
+                file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-# ---- Files: never half-written, never trusted ----
+# ---- Files: never half-written, never trusted; one process writes ----
 @contextmanager
 def faults_in(path):
     """What is wrong with the content of `path` is a ValueError that names it."""
@@ -853,27 +854,26 @@ def faults_in(path):
         yield
     except Exception as error:
         said = str(error) if isinstance(error, ValueError) else repr(error)
-        if isinstance(error, OSError) or said.startswith(str(path)):
+        if getattr(error, "filename", None) or said.startswith(str(path)):
             raise
         raise ValueError(f"{path}: {said}") from error
 
 
 @contextmanager
-def replacing(path):  # a temporary path; on success the first process's becomes `path`
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{world()[0]}.tmp")
+def replacing(path):  # yields a temporary path
+    temp = Path(path).with_name(f".{Path(path).name}.tmp")
+    temp.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temp
-        if world()[0] == 0:
-            temp.replace(path)
+        temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
 
 
 def write_text(path, text: str):
-    with replacing(path) as temp:
-        temp.write_bytes(text.encode())
+    if world()[0] == 0:
+        with replacing(path) as temp:
+            temp.write_bytes(text.encode())
 
 
 def write_json(path, value):

@@ -579,7 +579,7 @@ def report(out: Path):
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))
     pairs = zip(*map(prlm.read_lines, files))
     before, after = max(pairs, key=lambda two: two[1]["rouge-l"] - two[0]["rouge-l"])
-    print(f"\nthe held-out record that gained most, {after['id']}:")
+    print(f"\nthe held-out record that gained most, {prlm.printable(after['id'])}:")
     prompt = after["prompt"].rpartition("</answer>\n")[2]
     texts = (prompt, after["target"], before["completion"], after["completion"])
     for title, text in zip(("prompt", "the user wrote", "before RL", "after RL"), texts):
