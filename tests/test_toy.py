@@ -237,7 +237,7 @@ class TestPage:
         for path in (run / "samples.jsonl", *run.glob("held_out/*.jsonl")):
             self.edit(path, lambda n, line: {name: f"{line[name]}{HOSTILE}" for name in texts})
             self.edit(path, lambda n, line: {"tokens": ids, "logprobs": [-1.0] * len(ids)})
-        settings = dict.fromkeys(("out", "k", "group_size", "warm_start"), HOSTILE)
+        settings = dict.fromkeys(("out", "k", "group_size", "warm_start", "judge"), HOSTILE)
         prlm.write_json(run / "config.json", prlm.read_json(run / "config.json") | settings)
         scores = prlm.read_json(run / "scores.json")
         prlm.write_json(run / "scores.json", scores | {HOSTILE: scores["after"]})

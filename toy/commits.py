@@ -29,7 +29,7 @@ TASK = "commits"
 LOG = ("-z", "--encoding=UTF-8", "--no-show-signature")  # whatever the user has configured
 FIELDS = ("%H", "%aN", "%aE", "%at", "%as", "%s", "%b", "%(trailers)")
 NOT_WRITTEN = re.compile(r"(?i)(revert|reapply)\b|merged? ")
-ADDRESS = re.compile(r"<?[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
+ADDRESS = re.compile(r"<?(?<![\w.+-])[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
 TICKET = (
     r"(?:\b(?:fix(?:e[sd])?|close[sd]?|resolve[sd]?|this|see|refs?|for|and)\b[:\s]*)*"
     r"(?:[\w./-]*#|\b(?:issue|bug|ticket|pr|gh)s?[\s_#-]*)\d+\b"
@@ -95,7 +95,7 @@ def read_commits(repository: Path, least_words: int) -> dict[str, list[dict]]:
     values, commits = iter(text.split("\0")), {}
     for id, name, address, time, date, subject, body, trailers in zip(*[values] * len(FIELDS)):
         body = body.strip().removesuffix(trailers.strip())
-        body = re.sub(r"(?im)^\s*[a-z-]+-by:.*$", "", body)  # those that git takes for text
+        body = re.sub(r"(?im)^[^\S\n]*[a-z-]+-by:.*$", "", body)  # those that git takes for text
         body, subject = (" ".join(ADDRESS.sub("", part).split()) for part in (body, subject))
         subject = without_tickets(subject)
         bot = re.search(r"(?i)\bbot\b|dependabot", f"{name} {address}")

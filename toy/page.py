@@ -345,7 +345,7 @@ def training(samples: list[dict], o: Options, options: dict, report: dict, show)
     total = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
     divided = "" if options["normalizer"] == "dr_grpo" else ", divided by the standard deviation"
     said = clean(reward.describe(report).replace("_", " "))
-    judge = f"""<p>The judge {options["judge"]} (.5 is chance): {said}. Pair accuracy: of
+    judge = f"""<p>The judge {clean(options["judge"])} (.5 is chance): {said}. Pair accuracy: of
 two answers, the one written with the profile scores higher. Swap test: a user's own text scores
 higher with the user's own profile than with another user's.</p>"""
     html = f"""<h2>How it was trained</h2>
