@@ -17,7 +17,7 @@ import rl
 
 o = rl.Options(device="cpu", k=4, group_size=8, temperature=1.0)
 examples = retrieve.load_lamp(o.data, "LaMP-4", "train")
-example = examples[3]
+example = examples[1]  # whose four items hold what the answer takes
 print(f"{len(examples)} users; this one wrote {len(example.profile)} texts before")
 print("the query     :", example.query)
 print("the user wrote:", example.target)
@@ -42,7 +42,7 @@ print(policy.tokenizer.decode(prompt), f"[{len(prompt)} tokens]", sep="\n")
 sampling = (o.group_size, o.max_new_tokens, o.temperature, policy.tokenizer.eos_ids)
 (group,) = prlm.generate(policy.sampler, [prompt], *sampling, seed=1)
 texts = [policy.tokenizer.decode(completion.tokens) for completion in group]
-print(texts[0], texts[1], sep="\n")  # one without a </think> has no answer and earns nothing
+print(texts[0], texts[1], texts[6], sep="\n")  # one without a </think> earns nothing
 
 # %% 6. Rewards: ROUGE against what the user wrote, and a little for closing the reasoning
 rows = reward.rewards(texts, [example] * len(texts), personalization=0.0)
