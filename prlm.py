@@ -846,7 +846,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict | None = 
                 file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-# ---- Files: never half-written, never trusted; one process writes ----
+# ---- Files: never half-written, never trusted ----
 @contextmanager
 def faults_in(path):
     """What is wrong with the content of `path` is a ValueError that names it."""
@@ -860,7 +860,7 @@ def faults_in(path):
 
 
 @contextmanager
-def replacing(path):  # yields a temporary path
+def replacing(path):  # a temporary path; on success it is `path`
     temp = Path(path).with_name(f".{Path(path).name}.tmp")
     temp.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -23,7 +23,7 @@ import reward
 import rl
 from toy import common
 
-SMALL = "--max-new-tokens 12 --max-prompt-tokens 400 --prompts-per-step 1 --group-size 2"
+SMALL = "--max-new-tokens 12 --max-prompt-tokens 400 --prompts-per-step 1 --group-size 2 --k 2"
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def options(tmp_path_factory):
         write_lamp(folder / "lamp" / "commits", "commits", users=4, split=split)
     return real.Options(
         model=str(folder / "policy"), data=str(folder / "lamp"), out=str(folder / "out"),
-        arms="warm,prlm", seeds=2, warm=1, steps=1, k=2, more=SMALL, jobs=1,
+        arms="warm,prlm", seeds=2, warm=1, steps=1, more=SMALL, jobs=1,
     )  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def test_each_side_is_the_mean_of_its_authors(options, jobs):
 
 def test_what_is_compared(options, monkeypatch):
     means = {"warm": (0.5, 0.4), "none": (0.3, 0.2), "prlm": (0.9, 0.6)}
-    sides = {a: {"with": x, "without": y, "share": x - y} for a, (x, y) in means.items()}
-    sides = {a: {n: np.array([[x]]) for n, x in both.items()} for a, both in sides.items()}
+    names, rows = (*real.SIDES, "share"), {a: [x, y, x - y] for a, (x, y) in means.items()}
+    sides = {a: dict(zip(names, np.array(row)[:, None, None])) for a, row in rows.items()}
     found = {a: dict.fromkeys(real.metrics_of("commits"), both) for a, both in sides.items()}
     monkeypatch.setattr(real, "collect", lambda *_: found)
     monkeypatch.setattr(real, "shares_picture", lambda *_: "")
@@ -134,7 +134,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path):
 
 
 def test_other_tasks_and_judges():
-    o = real.Options(model="my model", task="LaMP-7", encoder="e", k=5, data="d")
+    o = real.Options(model="my model", task="LaMP-7", encoder="e", more="--k 5", data="d")
     assert "bert" in real.arms_of(o) and "bert" not in real.arms_of(replace(o, encoder=None))
     command = " ".join(real.chain(o, "no_gold", 0)[0][0])
     for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):

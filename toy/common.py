@@ -80,7 +80,7 @@ def run_jobs(work: dict, jobs: int, logs: Path) -> None:
             said = [future.result() for future in tqdm(futures, "jobs", disable=None)]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running.values():
+            for process in [*running.values()]:
                 process.terminate()
             raise ValueError("stopped; the same command goes on") from None
     if failed := [text for text in said if text]:

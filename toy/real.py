@@ -64,8 +64,7 @@ class Options:
     seeds: int = option(3, "trainings of each, from a warm start each", 1)
     warm: int = option(60, "steps of the warm start, 8 records each", 1)
     steps: int = option(24, "steps of GRPO, 4 x 8 completions each", 1)
-    k: int = option(3, "profile items in a prompt", 1)
-    more: str = option("", 'options of rl.py for all runs, as --more="--lr 3e-5 --beta 0.04"')
+    more: str = option("", 'options of rl.py for all runs, as --more="--k 5 --lr 3e-5"')
     half: Literal["choose", "report", "all"] = option("choose", "held-out authors to show")
     jobs: int = option(2, "processes at a time, each with one thread", 1)
     device: str = option("cpu", "auto, cuda, mps or cpu")
@@ -86,8 +85,8 @@ def place(o: Options, arm: str, seed: int) -> Path:
 def options_of(o: Options, arm: str, seed: int) -> dict:
     """The options of a training, as rl.py takes them."""
     same = {"model": o.model, "preset": "small", "data": o.data, "task": o.task, "limit": o.limit}
-    same |= {"k": o.k, "seed": seed, "steps": o.steps, "eval_every": 0, "force": True}
-    same["encoder"] = o.encoder if arm == "bert" else None  # which may come later
+    same |= {"k": prlm.PRESETS["small"]["k"], "encoder": o.encoder if arm == "bert" else None}
+    same |= {"seed": seed, "steps": o.steps, "eval_every": 0, "force": True}
     warm = str(place(o, "warm", seed) / "checkpoint")
     same |= {"warm_start": o.warm} if arm in FIRST else {"model": warm}
     more = prlm.parse_flags(rl.Options, "", shlex.split(o.more))
@@ -98,10 +97,10 @@ def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     """The commands of an arm and seed, each with the file that shows it is done: the training, and
     the score of the side that rl.py does not ask."""
     out, options = place(o, arm, seed), options_of(o, arm, seed)
-    other = {"run": out, "k": 0 if options["k"] else o.k, "limit": o.limit, "device": o.device}
+    other = {"run": out, "k": 0 if options["k"] else options_of(o, "warm", seed)["k"]}
     # Without a profile it answers at once: having learned to quote, it would invent quotations.
     other |= {"reasoning": not options["k"] and options.get("reasoning", True)}
-    other |= {"out": out / "other_side", "overwrite": True}
+    other |= {"limit": o.limit, "device": o.device, "out": out / "other_side", "overwrite": True}
     return [
         common.training(out, options),
         (common.command("eval.py", other), out / "other_side" / "scores.json"),
