@@ -131,12 +131,13 @@ class Options(RewardOptions):
     updates_per_rollout: int = option(1, "with one, the ratio is 1 and the clip never acts", 1)
     mask_truncated: bool = option(False, "no loss on completions without an end")
     checkpointing: bool = option(False, "run each layer again in backward: less memory, slower")
+    held_out: int = option(0, "held-out records to score; 0: all", 0)
     eval_every: int = option(5, "steps between scores of 64 held-out records; 0: never", 0)
     save_every: int = option(20, "steps between saved states", 1)
     out: str = option("runs/toy", "run directory")
     resume: bool = option(False, "go on with the run in --out, or start it there")
     overwrite: bool = option(False, "delete the run in --out")
-    force: bool = option(False, "train even if the first look saw nothing to learn")
+    force: bool = option(False, "train whatever the first look says")
 
 
 @dataclass
@@ -236,7 +237,7 @@ def main(o: Options, judge=None):
     with processes():
         if o.personalization and judge is None:
             judge_model(o)  # only checks it; `run` makes it
-        train, held = load_examples(o, "train"), load_examples(o, "dev")
+        train, held = load_examples(o, "train"), load_examples(o, "dev")[: o.held_out or None]
         policy = make_policy(o)  # a fault is said before anything is written
         make_prompts(o, policy.tokenizer, train[:1])
         out = prlm.gather(scoring.run_directory(o) if prlm.world()[0] == 0 else None)[0]
@@ -262,7 +263,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
     score_held_out(replace(o, k=0), out, "no_profile", policy, held)
     score_held_out(o, out, "before", policy, held)
     train_policy(o, out, policy, judge, train, held)
-    refresh(policy)  # to nearest, as one who loads the checkpoint has it
+    refresh(policy)  # to nearest, as a loaded checkpoint is
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
     scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
@@ -273,7 +274,7 @@ def train_policy(o: Options, out: Path, policy: Policy, judge, train, held):
 
     def take(step: int, optimizer) -> dict:
         begun = time.perf_counter()
-        # After those of the warm start: records that it has not imitated come first.
+        # Records that the warm start has not imitated come first.
         start = 8 * o.warm_start + step * o.prompts_per_step
         chosen = choose(len(train), start, o.prompts_per_step, o.seed)
         asked = [prompts[n] for n in chosen]
@@ -451,11 +452,11 @@ METRICS = {  # the keys of a line of metrics.jsonl: mostly means over the step's
     "completion_tokens": "length of a completion",
     "entropy": "mean -log p of the sampled tokens, in nats: near 0 nothing is explored",
     "loss": "about 0 with grpo, one update per rollout and no KL",
-    "grad_norm": "of the gradient, before it is clipped to 1",
+    "grad_norm": "before it is clipped to 1",
     "kl": "k3 per token, in nats, to the policy before RL; 0 with --beta 0",
     "clip_fraction": "share of tokens whose gradient was clipped to 0; 0 with one update",
     "gap": "largest difference of sampler and trainer in a log p: 1e-4; in bfloat16 .1 to .3",
-    "tokens_per_second": "of prompts and completions, over the whole step",
+    "tokens_per_second": "of prompts and completions, over the step",
     "seconds_rollout": "sampling and rewards",
     "seconds_update": "log-probabilities, gradient, optimizer",
     "eval_rouge-1": "of greedy answers to 64 held-out records; likewise -2, -l, bleu",
@@ -541,7 +542,7 @@ def stop_after_step():
 
 
 def say(text: str):
-    with suppress(OSError):  # after Ctrl-C, nobody may read: `| tee` is gone before us
+    with suppress(OSError):  # after Ctrl-C `| tee` is gone before us
         os.write(2, f"{text}\n".encode())
 
 
@@ -573,7 +574,7 @@ def score_held_out(o: Options, out: Path, name: str, policy: Policy, held) -> li
 
 
 def report(out: Path):
-    print("all held-out records, greedy answers:")
+    print("held-out records, greedy answers:")
     for name, scores in prlm.read_json(out / "scores.json").items():
         print(scoring.line(name, scores))
     files = (out / "held_out" / f"{name}.jsonl" for name in ("before", "after"))

@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import signal
+import sys
 import threading
-from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ import reward
 import rl
 from toy import common
 
-SMALL = "--max-new-tokens 12 --max-prompt-tokens 400 --prompts-per-step 1 --group-size 2 --k 2"
+SMALL = "--max-new-tokens 12 --held-out 3 --prompts-per-step 1 --group-size 2 --k 2"
 
 
 @pytest.fixture
@@ -35,19 +37,13 @@ def jobs(monkeypatch):
         done.commands.append(words)
         status = next((s for part, s in done.statuses.items() if part in " ".join(words)), 0)
         if status == 0:
-            chapter = __import__(Path(words[1]).stem)
-            given = prlm.parse_flags(chapter.Options, "", words[2:])
-            chapter.main(prlm.resolve(chapter.Options, given))
+            monkeypatch.setattr(sys, "argv", words[1:])
+            runpy.run_path(words[1], {}, "__main__")
         return SimpleNamespace(wait=lambda: status, terminate=lambda: None)
 
-    def submit(function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-    pool = nullcontext(SimpleNamespace(submit=submit))
+    pool = SimpleNamespace(submit=lambda *work: SimpleNamespace(result=partial(*work)))
     monkeypatch.setattr(common, "start", start)
-    monkeypatch.setattr(common, "ThreadPoolExecutor", lambda _: pool)
+    monkeypatch.setattr(common, "ThreadPoolExecutor", lambda _: nullcontext(pool))
     return done
 
 
@@ -58,89 +54,102 @@ def options(tmp_path_factory):
     write_policy(folder / "policy", answers=answers)
     for split in ("train", "dev"):
         write_lamp(folder / "lamp" / "commits", "commits", users=4, split=split)
-    return real.Options(
-        model=str(folder / "policy"), data=str(folder / "lamp"), out=str(folder / "out"),
-        arms="warm,prlm", seeds=2, warm=1, steps=1, more=SMALL, jobs=1,
-    )  # fmt: skip
+    given = {"model": folder / "policy", "data": folder / "lamp", "out": folder / "out"}
+    small = {"arms": "none,rule", "seeds": 2, "warm": 1, "steps": 1, "more": SMALL, "jobs": 1}
+    return real.Options(**{name: str(path) for name, path in given.items()}, **small)
 
 
 def test_the_whole_programme_in_miniature(options, jobs, capsys):
-    """Each arm starts from its own seed's warm start, is scored on both sides, and done once."""
+    """Each arm starts from its own seed's warm start, is scored on its sides, and done once."""
     real.main(options)
-    trained = [words for words in jobs.commands if words[1] == "rl.py"]
-    assert len(trained) == 4 and len(jobs.commands) == 2 * 4
+    trained = [words for words in jobs.commands if words[1] != "eval.py"]
+    assert len(trained) == 8 and len(jobs.commands) == 2 * (2 + 3 + 2 + 3)
     for words in trained:
         said = prlm.parse_flags(rl.Options, "", words[2:])
         arm, _, seed = Path(said["out"]).name.partition("_seed")
-        warm = str(real.place(options, "warm", seed) / "checkpoint")
-        assert said["model"] == (options.model if arm in real.FIRST else warm)
-        assert said["seed"] == int(seed) and ("warm_start" in said) == (arm in real.FIRST)
-    assert prlm.read_json(real.place(options, "prlm", 0) / "other_side" / "config.json")["k"] == 0
+        start = {"none": "warm_none", "rule": "warm"}.get(arm)
+        warm = start and str(real.place(options, start, seed) / "checkpoint")
+        assert said["model"] == (warm or options.model) and ("warm_start" in said) == (not warm)
+        assert said["seed"] == int(seed) and (said["k"] == 0) == ("none" in arm)
+        assert words[1] == ("toy/rule.py" if arm == "rule" else "rl.py")
+        assert len(prlm.read_lines(Path(said["out"]) / "held_out/after.jsonl")) == 3
+    run = real.place(options, "rule", 0)
+    assert prlm.read_json(run / "without" / "config.json")["k"] == 0
+    rows = prlm.read_lines(run / "samples.jsonl")
+    assert {row["personalization"] for row in rows} <= {0, 0.5, 1}  # two items are shown
     assert not [*Path(options.out).rglob("trainer.pt")]
-    text = (Path(options.out) / "commits" / "report_choose.md").read_text()
-    for arm in ("warm", "prlm"):  # scores, two shares
-        assert text.count(f"| {real.ARMS[arm][0]} |") >= 3
-    assert "](shares_choose.png)" in text
+    text = (Path(options.out) / "commits" / "report.md").read_text()
+    counts = [text.count(f"| {real.ARMS[arm][0]} |") for arm in ("rule", "none", "warm")]
+    assert counts == [16, 4, 13] and "](shares.png)" in text
     real.main(options)
-    assert len(jobs.commands) == 2 * 4
+    assert len(jobs.commands) == 20
     with pytest.raises(ValueError, match=r"was made with lr 6e-05, not 0\.001"):
         real.main(replace(options, more=f"{SMALL} --lr 1e-3"))
 
 
-def test_each_side_is_the_mean_of_its_authors(options, jobs):
+def test_each_side_is_the_mean_of_its_authors(options, jobs, monkeypatch, read=prlm.read_lines):
     real.main(options)
-    halves = (real.held_out(replace(options, half=half)) for half in ("choose", "report", "all"))
-    choose, report, everyone = ({e.user_id for e in examples} for examples in halves)
-    assert not choose & report and choose | report == everyone
-    examples = real.held_out(replace(options, half="all"))
-    run, found = real.place(options, "prlm", 1), real.collect(options, examples)["prlm"]["rouge-1"]
-    for file, side in (("held_out/after.jsonl", "with"), ("other_side/samples.jsonl", "without")):
-        mean = np.mean([row["rouge-1"] for row in prlm.read_lines(run / file)])
+    ends = {"own": [1, 1, 1, 0], "without": [0, 1, 1, 1]}
+    monkeypatch.setattr(prlm, "read_lines", lambda path: [
+        row | {"finished": end} for row, end in zip(read(path), ends[path.parent.name])
+    ])  # fmt: skip
+    found = real.collect(options, retrieve.load_examples(options, "dev"))["rule"]["rouge-1"]
+    for side in ("own", "without"):
+        records = read(real.place(options, "rule", 1) / side / "samples.jsonl")
         assert found[side].shape == (2, 4)  # an author has one record here
-        assert found[side][1].mean() == pytest.approx(mean)
+        assert found[side][1].mean() == pytest.approx(np.mean([r["rouge-1"] for r in records]))
+    assert np.isnan(found["ended"]).tolist() == [[True, False, False, True]] * 2
+    assert (found["ended"] == found["share"])[:, 1:3].all()
 
 
 def test_what_is_compared(options, monkeypatch):
-    means = {"warm": (0.5, 0.4), "none": (0.3, 0.2), "prlm": (0.9, 0.6)}
-    names, rows = (*real.SIDES, "share"), {a: [x, y, x - y] for a, (x, y) in means.items()}
-    sides = {a: dict(zip(names, np.array(row)[:, None, None])) for a, row in rows.items()}
+    rows = {"warm": (0.5, 0.1, 0), "none": (0.3,), "prlm": (0.9, 0.3, 0)}
+    sides = {
+        a: dict(zip(("own", "share", "ended"), np.array([[row]]).T)) for a, row in rows.items()
+    }
     found = {a: dict.fromkeys(real.metrics_of("commits"), both) for a, both in sides.items()}
     monkeypatch.setattr(real, "collect", lambda *_: found)
-    monkeypatch.setattr(real, "shares_picture", lambda *_: "")
-    _, shares, scores, *_ = real.report(options).split("minus that of *")
-    assert "| warm start | -0.200 |" in shares and "| GRPO, accuracy alone |" not in shares
-    for row in ("warm start | +0.300", "GRPO without profiles | +0.100", "alone | +0.700"):
-        assert f"{row} |" in scores
+    for name in ("scores_table", "shares_picture"):
+        monkeypatch.setattr(real, name, lambda *_: "")
+    tables = dict(text.split("\n", 1) for text in real.report(options, []).split("\n## "))
+    table = tables["The profile's share of form, minus that of *GRPO, accuracy alone*"]
+    assert "| warm start, with the profile | -0.200 |" in table and "| GRPO, accuracy" not in table
+    table = tables["The rouge-1, minus that of *GRPO, trained without profiles*"]
+    assert "with the profile | +0.200 |" in table and "alone | +0.600 |" in table
 
 
 def test_authors_without_a_prefix_do_not_count_for_it(options):
-    first, *rest = real.held_out(replace(options, half="all"))
+    first, *rest = retrieve.load_examples(options, "dev")
     examples = [replace(first, target="http: Golf"), *(replace(e, target="golf") for e in rest)]
     examples.append(replace(first, id="x", target="BUG: golf"))  # the same author
-    answers = {e.id: "http: golf" for e in examples}
-    assert np.nanmean(real.by_author(examples, answers, "prefix")) == 0.5
-    assert np.isnan(real.by_author(examples, answers, "prefix")).sum() == 3
-    assert real.by_author(examples, answers, "kind").tolist() == [0.5, 0, 0, 0]
+    rows = real.measure(options, examples, ["http: golf"] * 5)
+    values = np.array([[row["prefix"], row["kind"]] for row in rows], float).T
+    prefix, kind = real.by_author(examples, values)
+    assert np.nanmean(prefix) == 0.5 and np.isnan(prefix).sum() == 3
+    assert sorted(kind) == [0, 0, 0, 0.5]
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path):
     jobs.statuses = {"warm_seed0 ": 2}
-    o = replace(options, out=str(tmp_path), arms="warm,prlm")
+    o = replace(options, out=str(tmp_path), arms="prlm")
     with pytest.raises(ValueError, match=r"commits warm seed 0: rl\.py ended with status 2, see"):
         real.main(o)
     assert (real.place(o, "warm", 1) / "predictions.json").is_file()
-    with pytest.raises(ValueError, match=r"--arms knows warm, .*, not x"):
+    with pytest.raises(ValueError, match=r"--arms knows warm_none, .*, not x"):
         real.main(replace(o, arms="prlm,x"))
 
 
 def test_other_tasks_and_judges():
-    o = real.Options(model="my model", task="LaMP-7", encoder="e", more="--k 5", data="d")
-    assert "bert" in real.arms_of(o) and "bert" not in real.arms_of(replace(o, encoder=None))
+    o = real.Options(model="my model", task="LaMP-7", more="--k 5", data="d")
+    arms = real.arms_of(replace(o, reward_model="r"))
+    assert "bert" in arms and "bert" not in real.arms_of(o) and "rule" not in arms
+    arms = real.arms_of(replace(o, arms="none,quoting"))
+    assert arms == ["warm_none", "none", "warm_quoting", "quoting"]
     command = " ".join(real.chain(o, "no_gold", 0)[0][0])
     for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):
         assert option in command
-    for arm, words in (("warm", "--k 0 "), ("warm", "--no-reasoning"), ("none", "--k 5 ")):
-        assert words in " ".join(real.chain(o, arm, 0)[1][0])  # rl.py scores the other side
+    commands = real.chain(o, "warm_quoting", 0)
+    assert "--reasoning" in commands[0][0] and "--no-reasoning" in commands[2][0]
 
 
 def test_which_way_a_reward_would_push(options, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def command(script: str, options: dict) -> list[str]:
     return words
 
 
-def training(out: Path, options: dict) -> tuple[list[str], Path]:
+def training(out: Path, options: dict, script: str = "rl.py") -> tuple[list[str], Path]:
     """(a run of rl.py, the file that it leaves); ValueError if other options made that file."""
     done = out / "predictions.json"
     recorded = prlm.read_json(out / "config.json") if done.is_file() else options
@@ -39,7 +39,7 @@ def training(out: Path, options: dict) -> tuple[list[str], Path]:
         if recorded.get(name) != options[name]:
             made = f"{out} was made with {name} {recorded.get(name)}, not {options[name]}"
             raise ValueError(f"{made}: choose another --out")
-    return command("rl.py", {**options, "out": out, "resume": True}), done
+    return command(script, {**options, "out": out, "resume": True}), done
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
@@ -90,17 +90,18 @@ def run_jobs(work: dict, jobs: int, logs: Path) -> None:
 # ---- Tables, and how sure a difference is ----------------------------------------------------
 
 
-def bootstrap(ours, theirs, draws=10_000) -> dict[str, tuple[float, float, float]]:
-    """{what is redrawn: (p, low, high)} of mean(ours - theirs), arrays [seeds, users], paired.
+def bootstrap(difference, draws=10_000) -> dict[str, tuple[float, float, float]]:
+    """{what is redrawn: (p, low, high)} of the mean of paired differences [seeds, users] or [users]
+    with NaN where there is none; no seed and no user may be all NaN.
 
     "users": a paired bootstrap, the policies stay: what other users would say of them. "seeds", if
     there are several: Student's t of their means, users stay: what other trainings would give.
     "both": the two deviations added, draw by draw. p is two-sided, the interval 95 %."""
-    difference = np.atleast_2d(ours) - np.atleast_2d(theirs)  # [S, N]; one side may have one seed
-    (S, N), rng, mean = difference.shape, np.random.default_rng(0), difference.mean()
-    drawn = {"users": difference.mean(0)[rng.integers(0, N, (draws, N))].mean(1)}  # [draws]
+    by_user, by_seed = (np.nanmean(np.atleast_2d(difference), axis) for axis in (0, 1))
+    (N, S), rng, mean = (len(by_user), len(by_seed)), np.random.default_rng(0), by_seed.mean()
+    drawn = {"users": by_user[rng.integers(0, N, (draws, N))].mean(1)}  # [draws]
     if S > 1:
-        error = difference.mean(1).std(ddof=1) / S**0.5
+        error = by_seed.std(ddof=1) / S**0.5
         drawn["seeds"] = mean + error * rng.standard_t(S - 1, draws)
         drawn["both"] = drawn["users"] + drawn["seeds"] - mean
     result = {}
@@ -134,15 +135,16 @@ def picture(path: Path, size: tuple[float, float], draw) -> str:
     return f"![]({path.name})\n"
 
 
-AGAINST = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 %"]
+DIFFERENCE = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 %"]
 
 
-def against(ours, theirs) -> list[str]:
-    """The cells of these columns of a table; a user without a value (NaN) does not count."""
-    difference = np.atleast_2d(ours) - np.atleast_2d(theirs)
-    difference = difference[:, ~np.isnan(difference).any(0)]
+def cells(difference) -> list[str]:
+    """Those of these columns of a table; a user without any value (NaN) does not count."""
+    difference = np.atleast_2d(difference)
+    difference = difference[:, ~np.isnan(difference).all(0)]
     if difference.size == 0:
         return ["–"] * 4
-    found = bootstrap(difference, 0)
-    cells = {u: f"{low:+.3f} … {high:+.3f}, p {p:.4f}" for u, (p, low, high) in found.items()}
-    return [f"{difference.mean():+.3f}", *(cells.get(u, "") for u in ("users", "seeds", "both"))]
+    found = bootstrap(difference)
+    said = {u: f"{low:+.3f} … {high:+.3f}, p {p:.4f}" for u, (p, low, high) in found.items()}
+    mean = np.nanmean(difference, 1).mean()
+    return [f"{mean:+.3f}", *(said.get(u, "") for u in ("users", "seeds", "both"))]

@@ -105,8 +105,8 @@ def compare(o: Options, task: str, rows: dict[str, tuple[str, str]]) -> str:
     for name, (arm, stage) in rows.items():
         cells = [common.mean(scores_of(o, task, arm, stage, key)) for key in scoring.METRICS]
         theirs = scores_of(o, task, arm, stage)
-        lines.append([name, *cells, *([""] * 4 if arm == "prlm" else common.against(ours, theirs))])
-    return common.markdown(["", *scoring.METRICS, *common.AGAINST], lines)
+        lines.append([name, *cells, *([""] * 4 if arm == "prlm" else common.cells(ours - theirs))])
+    return common.markdown(["", *scoring.METRICS, *common.DIFFERENCE], lines)
 
 
 def judges(o: Options) -> str:

@@ -25,8 +25,8 @@ import retrieve
 import reward
 from prlm import option
 from toy import common
-from toy.commits import TASK, same_manner
-from toy.real import measure, metrics_of
+from toy.commits import MANNER, TASK, same_manner
+from toy.rule import manner_judge
 
 
 @dataclass
@@ -36,20 +36,12 @@ class Options(reward.RewardOptions):
     overwrite: bool = option(False, "delete the result that is there")
 
 
-def manner_judge(o: reward.RewardOptions, examples, answers: list[str]) -> list[float]:
-    """By rule, for commits: the share of the items shown whose form the answer has."""
-    shown = [[i["subject"] for i in retrieve.best_items(o, example)] for example in examples]
-    same = ([same_manner(a, s)["form"] for s in own] for a, own in zip(answers, shown))
-    return [sum(found) / max(len(found), 1) for found in same]
-
-
 def row(name: str, earned: np.ndarray, found: dict[str, np.ndarray]) -> list[str]:
     """A line of the table, from what answers earn and what they share with the users' texts, each
     [records, samples]. Equal favourites count equally."""
     best = earned == earned.max(1, keepdims=True)
     gains = ((best * x).sum(1) / best.sum(1) - x.mean(1) for x in found.values())
-    cells = (common.against(gain, 0) for gain in gains)
-    said = (f"{gain} ({over_users})" for gain, over_users, *_ in cells)
+    said = (f"{gain} ({over_users})" for gain, over_users, *_ in map(common.cells, gains))
     return [name, f"{earned.std(1, ddof=1).mean():.3f}", *said]
 
 
@@ -71,8 +63,9 @@ def main(o: Options) -> None:
     def grid(lines: list[dict], key: str) -> np.ndarray:
         return np.array([line[key] for line in lines], float).reshape(-1, o.samples)
 
-    found = [measure(record["answer"], record["target"]) for record in records]
-    found = {name: grid(found, name) for name in metrics_of(o.task) if name != "rouge-l"}
+    texts = [(record["answer"], record["target"]) for record in records]
+    found = [scoring.rouge(*both) | same_manner(*both) for both in texts]
+    found = {name: grid(found, name) for name in ("rouge-1", *MANNER * (o.task == TASK))}
     rows = [["the mean of a group", "", *(common.mean([x.mean(1)]) for x in found.values())]]
     said, asked = [r["completion"] for r in records], [e for e in held for _ in range(o.samples)]
     for name, judge in judges.items():
