@@ -137,7 +137,7 @@ class Options(RewardOptions):
     out: str = option("runs/toy", "run directory")
     resume: bool = option(False, "go on with the run in --out, or start it there")
     overwrite: bool = option(False, "delete the run in --out")
-    force: bool = option(False, "train whatever the first look says")
+    force: bool = option(False, "train even if nothing could be learned")
 
 
 @dataclass
@@ -263,7 +263,7 @@ def run(o: Options, out: Path, policy: Policy, train, held, judge=None):
     score_held_out(replace(o, k=0), out, "no_profile", policy, held)
     score_held_out(o, out, "before", policy, held)
     train_policy(o, out, policy, judge, train, held)
-    refresh(policy)  # to nearest, as a loaded checkpoint is
+    refresh(policy)  # to nearest, as in the checkpoint
     prlm.save_decoder(policy.decoder, policy.tokenizer, out / "checkpoint")
     records = score_held_out(o, out, "after", policy, held)
     scoring.write_predictions(out / "predictions.json", o.task, records)  # last: all is there
@@ -542,7 +542,7 @@ def stop_after_step():
 
 
 def say(text: str):
-    with suppress(OSError):  # after Ctrl-C `| tee` is gone before us
+    with suppress(OSError):  # after Ctrl-C the reader may be gone
         os.write(2, f"{text}\n".encode())
 
 

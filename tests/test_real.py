@@ -74,13 +74,13 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
         assert words[1] == ("toy/rule.py" if arm == "rule" else "rl.py")
         assert len(prlm.read_lines(Path(said["out"]) / "held_out/after.jsonl")) == 3
     run = real.place(options, "rule", 0)
-    assert prlm.read_json(run / "without" / "config.json")["k"] == 0
+    assert prlm.read_json(run / "without_160/config.json")["k"] == 0
     rows = prlm.read_lines(run / "samples.jsonl")
     assert {row["personalization"] for row in rows} <= {0, 0.5, 1}  # two items are shown
     assert not [*Path(options.out).rglob("trainer.pt")]
     text = (Path(options.out) / "commits" / "report.md").read_text()
     counts = [text.count(f"| {real.ARMS[arm][0]} |") for arm in ("rule", "none", "warm")]
-    assert counts == [16, 4, 13] and "](shares.png)" in text
+    assert counts == [19, 7, 17] and "](shares.png)" in text
     real.main(options)
     assert len(jobs.commands) == 20
     with pytest.raises(ValueError, match=r"was made with lr 6e-05, not 0\.001"):
@@ -89,32 +89,31 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
 
 def test_each_side_is_the_mean_of_its_authors(options, jobs, monkeypatch, read=prlm.read_lines):
     real.main(options)
-    ends = {"own": [1, 1, 1, 0], "without": [0, 1, 1, 1]}
+    ends = {"own_160": [1, 1, 1, 0], "without_160": [0, 1, 1, 1]}
     monkeypatch.setattr(prlm, "read_lines", lambda path: [
         row | {"finished": end} for row, end in zip(read(path), ends[path.parent.name])
     ])  # fmt: skip
-    found = real.collect(options, retrieve.load_examples(options, "dev"))["rule"]["rouge-1"]
-    for side in ("own", "without"):
-        records = read(real.place(options, "rule", 1) / side / "samples.jsonl")
+    found = real.collect(options, retrieve.load_examples(options, "dev"))
+    found = found[real.ARMS["rule"][0]]["rouge-1"]
+    for side in real.SIDES:
+        records = read(real.place(options, "rule", 1) / f"{side}_160" / "samples.jsonl")
         assert found[side].shape == (2, 4)  # an author has one record here
         assert found[side][1].mean() == pytest.approx(np.mean([r["rouge-1"] for r in records]))
-    assert np.isnan(found["ended"]).tolist() == [[True, False, False, True]] * 2
-    assert (found["ended"] == found["share"])[:, 1:3].all()
+    assert np.isnan(found[real.ENDED]).tolist() == [[True, False, False, True]] * 2
+    assert (found[real.ENDED] == found[real.SHARE])[:, 1:3].all()
 
 
 def test_what_is_compared(options, monkeypatch):
-    rows = {"warm": (0.5, 0.1, 0), "none": (0.3,), "prlm": (0.9, 0.3, 0)}
-    sides = {
-        a: dict(zip(("own", "share", "ended"), np.array([[row]]).T)) for a, row in rows.items()
-    }
-    found = {a: dict.fromkeys(real.metrics_of("commits"), both) for a, both in sides.items()}
+    sides, found = ("own", real.SHARE, real.ENDED), {}
+    for arm, row in {"warm": (0.5, 0.1, 0), "none": (0.3,), "prlm": (0.9, 0.3, 0)}.items():
+        values = dict(zip(sides, np.array([[row]]).T))
+        found[real.ARMS[arm][0]] = dict.fromkeys(real.METRICS, values)
     monkeypatch.setattr(real, "collect", lambda *_: found)
-    for name in ("scores_table", "shares_picture"):
-        monkeypatch.setattr(real, name, lambda *_: "")
+    monkeypatch.setattr(real, "shares_picture", lambda *_: "")
     tables = dict(text.split("\n", 1) for text in real.report(options, []).split("\n## "))
-    table = tables["The profile's share of form, minus that of *GRPO, accuracy alone*"]
+    table = tables["form: the profile's share, minus that of *GRPO, accuracy alone*"]
     assert "| warm start, with the profile | -0.200 |" in table and "| GRPO, accuracy" not in table
-    table = tables["The rouge-1, minus that of *GRPO, trained without profiles*"]
+    table = tables["rouge-1: score, minus that of *GRPO, trained without profiles*"]
     assert "with the profile | +0.200 |" in table and "alone | +0.600 |" in table
 
 
@@ -122,9 +121,8 @@ def test_authors_without_a_prefix_do_not_count_for_it(options):
     first, *rest = retrieve.load_examples(options, "dev")
     examples = [replace(first, target="http: Golf"), *(replace(e, target="golf") for e in rest)]
     examples.append(replace(first, id="x", target="BUG: golf"))  # the same author
-    rows = real.measure(options, examples, ["http: golf"] * 5)
-    values = np.array([[row["prefix"], row["kind"]] for row in rows], float).T
-    prefix, kind = real.by_author(examples, values)
+    values = real.measure(options, examples, ["http: golf"] * 5)
+    prefix, kind = (real.by_author(examples, values[name]) for name in ("prefix", "kind"))
     assert np.nanmean(prefix) == 0.5 and np.isnan(prefix).sum() == 3
     assert sorted(kind) == [0, 0, 0, 0.5]
 
@@ -141,14 +139,12 @@ def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path):
 
 def test_other_tasks_and_judges():
     o = real.Options(model="my model", task="LaMP-7", more="--k 5", data="d")
-    arms = real.arms_of(replace(o, reward_model="r"))
-    assert "bert" in arms and "bert" not in real.arms_of(o) and "rule" not in arms
-    arms = real.arms_of(replace(o, arms="none,quoting"))
-    assert arms == ["warm_none", "none", "warm_quoting", "quoting"]
+    assert "bert" in real.arms_of(replace(o, reward_model="r")) and "bert" not in real.arms_of(o)
+    assert real.arms_of(replace(o, arms="none,rule")) == ["warm_none", "warm", "none", "rule"]
     command = " ".join(real.chain(o, "no_gold", 0)[0][0])
     for option in ("--accuracy 0.0", "--beta 0.3", "--judge ratio", "--k 5", "--task LaMP-7"):
         assert option in command
-    commands = real.chain(o, "warm_quoting", 0)
+    commands = real.chain(replace(o, more="--reasoning"), "warm", 0)
     assert "--reasoning" in commands[0][0] and "--no-reasoning" in commands[2][0]
 
 

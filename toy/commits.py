@@ -38,7 +38,6 @@ TICKETS = rf"{TICKET}(?:[\s,&]*{TICKET})*"
 PREFIX = r"([A-Z]{2,}(?:, ?[A-Z]{2,})+|[^\s:()]{1,30}(?:\([^():]{0,30}\))?!?):\s+"
 TYPE = r"(build|chore|ci|docs|feat|fix|perf|refactor|style|test)(\(.+\))?!?"
 KINDS = {"none": "", "tag": "[A-Z][A-Z0-9,/ ]+", "type": TYPE, "place": ".+"}
-MANNER = ("form", "kind", "prefix")  # what `same_manner` tells
 
 
 def manner(subject: str) -> tuple[str, bool, bool, str]:

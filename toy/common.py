@@ -91,15 +91,16 @@ def run_jobs(work: dict, jobs: int, logs: Path) -> None:
 
 
 def bootstrap(difference, draws=10_000) -> dict[str, tuple[float, float, float]]:
-    """{what is redrawn: (p, low, high)} of the mean of paired differences [seeds, users] or [users]
-    with NaN where there is none; no seed and no user may be all NaN.
+    """{what is redrawn: (p, low, high)} of the mean over seeds of paired differences [seeds, users]
+    or [users]; NaN does not count, and no seed may be all NaN.
 
     "users": a paired bootstrap, the policies stay: what other users would say of them. "seeds", if
     there are several: Student's t of their means, users stay: what other trainings would give.
     "both": the two deviations added, draw by draw. p is two-sided, the interval 95 %."""
-    by_user, by_seed = (np.nanmean(np.atleast_2d(difference), axis) for axis in (0, 1))
-    (N, S), rng, mean = (len(by_user), len(by_seed)), np.random.default_rng(0), by_seed.mean()
-    drawn = {"users": by_user[rng.integers(0, N, (draws, N))].mean(1)}  # [draws]
+    difference, rng = np.atleast_2d(difference), np.random.default_rng(0)
+    (S, N), by_seed = difference.shape, np.nanmean(difference, 1)
+    mean, users = by_seed.mean(), rng.integers(0, N, (draws, N))
+    drawn = {"users": np.mean([np.nanmean(row[users], 1) for row in difference], 0)}  # [draws]
     if S > 1:
         error = by_seed.std(ddof=1) / S**0.5
         drawn["seeds"] = mean + error * rng.standard_t(S - 1, draws)
@@ -138,13 +139,14 @@ def picture(path: Path, size: tuple[float, float], draw) -> str:
 DIFFERENCE = ["difference", "over users, 95 %", "over seeds, 95 %", "over both, 95 %"]
 
 
-def cells(difference) -> list[str]:
-    """Those of these columns of a table; a user without any value (NaN) does not count."""
+def difference_cells(difference) -> list[str]:
+    """The cells of these columns; seeds and users without a value (NaN) are left out."""
     difference = np.atleast_2d(difference)
-    difference = difference[:, ~np.isnan(difference).all(0)]
+    for axis in (0, 1):
+        difference = difference.compress(~np.isnan(difference).all(axis), 1 - axis)
     if difference.size == 0:
         return ["–"] * 4
     found = bootstrap(difference)
     said = {u: f"{low:+.3f} … {high:+.3f}, p {p:.4f}" for u, (p, low, high) in found.items()}
-    mean = np.nanmean(difference, 1).mean()
-    return [f"{mean:+.3f}", *(said.get(u, "") for u in ("users", "seeds", "both"))]
+    middle = np.nanmean(difference, 1).mean()
+    return [f"{middle:+.3f}", *(said.get(u, "") for u in ("users", "seeds", "both"))]

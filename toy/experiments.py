@@ -105,7 +105,9 @@ def compare(o: Options, task: str, rows: dict[str, tuple[str, str]]) -> str:
     for name, (arm, stage) in rows.items():
         cells = [common.mean(scores_of(o, task, arm, stage, key)) for key in scoring.METRICS]
         theirs = scores_of(o, task, arm, stage)
-        lines.append([name, *cells, *([""] * 4 if arm == "prlm" else common.cells(ours - theirs))])
+        lines.append(
+            [name, *cells, *([""] * 4 if arm == "prlm" else common.difference_cells(ours - theirs))]
+        )
     return common.markdown(["", *scoring.METRICS, *common.DIFFERENCE], lines)
 
 

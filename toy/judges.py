@@ -25,7 +25,7 @@ import retrieve
 import reward
 from prlm import option
 from toy import common
-from toy.commits import MANNER, TASK, same_manner
+from toy.commits import TASK, same_manner
 from toy.rule import manner_judge
 
 
@@ -41,7 +41,9 @@ def row(name: str, earned: np.ndarray, found: dict[str, np.ndarray]) -> list[str
     [records, samples]. Equal favourites count equally."""
     best = earned == earned.max(1, keepdims=True)
     gains = ((best * x).sum(1) / best.sum(1) - x.mean(1) for x in found.values())
-    said = (f"{gain} ({over_users})" for gain, over_users, *_ in map(common.cells, gains))
+    said = (
+        f"{gain} ({over_users})" for gain, over_users, *_ in map(common.difference_cells, gains)
+    )
     return [name, f"{earned.std(1, ddof=1).mean():.3f}", *said]
 
 
@@ -65,7 +67,8 @@ def main(o: Options) -> None:
 
     texts = [(record["answer"], record["target"]) for record in records]
     found = [scoring.rouge(*both) | same_manner(*both) for both in texts]
-    found = {name: grid(found, name) for name in ("rouge-1", *MANNER * (o.task == TASK))}
+    metrics = ("rouge-1", *("form", "kind", "prefix") * (o.task == TASK))
+    found = {name: grid(found, name) for name in metrics}
     rows = [["the mean of a group", "", *(common.mean([x.mean(1)]) for x in found.values())]]
     said, asked = [r["completion"] for r in records], [e for e in held for _ in range(o.samples)]
     for name, judge in judges.items():

@@ -1,10 +1,10 @@
-"""GRPO with a judge of one's own in place of the paper's: a rule for manner, made for commits.
+"""GRPO with your own judge instead of the paper's: here a rule, made for commits.
 
 It needs no model and no gold text: an answer should look like the items shown. The options are
-those of rl.py; --personalization is its weight.
+those of rl.py; --personalization is the rule's weight.
 
     python toy/rule.py --preset small --model runs/warm/checkpoint --data data --task commits \\
-        --personalization 1 --out runs/rule"""
+        --no-reasoning --max-new-tokens 96 --personalization 1 --out runs/rule"""
 
 import sys
 from functools import partial
@@ -20,11 +20,13 @@ from toy.commits import same_manner
 
 
 def manner_judge(o: Options, examples, answers: list[str]) -> list[float]:
-    """The share of the items shown whose form the answer has."""
-    *_, field = retrieve.task_of(o.task).fields
-    shown = [[item[field] for item in retrieve.best_items(o, example)] for example in examples]
-    same = ([same_manner(a, s)["form"] for s in own] for a, own in zip(answers, shown))
-    return [sum(found) / max(len(found), 1) for found in same]
+    """For each answer the share of the items shown whose form it has."""
+    (*_, field), shares = retrieve.task_of(o.task).fields, []
+    for example, answer in zip(examples, answers, strict=True):
+        texts = [item[field] for item in retrieve.best_items(o, example)]
+        same = [same_manner(answer, text)["form"] for text in texts]
+        shares.append(sum(same) / max(len(same), 1))
+    return shares
 
 
 if __name__ == "__main__":
