@@ -131,7 +131,7 @@ class Options(RewardOptions):
     updates_per_rollout: int = option(1, "with one, the ratio is 1 and the clip never acts", 1)
     mask_truncated: bool = option(False, "no loss on completions without an end")
     checkpointing: bool = option(False, "run each layer again in backward: less memory, slower")
-    held_out: int = option(0, "held-out records to score; 0: all", 0)
+    held_out: int = option(0, "only the first held-out records; 0: all", 0)
     eval_every: int = option(5, "steps between scores of 64 held-out records; 0: never", 0)
     save_every: int = option(20, "steps between saved states", 1)
     out: str = option("runs/toy", "run directory")

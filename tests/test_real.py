@@ -80,7 +80,7 @@ def test_the_whole_programme_in_miniature(options, jobs, capsys):
     assert not [*Path(options.out).rglob("trainer.pt")]
     text = (Path(options.out) / "commits" / "report.md").read_text()
     counts = [text.count(f"| {real.ARMS[arm][0]} |") for arm in ("rule", "none", "warm")]
-    assert counts == [19, 7, 17] and "](shares.png)" in text
+    assert counts == [27, 13, 17] and "](shares.png)" in text
     real.main(options)
     assert len(jobs.commands) == 20
     with pytest.raises(ValueError, match=r"was made with lr 6e-05, not 0\.001"):
@@ -105,7 +105,7 @@ def test_each_side_is_the_mean_of_its_authors(options, jobs, monkeypatch, read=p
 
 def test_what_is_compared(options, monkeypatch):
     sides, found = ("own", real.SHARE, real.ENDED), {}
-    for arm, row in {"warm": (0.5, 0.1, 0), "none": (0.3,), "prlm": (0.9, 0.3, 0)}.items():
+    for arm, row in {"warm": (0.5, 0.1, 0), "none": (0.3,), "accuracy": (0.9, 0.3, 0)}.items():
         values = dict(zip(sides, np.array([[row]]).T))
         found[real.ARMS[arm][0]] = dict.fromkeys(real.METRICS, values)
     monkeypatch.setattr(real, "collect", lambda *_: found)
@@ -129,12 +129,12 @@ def test_authors_without_a_prefix_do_not_count_for_it(options):
 
 def test_what_fails_is_named_and_the_rest_goes_on(options, jobs, tmp_path):
     jobs.statuses = {"warm_seed0 ": 2}
-    o = replace(options, out=str(tmp_path), arms="prlm")
+    o = replace(options, out=str(tmp_path), arms="accuracy")
     with pytest.raises(ValueError, match=r"commits warm seed 0: rl\.py ended with status 2, see"):
         real.main(o)
     assert (real.place(o, "warm", 1) / "predictions.json").is_file()
     with pytest.raises(ValueError, match=r"--arms knows warm_none, .*, not x"):
-        real.main(replace(o, arms="prlm,x"))
+        real.main(replace(o, arms="accuracy,x"))
 
 
 def test_other_tasks_and_judges():

@@ -6,7 +6,7 @@ judges.py shows in minutes what a judge knows and which way it would push.
 
     python toy/real.py --model models/smollm2 --data data          # hours on two cores
     python toy/real.py ... --device cuda --jobs 6                  # several runs share a GPU
-    python toy/real.py ... --task LaMP-5 --arms prlm,none --more="--reasoning"
+    python toy/real.py ... --task LaMP-5 --arms accuracy,none --more="--reasoning"
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
 the same policy scores without. Beside it, the fair rival: a policy trained without profiles."""
@@ -33,12 +33,12 @@ from toy.rule import manner_judge
 
 # ---- The arms: (name, the arm whose policy it starts from, options of rl.py) ---------------------
 
-NONE, RATIO, NO_GOLD = {"k": 0}, {"judge": "ratio"}, {"accuracy": 0.0, "beta": 0.3}
+NO_PROFILE, RATIO, NO_GOLD = {"k": 0}, {"judge": "ratio"}, {"accuracy": 0.0, "beta": 0.3}
 ARMS = {
-    "warm_none": ("warm start, trained without profiles", None, NONE),
+    "warm_none": ("warm start, trained without profiles", None, NO_PROFILE),
     "warm": ("warm start, with the profile", None, {}),
-    "none": ("GRPO, trained without profiles", "warm_none", NONE),
-    "prlm": ("GRPO, accuracy alone", "warm", {}),
+    "none": ("GRPO, trained without profiles", "warm_none", NO_PROFILE),
+    "accuracy": ("GRPO, accuracy alone", "warm", {}),
     "bert": ("… and the paper's judge, .1", "warm", {"personalization": 0.1}),
     "ratio.1": ("… and the ratio, .1", "warm", {"personalization": 0.1} | RATIO),
     "ratio.3": ("… and the ratio, .3", "warm", {"personalization": 0.3} | RATIO),
@@ -204,14 +204,13 @@ fixed. The share is the score with the profile minus that of the same policy wit
 
 {common.markdown(["as trained / without profile", *METRICS], scores)}
 {shares_picture(found, shown, Path(o.out) / o.task / "shares.png")}"""
-    warm_none, warm, none, accuracy = (
-        ARMS[arm][0] for arm in ("warm_none", "warm", "none", "prlm")
-    )
-    for metric in shown:
-        for side, base in ((SHARE, None), (ENDED, None), (SHARE, warm), (SHARE, accuracy)):
-            text += differences(found, metric, side, base) if base in (None, *found) else ""
-    for metric, base in product(METRICS, (warm_none, none, accuracy)):
-        text += differences(found, metric, "own", base) if base in found else ""
+    bases = [ARMS[arm][0] for arm in ("accuracy", "warm", "none", "warm_none")]
+    tables = [
+        *product(shown, (SHARE, ENDED), (None, *bases[:2])),
+        *product(METRICS, ["own"], bases),
+    ]
+    for metric, side, base in tables:
+        text += differences(found, metric, side, base) if base in (None, *found) else ""
     return text
 
 

@@ -1,7 +1,7 @@
 """GRPO with your own judge instead of the paper's: here a rule, made for commits.
 
 It needs no model and no gold text: an answer should look like the items shown. The options are
-those of rl.py; --personalization is the rule's weight.
+those of rl.py; --personalization is the rule's weight, 0 with --preset small unless said.
 
     python toy/rule.py --preset small --model runs/warm/checkpoint --data data --task commits \\
         --no-reasoning --max-new-tokens 96 --personalization 1 --out runs/rule"""
