@@ -2,7 +2,7 @@
 
 Every training is a run of rl.py (of rule.py where a rule is the judge), every score one of eval.py;
 the commands are printed. What is finished is kept: after a stop, the same command goes on.
-judges.py shows in minutes what a judge knows and which way it would push.
+judges.py shows in minutes what a judge knows. How to get model and data: README.md beside this file.
 
     python toy/real.py --model models/smollm2 --data data          # hours on two cores
     python toy/real.py ... --device cuda --jobs 6                  # several runs share a GPU
@@ -215,9 +215,10 @@ fixed. The share is the score with the profile minus that of the same policy wit
 
 
 def main(o: Options) -> None:
-    examples = retrieve.load_examples(o, "dev")  # a mistake is said now
+    arms_of(o), prlm.load_tokenizer(o.model)  # mistakes are said now
+    examples = retrieve.load_examples(o, "dev")
     if o.reward_model:
-        reward.load_reward_model(o.reward_model)  # so is this
+        reward.load_reward_model(o.reward_model)
     for first in (True, False):  # the others start from the warm starts
         arms = [arm for arm in arms_of(o) if (ARMS[arm][1] is None) == first]
         runs = [(arm, seed) for seed in range(o.seeds) for arm in arms]

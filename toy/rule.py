@@ -1,7 +1,8 @@
 """GRPO with your own judge instead of the paper's: here a rule, made for commits.
 
-It needs no model and no gold text: an answer should look like the items shown. The options are
-those of rl.py; --personalization is the rule's weight, 0 with --preset small unless said.
+The rule needs no model and no gold text: an answer should look like the items shown. Options are
+rl.py's; --personalization is the rule's weight, 0 with --preset small unless said. To go on, call
+this script with --resume: rl.py would go on with a judge of its own.
 
     python toy/rule.py --preset small --model runs/warm/checkpoint --data data --task commits \\
         --no-reasoning --max-new-tokens 96 --personalization 1 --out runs/rule"""
