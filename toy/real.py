@@ -2,7 +2,7 @@
 
 Every training is a run of rl.py (of rule.py where a rule is the judge), every score one of eval.py;
 the commands are printed. What is finished is kept: after a stop, the same command goes on.
-judges.py shows in minutes what a judge knows. README.md beside this file: how to get model and data.
+judges.py shows in minutes what a judge knows; README.md here says how to get model and data.
 
     python toy/real.py --model models/smollm2 --data data          # hours on two cores
     python toy/real.py ... --device cuda --jobs 6                  # several runs share a GPU
