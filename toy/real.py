@@ -80,6 +80,10 @@ def place(o: Options, arm: str, seed: int) -> Path:
     return Path(o.out) / o.task / f"{arm}_seed{seed}"
 
 
+def sides_of(arm: str) -> tuple[str, ...]:
+    return SIDES[: 1 if "k" in ARMS[arm][2] else 2]
+
+
 def common_options(o: Options) -> dict:
     """Of all runs of rl.py."""
     given = {"data": o.data, "task": o.task, "device": o.device}
@@ -96,7 +100,7 @@ def chain(o: Options, arm: str, seed: int) -> list[tuple[list[str], Path]]:
     options |= {"reward_model": o.reward_model} if arm == "bert" else {}
     script = "toy/rule.py" if arm == "rule" else "rl.py"
     commands = [common.training(out, options | changes, script)]
-    for side in SIDES[: 1 if "k" in changes else 2]:
+    for side in sides_of(arm):
         answers = out / f"{side}_{o.limit}"
         asked = {"run": out, "limit": o.limit, "device": o.device, "out": answers}
         # At once: what has learned to quote would invent quotations.
@@ -143,7 +147,7 @@ def collect(o: Options, examples) -> dict:
         result[name] = {m: {"own": by_author(examples, x[None])} for m, x in copy.items()}
     for arm in arms_of(o):
         values, ends, row = {}, [], {}
-        for side in SIDES[: 1 if "k" in ARMS[arm][2] else 2]:
+        for side in sides_of(arm):
             folders = [place(o, arm, seed) / f"{side}_{o.limit}" for seed in range(o.seeds)]
             runs = [prlm.read_lines(folder / "samples.jsonl") for folder in folders]
             values[side] = [measure(o, examples, [r["answer"] for r in run]) for run in runs]
@@ -161,9 +165,8 @@ def collect(o: Options, examples) -> dict:
 def differences(found: dict, metric: str, side: str, base: str | None = None) -> str:
     """Table of the rows' values, or of how far they are above those of the row `base`."""
     values = {name: x[metric][side] for name, x in found.items() if side in x[metric]}
-    title = f"{metric}: {side.replace('own', 'score')}" + (
-        f", minus that of *{base}*" if base else ""
-    )
+    title = f"{metric}: {side.replace('own', 'score')}"
+    title += f", minus that of *{base}*" if base else ""
     below, lines = values.pop(base, 0), []
     for name, x in values.items():
         by_seed = " ".join(common.mean([seed]) for seed in x - below)
@@ -205,10 +208,8 @@ fixed. The share is the score with the profile minus that of the same policy wit
 {common.markdown(["as trained / without profile", *METRICS], scores)}
 {shares_picture(found, shown, Path(o.out) / o.task / "shares.png")}"""
     bases = [ARMS[arm][0] for arm in ("accuracy", "warm", "none", "warm_none")]
-    tables = [
-        *product(shown, (SHARE, ENDED), (None, *bases[:2])),
-        *product(METRICS, ["own"], bases),
-    ]
+    tables = [*product(shown, (SHARE, ENDED), (None, *bases[:2]))]
+    tables += product(METRICS, ["own"], bases)
     for metric, side, base in tables:
         text += differences(found, metric, side, base) if base in (None, *found) else ""
     return text
