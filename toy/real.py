@@ -6,7 +6,7 @@ judges.py shows in minutes what a judge knows; README.md here says how to get mo
 
     python toy/real.py --model models/smollm2 --data data          # hours on two cores
     python toy/real.py ... --device cuda --jobs 6                  # several runs share a GPU
-    python toy/real.py ... --task LaMP-5 --arms accuracy,none --more="--reasoning"
+    python toy/real.py ... --data LAMP --task LaMP-5 --arms accuracy,none
 
 The headline is the profile's share: what a policy scores when it is shown the profile, minus what
 the same policy scores without. Beside it, the fair rival: a policy trained without profiles."""
