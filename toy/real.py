@@ -216,7 +216,7 @@ fixed. The share is the score with the profile minus that of the same policy wit
 
 
 def main(o: Options) -> None:
-    arms_of(o), prlm.load_tokenizer(o.model)  # mistakes are said now
+    prlm.load_tokenizer(o.model)  # mistakes are said now
     examples = retrieve.load_examples(o, "dev")
     if o.reward_model:
         reward.load_reward_model(o.reward_model)
